@@ -1,0 +1,42 @@
+# `make test` and `make demo` set up what they need, once, in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PY := $(BIN)/python
+
+.PHONY: build test demo bench lint format clean
+
+# torch comes first and pinned: left to the resolver, it would be the newest one with all its CUDA packages.
+.venv/installed: pyproject.toml Makefile
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q $(TORCH) "setuptools>=75" "pybind11>=2.13" ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev,demo]"
+	touch $@
+
+build: .venv/installed
+	$(PY) setup.py -q build_ext --inplace
+
+test: build
+	$(PY) -m pytest
+
+demo: build
+	$(PY) examples/pretrain.py
+
+bench: build
+	$(PY) -m pytest benchmarks
+
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf .venv build dist *.egg-info sslops/_C.*.so

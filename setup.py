@@ -1,0 +1,125 @@
+"""Builds sslops._C, the native core, with ninja and without torch; the metadata is in pyproject.toml.
+
+SSLOPS_BUILD_CUDA   auto (default): CUDA code where nvcc is found; 0: none; 1: an error where nvcc is absent
+SSLOPS_CUDA_ARCHS   GPU architectures, "80,90,100" by default; the last one is also kept as PTX, for newer GPUs
+CUDA_HOME           where bin/nvcc is looked for before PATH
+CXX, MAX_JOBS       the C++ compiler, the number of parallel jobs
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+CXX = os.environ.get("CXX", "c++")
+CUDA_ARCHS = os.environ.get("SSLOPS_CUDA_ARCHS", "80,90,100").split(",")
+FLAGS = "-O3 -DNDEBUG -std=c++17 -Icsrc"
+HOST_FLAGS = "-fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+
+# Every csrc/cpu/<op>.cpp is compiled once per ISA, as namespace sslops::<isa>; which one runs is decided at run time.
+ISAS = {"portable": ""}
+if platform.machine() == "x86_64":
+    ISAS["avx2"] = "-mavx2 -mfma -mf16c"
+    ISAS["avx512"] = ISAS["avx2"] + " -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+    ISAS["amx"] = ISAS["avx512"] + " -mavx512bf16 -mamx-tile -mamx-bf16"
+
+
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("SSLOPS_BUILD_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise PlatformError(f"SSLOPS_BUILD_CUDA: wanted 0, 1 or auto, got {wanted!r}")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc")
+    if wanted == "1" and nvcc is None:
+        raise PlatformError(
+            "SSLOPS_BUILD_CUDA=1, but there is no nvcc in CUDA_HOME/bin or on PATH: "
+            "install the CUDA toolkit, or build without CUDA (SSLOPS_BUILD_CUDA=0)"
+        )
+    return None if wanted == "0" else nvcc
+
+
+RULES = """
+rule cxx
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule nvcc
+  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule link
+  command = $link -o $out $in -ldl
+  description = $out
+"""
+
+
+def ninja_graph(out: Path, version: str) -> str:
+    nvcc = find_nvcc()
+    macros = [f'SSLOPS_VERSION="{version}"', f'SSLOPS_ISAS="{",".join(ISAS)}"']
+    cxx_flags = f"{FLAGS} {HOST_FLAGS}"
+    for include in dict.fromkeys([pybind11.get_include(), *map(sysconfig.get_path, ("include", "platinclude"))]):
+        cxx_flags += " -isystem " + shlex.quote(include)
+    variables = {"builddir": str(out), "cxx": CXX, "link": f"{CXX} -shared"}
+    if nvcc:
+        highest = CUDA_ARCHS[-1]
+        archs = ",".join([*(f"sm_{arch}" for arch in CUDA_ARCHS), f"compute_{highest}"])
+        macros += ["SSLOPS_CUDA=1", f'SSLOPS_CUDA_ARCHS="{archs}"']
+        nvcc_flags = f"{FLAGS} --threads 2 -Xcompiler {HOST_FLAGS.replace(' ', ',')}"
+        for arch in CUDA_ARCHS:
+            nvcc_flags += f" -gencode arch=compute_{arch},code=sm_{arch}"
+        nvcc_flags += f" -gencode arch=compute_{highest},code=compute_{highest}"
+        variables["nvcc"] = shlex.quote(nvcc)
+        variables["link"] = f"{variables['nvcc']} -shared -cudart static -Xlinker --exclude-libs,ALL"
+    edges, objects = [], []
+
+    def compile(rule: str, sources: str, flags: str, variant: str = "") -> None:
+        for source in sorted(Path("csrc").glob(sources)):
+            objects.append(str(out / source.with_suffix(f"{variant}.o")))
+            edges.extend([f"build {objects[-1]}: {rule} {source}", "  flags = " + flags.replace("$", "$$")])
+
+    compile("cxx", "module.cpp", " ".join([cxx_flags, *(shlex.quote(f"-D{macro}") for macro in macros)]))
+    compile("cxx", "common/*.cpp", cxx_flags)
+    # Of an inline function that several objects hold, the linker keeps the first: with the portable ones in front, no
+    # AVX instruction reaches code that runs on every CPU.
+    for isa, isa_flags in ISAS.items():
+        compile("cxx", "cpu/*.cpp", f"{cxx_flags} {isa_flags} -DSSLOPS_ISA={isa}", f".{isa}")
+    if nvcc:
+        compile("nvcc", "cuda/*.cu", nvcc_flags, ".cuda")
+    header = [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
+    return "\n".join([*header, RULES, *edges, f"build {out}/_C.so: link {' '.join(objects)}", ""])
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        # Not in self.build_temp: an editable install makes that a fresh folder each time, and ninja would start anew.
+        out = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "build.ninja").write_text(ninja_graph(out, self.distribution.get_version()))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        if subprocess.call([Path(ninja.BIN_DIR, "ninja"), "-f", out / "build.ninja", *jobs]):
+            raise CompileError("sslops._C did not build: ninja's output above says why")
+        library = self.get_ext_fullpath(ext.name)
+        self.mkpath(os.path.dirname(library))
+        self.copy_file(out / "_C.so", library)
+
+
+backends = sorted({file.parent.name for file in Path("kernels").glob("*/*.py")})
+setup(
+    license="Apache-2.0",
+    packages=[*find_packages(include=["sslops", "sslops.*"]), *(f"sslops.kernels.{name}" for name in backends)],
+    package_dir={"sslops.kernels": "kernels"},
+    ext_modules=[Extension("sslops._C", ["csrc/module.cpp"], language="c++")],
+    cmdclass={"build_ext": NinjaBuild},
+)
