@@ -1,0 +1,224 @@
+#include "nt_xent.h"
+
+#include <math.h>
+
+#include <limits>
+
+#include "../common/parallel.h"
+#include "vec.h"
+
+namespace sslops::nt_xent {
+namespace {
+
+constexpr double kLog2e = 1.44269504088896340736;
+constexpr float kLn2 = 0.69314718055994530942f, kEps = 1e-12f;
+constexpr float kInf = std::numeric_limits<float>::infinity(), kLowest = std::numeric_limits<float>::lowest();
+constexpr int64_t kChunk = 32;  // rows of a tile that one thread takes; fixed, so that sums do not depend on threads
+constexpr int64_t kMaxChunks = (kMaxTile + kChunk - 1) / kChunk;
+
+struct View {
+  const void *z0, *z1;
+  DType dtype;
+  int64_t n, d;
+  F at(int64_t row, int64_t col, int lanes) const {
+    return row < n ? load_as_float(z0, dtype, row * d + col, lanes) : load_as_float(z1, dtype, (row - n) * d + col, lanes);
+  }
+};
+
+void normalize(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, DType operand,
+               float* z, float* inv_norm, float* s_pos) {
+  const View x{z0, z1, dtype, n, d};
+  parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t row : {i, i + n}) {
+        float inv = 1.f;
+        if (normalize) {
+          sslops::D squares{};  // double: no overflow for any float32 row
+          for_each_vector(d, [&](int64_t j, int lanes) {
+            const sslops::D v = __builtin_convertvector(x.at(row, j, lanes), sslops::D);
+            squares += v * v;
+          });
+          const double norm = __builtin_sqrt(sum(squares));
+          inv = static_cast<float>(1.0 / (norm < kEps ? static_cast<double>(kEps) : norm));
+        }
+        inv_norm[row] = inv;
+        for_each_vector(d, [&](int64_t j, int lanes) {
+          store_lanes(z + row * d + j, lanes, round_to(operand, x.at(row, j, lanes) * inv));
+        });
+      }
+      F dot{};
+      for_each_vector(d, [&](int64_t j, int lanes) {
+        dot += load_lanes(z + i * d + j, lanes, 0.f) * load_lanes(z + (i + n) * d + j, lanes, 0.f);
+      });
+      s_pos[i] = sum(dot);
+    }
+  });
+}
+
+// Neither an example with itself nor its positive is a negative: -inf here is a term of exactly 0 below.
+void mask_row(const Tile& t, int64_t row) {
+  const int64_t i = t.i0 + row, positive = i < t.n ? i + t.n : i - t.n;
+  for (int64_t j : {i - t.j0, positive - t.j0})
+    if (j >= 0 && j < t.cols) t.s[row * t.ld + j] = -kInf;
+}
+
+// fn(chunk, first row, end row), chunks in parallel.
+template <typename Fn>
+void for_each_chunk(const Tile& t, Fn&& fn) {
+  parallel_for((t.rows + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t last = (c + 1) * kChunk;
+      fn(c, c * kChunk, last < t.rows ? last : t.rows);
+    }
+  });
+}
+
+// Raises m to the maxima of the tile and scales r down accordingly.
+void raise_maximum(const Tile& t, float scale, float* m, float* r) {
+  float column_max[kMaxChunks][kMaxTile];
+  const auto raise = [&](int64_t i, float candidate) {
+    if (candidate > m[i]) {
+      r[i] *= exp2f(m[i] - candidate);
+      m[i] = candidate;
+    }
+  };
+  for_each_chunk(t, [&](int64_t chunk, int64_t begin, int64_t end) {
+    float* columns = column_max[chunk];
+    for (int64_t j = 0; j < t.cols; ++j) columns[j] = kLowest;
+    for (int64_t row = begin; row < end; ++row) {
+      mask_row(t, row);
+      F best = splat(kLowest);
+      for_each_vector(t.cols, [&](int64_t j, int lanes) {
+        const F logit = load_lanes(t.s + row * t.ld + j, lanes, -kInf) * scale;
+        best = max(logit, best);
+        store_lanes(columns + j, lanes, max(logit, load_lanes(columns + j, lanes, kLowest)));
+      });
+      raise(t.i0 + row, max(best));
+    }
+  });
+  if (t.i0 == t.j0) return;
+  for (int64_t j = 0; j < t.cols; ++j) {
+    float best = kLowest;
+    for (int64_t c = 0; c * kChunk < t.rows; ++c) best = max(column_max[c][j], best);
+    raise(t.j0 + j, best);
+  }
+}
+
+template <bool kFixed>
+void forward_tile_as(const Tile& t, float scale, float* m, float* r) {
+  float column_sum[kMaxChunks][kMaxTile];
+  const bool mirrored = t.i0 != t.j0;
+  for_each_chunk(t, [&](int64_t chunk, int64_t begin, int64_t end) {
+    float* columns = column_sum[chunk];
+    for (int64_t j = 0; j < t.cols; ++j) columns[j] = 0.f;
+    for (int64_t row = begin; row < end; ++row) {
+      if (kFixed) mask_row(t, row);
+      const float* s = t.s + row * t.ld;
+      const float shift = kFixed ? scale : m[t.i0 + row];
+      F total{};
+      for_each_vector(t.cols, [&](int64_t j, int lanes) {
+        const F v = load_lanes(s + j, lanes, -kInf);
+        const F e = exp2_nonpositive(v * scale - shift);
+        total += e;
+        if (mirrored) {
+          const F mirror = kFixed ? e : exp2_nonpositive(v * scale - load_lanes(m + t.j0 + j, lanes, 0.f));
+          store_lanes(columns + j, lanes, load_lanes(columns + j, lanes, 0.f) + mirror);
+        }
+      });
+      r[t.i0 + row] += sum(total);
+    }
+  });
+  if (!mirrored) return;
+  for (int64_t j = 0; j < t.cols; ++j) {
+    float total = 0.f;
+    for (int64_t c = 0; c * kChunk < t.rows; ++c) total += column_sum[c][j];
+    r[t.j0 + j] += total;
+  }
+}
+
+void forward_tile(Tile t, double tau, bool fixed, float* m, float* r) {
+  const float scale = static_cast<float>(kLog2e / tau);
+  if (fixed) return forward_tile_as<true>(t, scale, m, r);
+  raise_maximum(t, scale, m, r);
+  forward_tile_as<false>(t, scale, m, r);
+}
+
+void finish_forward(int64_t n, double tau, bool fixed, const float* m, const float* r, const float* s_pos, float* losses,
+                    float* stats) {
+  const float scale = static_cast<float>(kLog2e / tau);
+  const int64_t rows = 2 * n;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float logit = s_pos[i < n ? i : i - n] * scale, m_neg = fixed ? scale : m[i];
+    const float top = fixed ? scale : max(logit, m_neg);
+    const float r_neg = r[i] * exp2f(m_neg - top), e_pos = exp2f(logit - top), total = r_neg + e_pos;
+    losses[i] = r_neg < e_pos ? log1pf(r_neg / e_pos) : logf(total) + (top - logit) * kLn2;
+    stats[i] = top;
+    stats[rows + i] = 1.f / total;
+    stats[2 * rows + i] = r_neg / total;
+  }
+}
+
+template <bool kFixed>
+void backward_tile_as(const Tile& t, float scale, const float* m, const float* a) {
+  for_each_chunk(t, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      mask_row(t, row);
+      float* s = t.s + row * t.ld;
+      const int64_t i = t.i0 + row;
+      const float shift = kFixed ? scale : m[i], a_i = a[i];
+      for_each_vector(t.cols, [&](int64_t j, int lanes) {
+        const F logit = load_lanes(s + j, lanes, -kInf) * scale, a_j = load_lanes(a + t.j0 + j, lanes, 0.f);
+        const F e = exp2_nonpositive(logit - shift);
+        F w;
+        if constexpr (kFixed)
+          w = e * (a_i + a_j);
+        else
+          w = e * a_i + exp2_nonpositive(logit - load_lanes(m + t.j0 + j, lanes, 0.f)) * a_j;
+        store_lanes(s + j, lanes, w);
+      });
+    }
+  });
+}
+
+void backward_tile(Tile t, double tau, bool fixed, const float* m, const float* a) {
+  const float scale = static_cast<float>(kLog2e / tau);
+  fixed ? backward_tile_as<true>(t, scale, m, a) : backward_tile_as<false>(t, scale, m, a);
+}
+
+void finish_backward(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, double tau,
+                     const float* grad, const float* z, const float* inv_norm, const float* stats, const float* dz,
+                     int64_t ld, void* dz0, void* dz1, float* dots) {
+  const View x{z0, z1, dtype, n, d};
+  const float* negative_share = stats + 4 * n;
+  const float inv_tau = static_cast<float>(1.0 / tau);
+  parallel_for(2 * n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t positive = i < n ? i + n : i - n;
+      const float inv = inv_norm[i];
+      const float pull = grad[i] * negative_share[i] + grad[positive] * negative_share[positive];
+      const auto gradient = [&](int64_t j, int lanes) {
+        return (load_lanes(dz + i * ld + j, lanes, 0.f) - pull * load_lanes(z + positive * d + j, lanes, 0.f)) * inv_tau;
+      };
+      F product{};
+      for_each_vector(d, [&](int64_t j, int lanes) { product += x.at(i, j, lanes) * inv * gradient(j, lanes); });
+      const float dot = sum(product);
+      dots[i] = dot;
+      // At a clamped norm F.normalize is a plain scaling: nothing to project out.
+      const bool project = normalize && inv < 1.f / kEps;
+      void* out = i < n ? dz0 : dz1;
+      for_each_vector(d, [&](int64_t j, int lanes) {
+        F g = gradient(j, lanes);
+        if (project) g -= x.at(i, j, lanes) * (inv * dot);
+        store_from_float(out, dtype, (i < n ? i : i - n) * d + j, lanes, g * inv);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+namespace SSLOPS_ISA {
+extern const Table table{normalize, forward_tile, finish_forward, backward_tile, finish_backward};
+}
+
+}  // namespace sslops::nt_xent

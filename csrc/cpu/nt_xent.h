@@ -1,0 +1,39 @@
+// NT-Xent around its tile matmuls (arXiv 2002.05709, Eq. 1): what happens to S = z z^T besides the matmul.
+// M = 2N rows; the positive of row i is i + N mod M. Logits are S / tau.
+#pragma once
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/isa.h"
+
+namespace sslops::nt_xent {
+
+constexpr int64_t kMaxTile = 512;  // rows and columns of a tile, at most
+
+// A tile of S: rows i0.., columns j0.., j0 >= i0, row stride ld. Off the diagonal it also stands for its mirror image.
+struct Tile {
+  float* s;
+  int64_t ld, rows, cols, i0, j0, n;
+};
+
+struct Table {
+  // z [2N, D] (float32 values as the operand dtype holds them), inv_norm [2N], s_pos [N] from z0, z1 [N, D].
+  void (*normalize)(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, DType operand,
+                    float* z, float* inv_norm, float* s_pos);
+  // Adds the tile to r[i] = sum over negatives of 2^(log2e s_ij / tau - m[i]). fixed: m is log2e / tau, which no logit
+  // exceeds, and is not read; otherwise m is the running maximum (start: lowest float), raised as needed.
+  void (*forward_tile)(Tile tile, double tau, bool fixed, float* m, float* r);
+  // losses [2N]; stats [3, 2N] = (maximum in units of log2, 1 / r with the positive in r, share of the negatives in r).
+  void (*finish_forward)(int64_t n, double tau, bool fixed, const float* m, const float* r, const float* s_pos,
+                         float* losses, float* stats);
+  // S becomes W: W_ij = p_ij grad_i + p_ji grad_j, zero at positives and on the diagonal; a = grad / r, m from stats.
+  void (*backward_tile)(Tile tile, double tau, bool fixed, const float* m, const float* a);
+  // dz = W z [2N, D], row stride ld, becomes dz0, dz1 [N, D]: positives, 1 / tau, normalisation; dots [2N] = <z, dz>.
+  void (*finish_backward)(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, double tau,
+                          const float* grad, const float* z, const float* inv_norm, const float* stats, const float* dz,
+                          int64_t ld, void* dz0, void* dz1, float* dots);
+};
+
+SSLOPS_DECLARE_TABLE
+
+}  // namespace sslops::nt_xent

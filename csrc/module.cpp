@@ -1,0 +1,99 @@
+// Bindings, nothing else. Tensors come as addresses; Python has checked dtypes, shapes, contiguity and devices.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "cpu/gemm.h"
+#include "cpu/nt_xent.h"
+#ifdef SSLOPS_CUDA
+#include "cuda/probe.h"
+#endif
+
+namespace py = pybind11;
+using namespace sslops;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = SSLOPS_VERSION;
+  info["compiler"] = __VERSION__;
+  info["isas"] = SSLOPS_ISAS;
+#ifdef SSLOPS_CUDA
+  info["cuda_archs"] = SSLOPS_CUDA_ARCHS;
+#else
+  info["cuda_archs"] = py::none();
+#endif
+  info["isa"] = isa_name(current_isa());
+  info["threads"] = parallel_backend();
+  return info;
+}
+
+void bind_gemm(py::module_& m) {
+  m.attr("GEMM_BLOCK") = gemm::kBlock;
+  m.def("has_bf16_gemm", [] { return gemm::table().matmul != nullptr; });
+  m.def("gemm_pack", [](Address x, int64_t rows, int64_t cols, Address as_is, Address transposed) {
+    gemm::table().pack(at<uint16_t>(x), rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed));
+  });
+  m.def("gemm_matmul", [](Address a, int64_t lda, Address b, int64_t n_step, int64_t k_step, int64_t rows, int64_t n,
+                          int64_t k, Address c, int64_t ldc, bool accumulate) {
+    gemm::table().matmul(at<uint16_t>(a), lda, {at<uint16_t>(b), n_step, k_step}, rows, n, k, at<float>(c), ldc,
+                         accumulate);
+  });
+  m.def("gemm_round_both", [](Address x, int64_t ld, int64_t rows, int64_t cols, Address as_is, Address transposed,
+                              int64_t ld_out) {
+    gemm::table().round_both(at<float>(x), ld, rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed), ld_out);
+  });
+}
+
+void bind_nt_xent(py::module_& m) {
+  using namespace nt_xent;
+  m.attr("MAX_TILE") = kMaxTile;
+  m.def("nt_xent_normalize", [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, int operand,
+                                Address z, Address inv_norm, Address s_pos) {
+    table().normalize(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, DType(operand), at<float>(z),
+                      at<float>(inv_norm), at<float>(s_pos));
+  });
+  m.def("nt_xent_forward_tile", [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n,
+                                   double tau, bool fixed, Address max, Address r) {
+    table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(r));
+  });
+  m.def("nt_xent_finish_forward", [](int64_t n, double tau, bool fixed, Address max, Address r, Address s_pos,
+                                     Address losses, Address stats) {
+    table().finish_forward(n, tau, fixed, at<float>(max), at<float>(r), at<float>(s_pos), at<float>(losses),
+                           at<float>(stats));
+  });
+  m.def("nt_xent_backward_tile", [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0,
+                                    int64_t n, double tau, bool fixed, Address max, Address a) {
+    table().backward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(a));
+  });
+  m.def("nt_xent_finish_backward",
+        [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, double tau, Address grad, Address z,
+           Address inv_norm, Address stats, Address dz, int64_t ld, Address dz0, Address dz1, Address dots) {
+          table().finish_backward(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, tau, at<float>(grad),
+                                  at<float>(z), at<float>(inv_norm), at<float>(stats), at<float>(dz), ld, at<void>(dz0),
+                                  at<void>(dz1), at<float>(dots));
+        });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The native core of sslops: raw addresses in, no dependency on libtorch.";
+  m.def("build_info", &build_info, "What this binary holds: version, compiler, instruction sets, CUDA targets.");
+  m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
+  m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");
+  bind_gemm(m);
+  bind_nt_xent(m);
+#ifdef SSLOPS_CUDA
+  m.def("cuda_iota", [](Address out, int64_t n, Address stream) { cuda_iota(at<int32_t>(out), n, at<void>(stream)); });
+#endif
+}

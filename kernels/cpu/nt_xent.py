@@ -1,0 +1,93 @@
+"""NT-Xent on the CPU: symmetric tiles in both directions, 4 M^2 D FLOP, nothing of size M x M.
+
+E_ij = exp(s_ij / tau - m_i) over the negatives, r_i their sum with the positive's term.
+Forward: each tile above the diagonal adds to r of its rows and of its columns.
+Backward: W_ij = p_ij g_i + p_ji g_j is symmetric, dz = (W z - positives) / tau: each tile adds to both its blocks of dz.
+"""
+
+import torch
+from torch import Tensor
+
+from sslops import _C
+
+from .tiles import DTYPE_CODES, tiles_for, upper_tiles
+
+# Below this temperature exp((s - 1) / tau) of a unit-length pair can leave float32's normal range (2 / tau > 86; the
+# margin is for operands rounded to bf16): the maximum is then tracked, which costs a second exponential per pair.
+LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 86
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPE_CODES:
+        return f"no {dtype} kernel: float32, float16 and bfloat16"
+    return None
+
+
+def _normalize(z0: Tensor, z1: Tensor, normalize: bool, operand: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    n, d = z0.shape
+    z, inv_norm, s_pos = torch.empty(2 * n, d), torch.empty(2 * n), torch.empty(n)
+    _C.nt_xent_normalize(
+        z0.data_ptr(), z1.data_ptr(), DTYPE_CODES[z0.dtype], n, d, normalize, DTYPE_CODES[operand],
+        z.data_ptr(), inv_norm.data_ptr(), s_pos.data_ptr(),
+    )  # fmt: skip
+    return z, inv_norm, s_pos
+
+
+def _fixed_maximum(tau: float, normalize: bool) -> bool:
+    return normalize and tau >= LOWEST_FIXED_MAXIMUM_TEMPERATURE
+
+
+def forward(
+    z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """losses [2N], inv_norm [2N], stats [3, 2N] (see csrc/cpu/nt_xent.h)"""
+    n = len(z0)
+    tau = float(temperature)
+    fixed = _fixed_maximum(tau, normalize)
+    z, inv_norm, s_pos = _normalize(z0, z1, normalize, compute_dtype)
+    maximum, r = torch.full((2 * n,), torch.finfo(torch.float32).min), torch.zeros(2 * n)
+    tiles = tiles_for(z, compute_dtype)
+    for i, j in upper_tiles(2 * n):
+        s = tiles.logits(i, j)
+        _C.nt_xent_forward_tile(
+            s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, tau, fixed, maximum.data_ptr(), r.data_ptr()
+        )
+    losses, stats = torch.empty(2 * n), torch.empty(3, 2 * n)
+    _C.nt_xent_finish_forward(
+        n, tau, fixed, maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(), losses.data_ptr(), stats.data_ptr()
+    )
+    return losses, inv_norm, stats
+
+
+def backward(
+    grad: Tensor,
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    inv_norm: Tensor,
+    stats: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz0, dz1 [N, D] in the inputs' dtype and dtemperature, from grad [2N] float32"""
+    n, d = z0.shape
+    tau = float(temperature)
+    fixed = _fixed_maximum(tau, normalize)
+    z, _, _ = _normalize(z0, z1, normalize, compute_dtype)
+    maximum, weights = stats[0], grad * stats[1]
+    tiles = tiles_for(z, compute_dtype)
+    dz = tiles.zeros()
+    for i, j in upper_tiles(2 * n):
+        s = tiles.logits(i, j)
+        _C.nt_xent_backward_tile(
+            s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, tau, fixed, maximum.data_ptr(), weights.data_ptr()
+        )
+        tiles.add_symmetric(dz, i, j, s)
+    dz0, dz1, dots = torch.empty_like(z0), torch.empty_like(z1), torch.empty(2 * n)
+    _C.nt_xent_finish_backward(
+        z0.data_ptr(), z1.data_ptr(), DTYPE_CODES[z0.dtype], n, d, normalize, tau,
+        grad.data_ptr(), z.data_ptr(), inv_norm.data_ptr(), stats.data_ptr(), dz.data_ptr(), dz.stride(0),
+        dz0.data_ptr(), dz1.data_ptr(), dots.data_ptr(),
+    )  # fmt: skip
+    # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
+    return dz0, dz1, dots.sum() * (-0.5 / tau)

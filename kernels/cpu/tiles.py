@@ -1,0 +1,97 @@
+"""Tiles of A B^T and the products that go back from them: torch.mm, or AMX where bf16 results must stay float32."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sslops import _C
+
+TILE: int = _C.MAX_TILE
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def upper_tiles(rows: int) -> Iterator[tuple[slice, slice]]:
+    """Row and column ranges of the tiles on and above the diagonal of a [rows, rows] matrix."""
+    for i in range(0, rows, TILE):
+        for j in range(i, rows, TILE):
+            yield slice(i, min(i + TILE, rows)), slice(j, min(j + TILE, rows))
+
+
+class Float32Tiles:
+    """Z Z^T in float32 tiles, and W Z accumulated from symmetric W.
+
+    z: [M, D] float32. Half-precision operands come as the float32 numbers that they are: their products are exact.
+    """
+
+    def __init__(self, z: Tensor) -> None:
+        self._z = z
+        self._tile = z.new_empty(min(TILE, len(z)), min(TILE, len(z)))
+
+    def logits(self, i: slice, j: slice) -> Tensor:
+        """z[i] z[j]^T in the scratch tile, which the next call overwrites."""
+        tile = self._tile[: i.stop - i.start, : j.stop - j.start]
+        return torch.mm(self._z[i], self._z[j].t(), out=tile)
+
+    def zeros(self) -> Tensor:
+        """[M, D] to accumulate into; the row stride is its own."""
+        return torch.zeros_like(self._z)
+
+    def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor) -> None:
+        """out[i] += w z[j], and for a tile off the diagonal out[j] += w^T z[i]."""
+        out[i].addmm_(w, self._z[j])
+        if i != j:
+            out[j].addmm_(w.t(), self._z[i])
+
+
+def _padded(size: int) -> int:
+    return size + -size % _C.GEMM_BLOCK
+
+
+class Bf16Tiles:
+    """The same from bf16 operands on AMX tiles with float32 results; W is rounded to bf16 for its product."""
+
+    def __init__(self, z: Tensor) -> None:
+        m, d = (_padded(size) for size in z.shape)
+        self._z = torch.zeros(m, d, dtype=torch.bfloat16)
+        self._z[: z.shape[0], : z.shape[1]] = z
+        self._as_right, self._transposed_as_right = self._z.new_empty(2, m, d)
+        _C.gemm_pack(self._z.data_ptr(), m, d, self._as_right.data_ptr(), self._transposed_as_right.data_ptr())
+        side = min(TILE, m)
+        self._tile = torch.empty(side, side)
+        self._w, self._w_transposed = self._z.new_empty(2, side, side + _C.GEMM_BLOCK)  # rows that miss each other's cache sets
+
+    def logits(self, i: slice, j: slice) -> Tensor:
+        rows, cols, d = i.stop - i.start, j.stop - j.start, self._z.shape[1]
+        left, right = self._z[i.start].data_ptr(), self._transposed_as_right[j.start].data_ptr()
+        _C.gemm_matmul(
+            left, d, right, 16 * d, 512, _padded(rows), _padded(cols), d, self._tile.data_ptr(), len(self._tile), False
+        )
+        return self._tile[:rows, :cols]
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self._z.shape)
+
+    def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor) -> None:
+        rows, cols = w.shape
+        ld = self._w.stride(0)
+        _C.gemm_round_both(
+            w.data_ptr(), w.stride(0), rows, cols, self._w.data_ptr(), self._w_transposed.data_ptr(), ld
+        )
+        self._add(out, i, self._w, j)
+        if i != j:
+            self._add(out, j, self._w_transposed, i)
+
+    def _add(self, out: Tensor, rows: slice, w: Tensor, inner: slice) -> None:
+        """out[rows] += w z[inner]"""
+        d = self._z.shape[1]
+        m, k = _padded(rows.stop - rows.start), _padded(inner.stop - inner.start)
+        right = self._as_right[inner.start].data_ptr()
+        _C.gemm_matmul(
+            w.data_ptr(), w.stride(0), right, 512, 32 * d, m, d, k, out[rows.start].data_ptr(), d, True
+        )
+
+
+def tiles_for(z: Tensor, operand: torch.dtype) -> Float32Tiles | Bf16Tiles:
+    """z [M, D] float32, holding values that `operand` can represent."""
+    return Bf16Tiles(z) if operand == torch.bfloat16 and _C.has_bf16_gemm() else Float32Tiles(z)

@@ -1,0 +1,66 @@
+"""Argument checks: each error names the op, the argument, what was wanted and what came.
+
+TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueError for a wrong value, shape or pairing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def bad_type(op: str, argument: str, wanted: str, got: object) -> NoReturn:
+    raise TypeError(f"{op}: {argument}: wanted {wanted}, got {got}")
+
+
+def bad_value(op: str, argument: str, wanted: str, got: object) -> NoReturn:
+    raise ValueError(f"{op}: {argument}: wanted {wanted}, got {got}")
+
+
+def choice(op: str, argument: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        bad_value(op, argument, "one of " + ", ".join(choices), repr(value))
+
+
+def embeddings(op: str, **tensors: Tensor) -> None:
+    """Floating-point [N, D] tensors of one shape, dtype and device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            bad_type(op, name, "a tensor [N, D]", type(x).__name__)
+        if x.dtype not in FLOAT_DTYPES:
+            bad_type(op, name, "a floating-point tensor", x.dtype)
+        if x.dim() != 2:
+            bad_value(op, name, "shape [N, D]", list(x.shape))
+        if x.shape != first.shape:
+            bad_value(op, name, f"the shape of {first_name}, {list(first.shape)}", list(x.shape))
+        if x.dtype != first.dtype:
+            bad_value(op, name, f"the dtype of {first_name}, {first.dtype}", x.dtype)
+        if x.device != first.device:
+            bad_value(op, name, f"the device of {first_name}, {first.device}", x.device)
+
+
+def temperature(op: str, value: float | Tensor, device: torch.device) -> None:
+    """A positive finite number, or a 0-d floating-point tensor on `device`, whose value is not looked at."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            bad_type(op, "temperature", "a floating-point tensor", value.dtype)
+        if value.dim() != 0:
+            bad_value(op, "temperature", "a number or a 0-d tensor", f"shape {list(value.shape)}")
+        if value.device != device:
+            bad_value(op, "temperature", f"the embeddings' device, {device}", value.device)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        bad_type(op, "temperature", "a number or a 0-d tensor", type(value).__name__)
+    elif not 0 < value < math.inf:
+        bad_value(op, "temperature", "a positive finite number", value)
+
+
+def scratch(op: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """float32 tensors of exactly these shapes: what a kernel's pointers rely on when `torch.ops.sslops` is called directly."""
+    for name, (x, shape) in tensors.items():
+        if x.dtype != torch.float32 or tuple(x.shape) != shape or x.device != device:
+            bad_value(op, name, f"float32 {list(shape)} on {device}", f"{x.dtype} {list(x.shape)} on {x.device}")

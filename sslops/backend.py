@@ -1,0 +1,94 @@
+"""Where a backend is chosen, refused with a reason, and explained.
+
+A backend is a folder of kernels: `sslops.kernels.<backend>.<op>`. A file that is not there is a backend that the op does
+not have. `eager`, the reference in `sslops/ops/<op>.py`, runs everywhere and comes last.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "explain", "kernel", "ops", "resolve"]
+
+# Per device type, fastest first.
+_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+BACKENDS = ("cpu", "cuda", "triton", "eager")
+
+
+def ops() -> list[str]:
+    """Names of the ops."""
+    from . import ops as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+@functools.cache
+def kernel(backend: str, op: str) -> ModuleType:
+    """The module `sslops.kernels.<backend>.<op>`."""
+    return importlib.import_module(f"sslops.kernels.{backend}.{op}")
+
+
+@functools.cache
+def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `op` there; None if it can."""
+    if backend == "eager":
+        return None
+    if importlib.util.find_spec(f"sslops.kernels.{backend}.{op}") is None:
+        return f"{op} has no {backend} kernel"
+    if backend not in _ORDER.get(device.type, ()):
+        return f"the {backend} backend does not run on {device.type} tensors"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    reason: str | None = kernel(backend, op).refuses(device, dtype)
+    return reason
+
+
+@functools.cache
+def _choose(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None) -> str:
+    if wanted is not None:
+        if wanted not in BACKENDS:
+            raise ValueError(f"{op}: backend: wanted one of {', '.join(BACKENDS)}, got {wanted!r}")
+        reason = refusal(wanted, op, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {wanted!r} cannot run here: {reason}")
+        return wanted
+    return next(b for b in (*_ORDER.get(device.type, ()), "eager") if refusal(b, op, device, dtype) is None)
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None) -> str:
+    """The backend that runs `op` there: `wanted`, else $SSLOPS_BACKEND, else the fastest that can.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that cannot run.
+    """
+    return _choose(op, device, dtype, wanted or os.environ.get("SSLOPS_BACKEND") or None)
+
+
+# torch.compiler.assume_constant_result without its import of torch._dynamo: a trace takes the answer, not the search.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def explain(op: str, *tensors: Tensor) -> str:
+    """Which backend `op` takes for these tensors (a CPU float32 tensor if none is given) and why not the others.
+
+    >>> print(sslops.explain("nt_xent", z0, z1))
+    """
+    if op not in ops():
+        raise ValueError(f"explain: op: wanted one of {', '.join(ops())}, got {op!r}")
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = tensors[0].dtype if tensors else torch.float32
+    lines = [f"{op} on {device}, {dtype}:"]
+    try:
+        chosen = resolve(op, device, dtype, None)
+    except (RuntimeError, ValueError) as error:
+        chosen = None
+        lines.append(f"  SSLOPS_BACKEND={os.environ['SSLOPS_BACKEND']}: {error}")
+    for backend in BACKENDS:
+        reason = refusal(backend, op, device, dtype)
+        lines.append(f"  {backend:<8}{'taken' if backend == chosen else reason or 'available'}")
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""NT-Xent, the loss of SimCLR: every embedding must find its other view among all 2N."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _check
+from .._library import register
+from .._precision import compute_dtype
+from ..backend import kernel, resolve
+
+
+def reference(
+    z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, operand_dtype: torch.dtype
+) -> Tensor:
+    """losses [2N], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
+    n = len(z0)
+    z = torch.cat([z0, z1])
+    z = z if z.dtype == torch.float64 else z.float()
+    if normalize:
+        z = F.normalize(z)
+    operand = z.to(operand_dtype)
+    logits = (operand @ operand.t()).to(z.dtype) / temperature
+    logits.fill_diagonal_(float("-inf"))
+    positives = torch.arange(2 * n, device=z.device).roll(n)
+    return F.cross_entropy(logits, positives, reduction="none")
+
+
+def _forward(
+    z0: Tensor, z1: Tensor, temperature: Tensor | None, tau: float, normalize: bool, operand_dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check.embeddings("nt_xent", z0=z0, z1=z1)
+    if temperature is not None:
+        _check.scratch("nt_xent", z0.device, temperature=(temperature, ()))
+    outputs: tuple[Tensor, Tensor, Tensor] = kernel(backend, "nt_xent").forward(
+        z0.contiguous(), z1.contiguous(), tau if temperature is None else temperature, normalize, operand_dtype
+    )
+    return outputs
+
+
+def _forward_fake(z0: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    m = 2 * z0.shape[0]
+    losses = z0.new_empty(m, dtype=torch.float32)
+    return losses, torch.empty_like(losses), losses.new_empty(3, m)
+
+
+def _backward(
+    grad: Tensor,
+    z0: Tensor,
+    z1: Tensor,
+    temperature: Tensor | None,
+    tau: float,
+    normalize: bool,
+    operand_dtype: torch.dtype,
+    backend: str,
+    inv_norm: Tensor,
+    stats: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = 2 * len(z0)
+    _check.embeddings("nt_xent", z0=z0, z1=z1)
+    _check.scratch("nt_xent", z0.device, grad=(grad, (m,)), inv_norm=(inv_norm, (m,)), stats=(stats, (3, m)))
+    if temperature is not None:
+        _check.scratch("nt_xent", z0.device, temperature=(temperature, ()))
+    gradients: tuple[Tensor, Tensor, Tensor] = kernel(backend, "nt_xent").backward(
+        grad.contiguous(), z0.contiguous(), z1.contiguous(), tau if temperature is None else temperature,
+        normalize, operand_dtype, inv_norm.contiguous(), stats.contiguous(),
+    )  # fmt: skip
+    return gradients
+
+
+def _backward_fake(grad: Tensor, z0: Tensor, z1: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return z0.new_empty(z0.shape), z1.new_empty(z1.shape), grad.new_empty(())
+
+
+register(
+    "nt_xent",
+    arguments="Tensor z0, Tensor z1, Tensor? temperature, float tau, bool normalize, ScalarType operand_dtype, str backend",
+    saved="Tensor inv_norm, Tensor stats",
+    gradients=("z0", "z1", "temperature"),
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+)
+
+
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Normalised temperature-scaled cross entropy over 2N embeddings, the loss of SimCLR.
+
+    With z = [z0; z1] and p(i) the other view of i, row i's loss is -log softmax over j != i of <z_i, z_j> / temperature,
+    at j = p(i). Memory is linear in N: no [2N, 2N] matrix.
+
+    Args:
+        z0, z1: two views, [N, D] each, row k of one being the positive of row k of the other; float32, float16, bfloat16
+            or float64 (float64 runs the eager reference). Under autocast the matmul operands have autocast's dtype.
+        temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient. A schedule
+            inside a compiled step should be a tensor: a number that changes recompiles.
+        normalize: scale every row to unit length first (F.normalize, eps 1e-12).
+        reduction: "mean" or "sum" over the 2N rows, or "none": the losses [2N], rows of z0 first.
+        backend: "cpu", "cuda", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+
+    Returns:
+        The loss in float32 (float64 for float64 input): 0-d, or [2N] for reduction="none". NaN for the mean of no rows.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
+
+    Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, arXiv:2002.05709, Eq. 1.
+    """
+    _check.embeddings("nt_xent", z0=z0, z1=z1)
+    _check.temperature("nt_xent", temperature, z0.device)
+    _check.choice("nt_xent", "reduction", reduction, ("mean", "sum", "none"))
+    operand_dtype = compute_dtype(z0)
+    backend = resolve("nt_xent", z0.device, z0.dtype, backend)
+    if backend == "eager":
+        losses = reference(z0, z1, temperature, normalize, operand_dtype)
+    elif isinstance(temperature, Tensor):
+        losses, _, _ = torch.ops.sslops.nt_xent(z0, z1, temperature.float(), 0.0, normalize, operand_dtype, backend)
+    else:
+        losses, _, _ = torch.ops.sslops.nt_xent(z0, z1, None, temperature, normalize, operand_dtype, backend)
+    if reduction == "mean":
+        return losses.mean()
+    return losses.sum() if reduction == "sum" else losses
