@@ -1,0 +1,64 @@
+"""What every Triton kernel's launcher needs: which chip, which launch config, which precision, whether at all."""
+
+import contextlib
+import functools
+import json
+from pathlib import Path
+
+import torch
+import triton
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST_TRITON = (3, 6)
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel can run there; None if it can."""
+    if dtype not in DTYPES:
+        return f"no {dtype} kernel: float32, float16 and bfloat16"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"triton does not run on {device.type} tensors"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """The name under which a device's launch configs are filed: sm_90, gfx942, ..."""
+    if device.type != "cuda":
+        return "default"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` current: Triton launches on the current device's current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision for operands of `dtype`: float32 is multiplied as torch.mm would, half as it is"""
+    # Follows torch.set_float32_matmul_precision and allow_tf32 too, whose getters raise once this one was set.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+@functools.cache
+def configs(op: str) -> dict:
+    """`<op>.json`: chip -> tf32, ieee or half -> width -> kernel -> launch config"""
+    return json.loads(Path(__file__).with_name(f"{op}.json").read_text())
+
+
+def nearest(op: str, device: torch.device, dtype: torch.dtype, width: int) -> dict:
+    """The configs of the smallest listed width that holds `width`, else of the widest; `default` for an unknown chip."""
+    table = configs(op)
+    widths = table.get(chip(device), table["default"])[precision(dtype) if dtype == torch.float32 else "half"]
+    listed = sorted(map(int, widths))
+    return widths[str(next((w for w in listed if w >= width), listed[-1]))]

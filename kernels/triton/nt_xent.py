@@ -1,0 +1,520 @@
+"""NT-Xent in Triton: nothing of size M x M in memory, 5 M^2 D FLOP where the maximum is known, else 6.
+
+E_ij = exp(s_ij / tau - m_i) over the negatives of row i, r_i their sum with the positive's term. Two unit rows have
+s <= 1, so m = 1 / tau needs no search and makes E symmetric: the forward pass visits half the tiles and adds each to its
+rows and to its columns. The gradient is dz = (W z - positives) / tau, W_ij = g_i E_ij / r_i + g_j E_ji / r_j.
+The positives stay out of both matmuls: rounded inside W they would drown the gradient of aligned pairs.
+
+Order of every sum is fixed, so the same input gives the same bits. Scratch, in bytes: z in the operands' dtype, padded
+to a multiple of 64 columns; forward PANELS x 4 a row (x 8 with the maxima searched); backward D x 4 a row and
+PROGRAMS blocks of rows more (flash), or D x 4 a row and one W block (panel).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._launch import refuses  # noqa: F401
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+HUGE, SHRINK = tl.constexpr(2.0**60), tl.constexpr(2.0**-70)  # of an element whose square may overflow
+LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: LOWEST - LOWEST is no NaN
+SIZES = (
+    "N",
+    "M",
+    "stride",
+    "panel",
+    "span",
+    "splits",
+    "row0",
+    "column0",
+    "width",
+    "first",
+    "panels",
+)  # not worth a compilation each
+
+PANELS = 31  # odd, see _negative_sums; 31 * 16 programs fill 3.8 waves of an H100's 132 multiprocessors
+PROGRAMS = 528  # of the flash backward: two waves of two on each of 132 multiprocessors
+W_BLOCK = 4096  # rows and columns of the panel backward's W: 32 MiB in bf16
+
+
+@triton.jit
+def _row_tile(z, row, M, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """z[row : row + BLOCK, : BLOCK_K], zeros from row M on"""
+    r = tl.arange(0, BLOCK)[:, None]
+    tile = z + tl.cast(row, tl.int64) * stride + (r * stride + tl.arange(0, BLOCK_K)[None, :])
+    return tl.load(tile, mask=row + r < M, other=0.0)
+
+
+@triton.jit
+def _column_tile(z, row, M, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """_row_tile transposed: [BLOCK_K, BLOCK]"""
+    r = tl.arange(0, BLOCK)[None, :]
+    tile = z + tl.cast(row, tl.int64) * stride + (r * stride + tl.arange(0, BLOCK_K)[:, None])
+    return tl.load(tile, mask=row + r < M, other=0.0)
+
+
+@triton.jit
+def _similarities(
+    z, i, j, M, stride, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """s [BLOCK_M, BLOCK_N] of the rows from i and from j, in steps of BLOCK_K columns of z"""
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, stride, BLOCK_K):
+        a = _row_tile(z + k, i, M, stride, BLOCK_M, BLOCK_K)
+        b = _column_tile(z + k, j, M, stride, BLOCK_N, BLOCK_K)
+        s = tl.dot(a, b, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _overlap(i, j, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return (i < j + BLOCK_N) & (j < i + BLOCK_M)
+
+
+@triton.jit
+def _has_others(i, j, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether the tile at (i, j) holds anything but negatives"""
+    diagonal = _overlap(i, j, BLOCK_M, BLOCK_N)
+    positives = _overlap(i + N, j, BLOCK_M, BLOCK_N) | _overlap(i, j + N, BLOCK_M, BLOCK_N)
+    return diagonal | positives | (i + BLOCK_M > M) | (j + BLOCK_N > M)
+
+
+@triton.jit
+def _negatives(i, j, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which pairs of the tile at (i, j) are negatives"""
+    rows = i + tl.arange(0, BLOCK_M)[:, None]
+    columns = j + tl.arange(0, BLOCK_N)[None, :]
+    paired = (rows == columns) | (rows + N == columns) | (rows == columns + N)
+    return (rows < M) & (columns < M) & ~paired
+
+
+@triton.jit
+def _inv_norm(x, rows, N, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """1 / max(|x|, 1e-12) of the rows, finite squares or not"""
+    top = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(0, D, BLOCK_D):
+        top = tl.maximum(top, tl.max(tl.abs(_load(x, rows, k, N, D, BLOCK_D)), 1))
+    shrink = tl.where(top > HUGE, SHRINK, 1.0)
+    squares = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(0, D, BLOCK_D):
+        a = _load(x, rows, k, N, D, BLOCK_D) * shrink[:, None]
+        squares += tl.sum(a * a, 1)
+    norm = tl.sqrt_rn(squares) / shrink
+    return tl.div_rn(1.0, tl.where(norm < 1e-12, 1e-12, norm))  # tl.maximum would swallow a NaN
+
+
+@triton.jit
+def _at(x, rows, columns, stride):
+    return x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+
+
+@triton.jit
+def _load(x, rows, k, N, D, BLOCK_D: tl.constexpr):
+    """x[rows, k : k + BLOCK_D] of x [N, D] in float32, zeros outside"""
+    columns = k + tl.arange(0, BLOCK_D)
+    mask = (rows < N)[:, None] & (columns < D)[None, :]
+    return tl.load(_at(x, rows, columns, D), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _prepare(
+    x0, x1, z, inv_norm, s_pos, N, D, stride,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z [2N, stride], the matmuls' operand: both views normalised, rounded, padded with zeros; s_pos [N] before rounding"""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = rows < N
+    inv0 = tl.full([BLOCK_R], 1.0, tl.float32)
+    inv1 = inv0
+    if NORMALIZE:
+        inv0 = _inv_norm(x0, rows, N, D, BLOCK_R, BLOCK_D)
+        inv1 = _inv_norm(x1, rows, N, D, BLOCK_R, BLOCK_D)
+    s = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(0, stride, BLOCK_D):
+        a = _load(x0, rows, k, N, D, BLOCK_D) * inv0[:, None]
+        b = _load(x1, rows, k, N, D, BLOCK_D) * inv1[:, None]
+        s += tl.sum(a * b, 1)
+        columns = k + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (columns < stride)[None, :]
+        tl.store(_at(z, rows, columns, stride), a.to(z.dtype.element_ty), mask=mask)
+        tl.store(_at(z, rows + N, columns, stride), b.to(z.dtype.element_ty), mask=mask)
+    tl.store(inv_norm + rows, inv0, mask=inside)
+    tl.store(inv_norm + N + rows, inv1, mask=inside)
+    tl.store(s_pos + rows, s, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _negative_sums(
+    z, r_parts, m_parts, scale, maximum, N, M, stride, panel,
+    SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """r_parts[k, i], m_parts[k, i]: the sum of E_ij and the largest logit over the negatives j of row i in panel k.
+
+    The rows are cut into an odd number P of panels. Program (a, d) has the pair of panels a and b = a + d mod P: with
+    d <= P / 2 every pair once, which gives part b of panel a's rows and, by symmetry, part a of panel b's. With the
+    maximum to search, columns would cost more than they save: all d, rows only.
+    """
+    scale = tl.load(scale)
+    a = tl.program_id(0)
+    b = (a + tl.program_id(1)) % tl.num_programs(0)
+    columns_part = r_parts + a.to(tl.int64) * M
+    rows_part = b.to(tl.int64) * M
+    if STATIONARY:
+        stride = BLOCK_K
+    else:
+        stride = tl.multiple_of(stride, 16)
+    for i in range(a * panel, tl.minimum(a * panel + panel, M), BLOCK_M):
+        rows = i + tl.arange(0, BLOCK_M)
+        r = tl.zeros([BLOCK_M], tl.float32)
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)
+        if STATIONARY:
+            zi = _row_tile(z, i, M, stride, BLOCK_M, BLOCK_K)
+        for j in range(b * panel, tl.minimum(b * panel + panel, M), BLOCK_N):
+            columns = j + tl.arange(0, BLOCK_N)
+            if STATIONARY:
+                s = tl.dot(zi, _column_tile(z, j, M, stride, BLOCK_N, BLOCK_K), input_precision=PRECISION)
+            else:
+                s = _similarities(z, i, j, M, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            if SEARCH:
+                s = s * scale
+                if _has_others(i, j, N, M, BLOCK_M, BLOCK_N):
+                    s = tl.where(_negatives(i, j, N, M, BLOCK_M, BLOCK_N), s, float("-inf"))
+                higher = tl.maximum(top, tl.max(s, 1))
+                r = r * tl.exp2(top - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
+                top = higher
+            else:
+                e = tl.exp2(s * scale - maximum * LOG2E)
+                if _has_others(i, j, N, M, BLOCK_M, BLOCK_N):
+                    e = tl.where(_negatives(i, j, N, M, BLOCK_M, BLOCK_N), e, 0.0)
+                r += tl.sum(e, 1)
+                before = tl.load(columns_part + columns, mask=columns < tl.where(i > a * panel, M, 0), other=0.0)
+                tl.store(columns_part + columns, before + tl.sum(e, 0), mask=columns < tl.where(a != b, M, 0))
+        tl.store(r_parts + rows_part + rows, r, mask=rows < M)
+        if SEARCH:
+            tl.store(m_parts + rows_part + rows, top, mask=rows < M)
+        tl.debug_barrier()  # the columns' parts are read again by other threads
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for 0 <= x < 1, to float32's last bit: 2 atanh(x / (2 + x)); the chips' own log is not exact near 1"""
+    t = x / (2.0 + x)
+    u = t * t
+    p = u * (1 / 13) + 1 / 11
+    p = p * u + 1 / 9
+    p = p * u + 1 / 7
+    p = p * u + 1 / 5
+    p = p * u + 1 / 3
+    return 2.0 * t * (p * u + 1.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _losses(
+    r_parts, m_parts, s_pos, losses, stats, scale, maximum, N, M, panels,
+    SEARCH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """losses [M] and stats [3, M] = (m, 1 / r, r_neg / r) from the parts, in their order"""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < M
+    part = tl.arange(0, PARTS)[:, None]
+    at = part.to(tl.int64) * M + i[None, :]
+    mask = (part < panels) & inside[None, :]
+    r = tl.load(r_parts + at, mask=mask, other=0.0)
+    positive = tl.load(s_pos + tl.where(i < N, i, i - N), mask=inside, other=0.0) * tl.load(scale)
+    if SEARCH:
+        tops = tl.load(m_parts + at, mask=mask, other=LOWEST)
+        m = tl.maximum(tl.max(tops, 0), positive) * LN2
+        top = m * LOG2E  # what the backward pass makes of m
+        r = r * tl.exp2(tops - top[None, :])
+    else:
+        m = tl.zeros([BLOCK], tl.float32) + maximum
+        top = m * LOG2E
+    r_neg = tl.sum(r, 0)
+    e_pos = tl.exp2(positive - top)
+    r = r_neg + e_pos
+    small = r_neg < e_pos
+    loss = tl.where(small, _log1p(r_neg / tl.where(small, e_pos, 1.0)), tl.log(r) + (top - positive) * LN2)
+    tl.store(losses + i, loss, mask=inside)
+    stats += i
+    tl.store(stats, m, mask=inside)
+    tl.store(stats + M, 1.0 / r, mask=inside)
+    tl.store(stats + 2 * M.to(tl.int64), r_neg / r, mask=inside)
+
+
+@triton.jit
+def _row_stats(weights, m, i, M, maximum, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
+    """g / r, zeros from row M on, and the maximum times log2(e) of the rows from i"""
+    rows = i + tl.arange(0, BLOCK)
+    weight = tl.load(weights + rows, mask=rows < M, other=0.0)
+    if SEARCH:
+        top = tl.load(m + rows, mask=rows < M, other=0.0) * LOG2E
+    else:
+        top = maximum * LOG2E
+    return weight, top
+
+
+@triton.jit
+def _w_tile(
+    s, i, j, weight_i, top_i, weight_j, top_j, scale, w_scale, N, M,
+    SEARCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """W of the tile at (i, j) from its similarities, 0 where the pair is no negative"""
+    if SEARCH:
+        s = s * scale
+        w = tl.exp2(s - top_i[:, None]) * weight_i[:, None] + tl.exp2(s - top_j[None, :]) * weight_j[None, :]
+    else:
+        w = tl.exp2(s * scale - top_i) * (weight_i[:, None] + weight_j[None, :])
+    if w_scale is not None:
+        w = w * tl.load(w_scale)
+    if _has_others(i, j, N, M, BLOCK_M, BLOCK_N):
+        w = tl.where(_negatives(i, j, N, M, BLOCK_M, BLOCK_N), w, 0.0)
+    return w
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _flash(
+    z, dz, weights, m, scale, maximum, w_scale, N, M, span,
+    SEARCH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dz [splits, M, BLOCK_K]: W z over the span of columns of each split"""
+    scale = tl.load(scale)
+    i = tl.program_id(0) * BLOCK_M
+    split = tl.program_id(1)
+    zi = _row_tile(z, i, M, BLOCK_K, BLOCK_M, BLOCK_K)
+    weight_i, top_i = _row_stats(weights, m, i, M, maximum, SEARCH, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for j in range(split * span, tl.minimum(split * span + span, M), BLOCK_N):
+        s = tl.dot(zi, _column_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K), input_precision=PRECISION)
+        weight_j, top_j = _row_stats(weights, m, j, M, maximum, SEARCH, BLOCK_N)
+        w = _w_tile(s, i, j, weight_i, top_i, weight_j, top_j, scale, w_scale, N, M, SEARCH, BLOCK_M, BLOCK_N)
+        zj = _row_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K)
+        acc = tl.dot(w.to(z.dtype.element_ty), zj, acc, input_precision=PRECISION)
+    r = tl.arange(0, BLOCK_M)[:, None]
+    to = dz + (tl.cast(split, tl.int64) * M + i) * BLOCK_K + (r * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
+    tl.store(to, acc, mask=i + r < M)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _w_block(
+    z, w, weights, m, scale, maximum, w_scale, N, M, stride, row0, column0, width,
+    SEARCH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """w [.., width]: W of the rows from row0 and the width columns from column0, in the operands' dtype"""
+    scale = tl.load(scale)
+    i = row0 + tl.program_id(0) * BLOCK_M
+    j = column0 + tl.program_id(1) * BLOCK_N
+    s = _similarities(z, i, j, M, tl.multiple_of(stride, 16), PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    weight_i, top_i = _row_stats(weights, m, i, M, maximum, SEARCH, BLOCK_M)
+    weight_j, top_j = _row_stats(weights, m, j, M, maximum, SEARCH, BLOCK_N)
+    tile = _w_tile(s, i, j, weight_i, top_i, weight_j, top_j, scale, w_scale, N, M, SEARCH, BLOCK_M, BLOCK_N)
+    rows = i + tl.arange(0, BLOCK_M)[:, None]
+    columns = j + tl.arange(0, BLOCK_N)[None, :]
+    to = w + (rows - row0) * width + (columns - column0)
+    tl.store(to, tile.to(w.dtype.element_ty), mask=(rows < M) & (columns < M))
+
+
+@triton.jit
+def _dz(
+    x, other, dz, inv, inv_other, coefficient, inv_tau, w_scale, rows, first, k, N, D, stride, splits,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z and dz [rows, k : k + BLOCK_D]: the splits' sum less the positive's share, over tau"""
+    columns = k + tl.arange(0, BLOCK_D)
+    mask = (rows < N)[:, None] & (columns < D)[None, :]
+    total = tl.load(_at(dz, first + rows, columns, stride), mask=mask, other=0.0)
+    for split in range(1, splits):
+        total += tl.load(
+            _at(dz, tl.cast(split, tl.int64) * 2 * N + first + rows, columns, stride), mask=mask, other=0.0
+        )
+    if w_scale is not None:
+        total = total / tl.load(w_scale)
+    own = _load(x, rows, k, N, D, BLOCK_D) * inv[:, None]
+    positive = _load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None]
+    return own, (total - coefficient[:, None] * positive) * inv_tau
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gradient(
+    x, other, dz, inv_norm, grad, neg_share, w_scale, scale, dx, dots, first, N, D, stride, splits,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx [N, D] of the view x, whose rows are those from `first` (0 or N) of dz [splits, 2N, stride], and their <z, dz>"""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = rows < N
+    at, paired = first + rows, N - first + rows
+    inv = tl.load(inv_norm + at, mask=inside, other=0.0)
+    inv_other = tl.load(inv_norm + paired, mask=inside, other=0.0)
+    # (1 - p) of the positive, of both rows; 1 - p itself would cancel
+    coefficient = tl.load(grad + at, mask=inside, other=0.0) * tl.load(neg_share + at, mask=inside, other=0.0)
+    coefficient += tl.load(grad + paired, mask=inside, other=0.0) * tl.load(neg_share + paired, mask=inside, other=0.0)
+    inv_tau = tl.load(scale) * LN2
+    dot = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(0, D, BLOCK_D):
+        z, d = _dz(
+            x, other, dz, inv, inv_other, coefficient, inv_tau, w_scale, rows, first, k, N, D, stride, splits, BLOCK_D
+        )
+        dot += tl.sum(z * d, 1)
+    tl.store(dots + at, dot, mask=inside)
+    along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
+    for k in range(0, D, BLOCK_D):
+        z, d = _dz(
+            x, other, dz, inv, inv_other, coefficient, inv_tau, w_scale, rows, first, k, N, D, stride, splits, BLOCK_D
+        )
+        if NORMALIZE:
+            d = (d - z * along[:, None]) * inv[:, None]
+        columns = k + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (columns < D)[None, :]
+        tl.store(_at(dx, rows, columns, D), d.to(dx.dtype.element_ty), mask=mask)
+
+
+def _fixed_maximum(temperature: float | Tensor, normalize: bool, rows: int) -> float | None:
+    """An m that keeps every exp(s / tau - m) and the sums of `rows` of them normal float32; None where there is none.
+
+    |s| <= 1.01, whatever rounding did to unit rows; float32 is normal from exp(-87) to exp(88).
+    """
+    if isinstance(temperature, Tensor) or not normalize:
+        return None
+    if 2.02 / temperature <= 86:
+        return 1 / temperature
+    if 2.02 / temperature <= 86 + 75 and rows <= 200_000:
+        return 1 / temperature - 75
+    return None
+
+
+def _row_blocks(d: int) -> dict:
+    """A launch of about 2048 elements a program for the kernels that go over rows"""
+    block_d = min(triton.next_power_of_2(d), 1024)
+    return {"BLOCK_R": 2048 // block_d if block_d > 16 else 128, "BLOCK_D": block_d}
+
+
+def _operand(
+    z0: Tensor, z1: Tensor, normalize: bool, compute_dtype: torch.dtype, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z [2N, D up to a multiple of step] in compute_dtype, inv_norm [2N], s_pos [N]"""
+    n, d = z0.shape
+    stride = triton.cdiv(d, step) * step
+    z = z0.new_empty((2 * n, stride), dtype=compute_dtype)
+    inv_norm, s_pos = z0.new_empty(2 * n, dtype=torch.float32), z0.new_empty(n, dtype=torch.float32)
+    blocks = _row_blocks(stride)
+    _prepare[triton.cdiv(n, blocks["BLOCK_R"]),](z0, z1, z, inv_norm, s_pos, n, d, stride, normalize, **blocks)
+    return z, inv_norm, s_pos
+
+
+def _log2_scale(temperature: float | Tensor, z: Tensor) -> Tensor:
+    """log2(e) / tau [] on z's device: exp(s / tau) = exp2(s * scale), and nothing is read on the host"""
+    if isinstance(temperature, Tensor):
+        return LOG2E.value / temperature.float()
+    return torch.full((), LOG2E.value / temperature, dtype=torch.float32, device=z.device)
+
+
+def forward(
+    z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """losses [2N], inv_norm [2N], stats [3, 2N] = (m, 1 / r, r_neg / r), all float32"""
+    n, d = z0.shape
+    m = 2 * n
+    losses, stats = z0.new_empty(m, dtype=torch.float32), z0.new_empty((3, m), dtype=torch.float32)
+    if n == 0:
+        return losses, torch.empty_like(losses), stats
+    precision = _launch.precision(compute_dtype)
+    config = _launch.nearest("nt_xent", z0.device, compute_dtype, d)["forward"]
+    maximum, scale = _fixed_maximum(temperature, normalize, m), _log2_scale(temperature, z0)
+    search = maximum is None
+    block = config["BLOCK_M"]
+    panel = triton.cdiv(triton.cdiv(m, PANELS), block) * block
+    panels = triton.cdiv(m, panel)
+    odd = panels // 2 * 2 + 1  # the last may have no rows
+    with _launch.guard(z0.device):
+        z, inv_norm, s_pos = _operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
+        stride = z.shape[1]
+        r_parts = losses.new_empty((odd, m))
+        m_parts = torch.empty_like(r_parts) if search else None
+        _negative_sums[odd, odd if search else odd // 2 + 1](
+            z, r_parts, m_parts, scale, maximum, n, m, stride, panel, search, precision, stride == config["BLOCK_K"],
+            **config,
+        )  # fmt: skip
+        _losses[triton.cdiv(m, 128),](
+            r_parts, m_parts, s_pos, losses, stats, scale, maximum, n, m, panels, search, 32, 128
+        )
+    return losses, inv_norm, stats
+
+
+def backward(
+    grad: Tensor,
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    inv_norm: Tensor,
+    stats: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz0, dz1 [N, D] in the inputs' dtype and dtemperature [], float32, from grad [2N] float32"""
+    n, d = z0.shape
+    dz0, dz1 = torch.empty_like(z0), torch.empty_like(z1)
+    if n == 0:
+        return dz0, dz1, grad.new_zeros(())
+    precision = _launch.precision(compute_dtype)
+    configs = _launch.nearest("nt_xent", z0.device, compute_dtype, d)
+    maximum, scale = _fixed_maximum(temperature, normalize, 2 * n), _log2_scale(temperature, z0)
+    w_z, config = (_w_z_flash, configs["flash"]) if "flash" in configs else (_w_z_panels, configs["panels"])
+    # autocast would round the panels' float32 products
+    with _launch.guard(z0.device), torch.autocast(z0.device.type, enabled=False):
+        z, _, _ = _operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
+        w_scale = None
+        if compute_dtype == torch.float16:  # 5 bits of exponent: the largest |W| possible to 2**15
+            w_scale = 2.0**14 / (grad * stats[2]).abs().amax().clamp(min=1e-30)
+        rows = (grad * stats[1], stats[0] if maximum is None else None, scale, maximum, w_scale)
+        dz = w_z(z, rows, maximum is None, precision, config)
+        dots, blocks = torch.empty_like(grad), _row_blocks(d)
+        for x, other, dx, first in ((z0, z1, dz0, 0), (z1, z0, dz1, n)):
+            _gradient[triton.cdiv(n, blocks["BLOCK_R"]),](
+                x, other, dz, inv_norm, grad, stats[2], w_scale, scale, dx, dots, first, n, d, z.shape[1], len(dz),
+                normalize, **blocks,
+            )  # fmt: skip
+        # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
+        return dz0, dz1, dots.sum() * (-0.5 / temperature)
+
+
+def _w_z_flash(z: Tensor, rows: tuple, search: bool, precision: str, config: dict) -> Tensor:
+    """[splits, M, stride] whose sum over the splits is W z"""
+    m, stride = z.shape
+    blocks = triton.cdiv(m, config["BLOCK_M"])
+    splits = triton.cdiv(PROGRAMS, blocks)
+    span = triton.cdiv(triton.cdiv(m, splits), config["BLOCK_N"]) * config["BLOCK_N"]
+    splits = triton.cdiv(m, span)
+    dz = z.new_empty((splits, m, stride), dtype=torch.float32)
+    _flash[blocks, splits](z, dz, *rows, m // 2, m, span, search, precision, **config)
+    return dz
+
+
+def _w_z_panels(z: Tensor, rows: tuple, search: bool, precision: str, config: dict) -> Tensor:
+    """[1, M, stride]: W z by blocks of W on and above the diagonal, each also used transposed"""
+    m, stride = z.shape
+    dz = z.new_zeros((1, m, stride), dtype=torch.float32)
+    for i in range(0, m, W_BLOCK):
+        for j in range(i, m, W_BLOCK):
+            zi, zj = z[i : i + W_BLOCK], z[j : j + W_BLOCK]
+            w = z.new_empty((len(zi), len(zj)))
+            _w_block[triton.cdiv(len(zi), config["BLOCK_M"]), triton.cdiv(len(zj), config["BLOCK_N"])](
+                z, w, *rows, m // 2, m, stride, i, j, len(zj), search, precision, **config
+            )
+            _add_product(dz[0, i : i + W_BLOCK], w, zj)
+            if i != j:
+                _add_product(dz[0, j : j + W_BLOCK], w.t(), zi)
+    return dz
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b in float32"""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
