@@ -1,4 +1,5 @@
-# `make test` and `make demo` set up what they need, once, in .venv.
+# `make test` and `make demo` first set up what they need in .venv, once; `make PYTHON=python3.12 TORCH=torch==2.11.0 test`
+# does so for another Python and torch.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -6,8 +7,9 @@ PY := $(BIN)/python
 
 .PHONY: build test demo bench lint format clean
 
-# torch comes first and pinned: left to the resolver, it would be the newest one with all its CUDA packages.
-.venv/installed: pyproject.toml Makefile
+# torch comes first and pinned: left to pip, it would be the newest one, with gigabytes of CUDA. No build isolation, so
+# that `make build` goes on from the objects of this install.
+.venv/installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q $(TORCH) "setuptools>=75" "pybind11>=2.13" ninja
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev,demo]"
@@ -25,17 +27,17 @@ demo: build
 bench: build
 	$(PY) -m pytest benchmarks
 
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-lint: build
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: .venv/installed
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:

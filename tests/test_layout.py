@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # The named homes of what several ops share; every other stem in kernels/, csrc/cpu/ and csrc/cuda/ is an op's.
-SHARED = {"kernels/cpu/tiles.py", "kernels/triton/_launch.py", "csrc/cpu/gemm.cpp", "csrc/cuda/probe.cu"}
+SHARED = {"kernels/cpu/tiles.py", "kernels/triton/launch.py", "csrc/cpu/gemm.cpp", "csrc/cuda/probe.cu"}
 
 
 def ops(root: Path) -> set[str]:
