@@ -58,13 +58,14 @@ void bind_nt_xent(py::module_& m) {
   using namespace nt_xent;
   m.attr("MAX_TILE") = kMaxTile;
   m.def("nt_xent_normalize", [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, int operand,
-                                Address z, Address inv_norm, Address s_pos) {
+                                Address z, Address inv_norm) {
     table().normalize(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, DType(operand), at<float>(z),
-                      at<float>(inv_norm), at<float>(s_pos));
+                      at<float>(inv_norm));
   });
   m.def("nt_xent_forward_tile", [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n,
-                                   double tau, bool fixed, Address max, Address r) {
-    table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(r));
+                                   double tau, bool fixed, Address max, Address r, Address s_pos) {
+    table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(r),
+                         at<float>(s_pos));
   });
   m.def("nt_xent_finish_forward", [](int64_t n, double tau, bool fixed, Address max, Address r, Address s_pos,
                                      Address losses, Address stats) {

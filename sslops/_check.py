@@ -60,7 +60,7 @@ def temperature(op: str, value: float | Tensor, device: torch.device) -> None:
 
 
 def scratch(op: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
-    """float32 tensors of exactly these shapes: what a kernel's pointers rely on when `torch.ops.sslops` is called directly."""
+    """float32 tensors of these very shapes: kernels rely on it when `torch.ops.sslops` is called directly."""
     for name, (x, shape) in tensors.items():
         if x.dtype != torch.float32 or tuple(x.shape) != shape or x.device != device:
             bad_value(op, name, f"float32 {list(shape)} on {device}", f"{x.dtype} {list(x.shape)} on {x.device}")

@@ -20,10 +20,10 @@ def register(
     backward: Callable[..., Any],
     backward_fake: Callable[..., Any],
 ) -> None:
-    """Registers `sslops::name(arguments) -> (Tensor, saved)` and `sslops::name_backward(Tensor grad, arguments, saved)`.
+    """Registers `name(arguments) -> (Tensor, saved)` and `name_backward(Tensor grad, arguments, saved)`.
 
-    The first output is the result; the saved ones are kept for backward and have no gradient. The backward op returns one
-    gradient for each argument named in `gradients`. Differentiating it raises: eager is the backend for that.
+    The first output is the result; the saved ones are kept for backward and have no gradient. The backward op returns
+    one gradient for each argument named in `gradients`. Differentiating it raises: eager is the backend for that.
     """
     outputs = ", ".join(["Tensor result", saved])
     gradient_outputs = ", ".join(["Tensor"] * len(gradients))

@@ -1,7 +1,7 @@
 """Where a backend is chosen, refused with a reason, and explained.
 
-A backend is a folder of kernels: `sslops.kernels.<backend>.<op>`. A file that is not there is a backend that the op does
-not have. `eager`, the reference in `sslops/ops/<op>.py`, runs everywhere and comes last.
+A backend is a folder of kernels: `sslops.kernels.<backend>.<op>`. A file that is not there is a backend that the op
+does not have. `eager`, the reference in `sslops/ops/<op>.py`, runs everywhere and comes last.
 """
 
 import functools
@@ -34,16 +34,23 @@ def kernel(backend: str, op: str) -> ModuleType:
     return importlib.import_module(f"sslops.kernels.{backend}.{op}")
 
 
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
 @functools.cache
 def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` there; None if it can."""
     if backend == "eager":
         return None
-    if importlib.util.find_spec(f"sslops.kernels.{backend}.{op}") is None:
+    if not _exists(f"sslops.kernels.{backend}.{op}"):
         return f"{op} has no {backend} kernel"
     if backend not in _ORDER.get(device.type, ()):
         return f"the {backend} backend does not run on {device.type} tensors"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend == "triton" and not _exists("triton"):
         return "triton is not installed"
     reason: str | None = kernel(backend, op).refuses(device, dtype)
     return reason

@@ -35,20 +35,42 @@ class TileScope {
   Config saved_;
 };
 
+// 16 x 16 words in registers: four rounds of interleaving the first half with the second.
+SSLOPS_INLINE void transpose(F (&v)[16]) {
+  const I low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
+  for (int round = 0; round < 4; ++round) {
+    F w[16];
+    for (int k = 0; k < 8; ++k) {
+      w[2 * k] = __builtin_shuffle(v[k], v[k + 8], low);
+      w[2 * k + 1] = __builtin_shuffle(v[k], v[k + 8], high);
+    }
+    for (int k = 0; k < 16; ++k) v[k] = w[k];
+  }
+}
+
 void pack(const uint16_t* x, int64_t rows, int64_t cols, uint16_t* as_is, uint16_t* transposed) {
-  const int64_t k_tiles = cols / kBlock;
-  parallel_for(rows / kBlock, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block)
-      for (int64_t row = block * kBlock; row < (block + 1) * kBlock; ++row) {
-        const uint16_t* src = x + row * cols;
-        // B = x: row is k, so pairs of rows interleave.
-        uint16_t* out = as_is + block * kBlock * cols + (row % kBlock) / 2 * kBlock + row % 2;
-        for (int64_t col = 0; col < cols; ++col) out[col / kTile * kTileValues + col % kTile * 2] = src[col];
-        // B = x^T: row is n, so pairs of columns stay together.
-        out = transposed + row / kTile * k_tiles * kTileValues + row % kTile * 2;
-        for (int64_t col = 0; col < cols; col += 2)
-          std::memcpy(out + col / kBlock * kTileValues + col % kBlock / 2 * kBlock, src + col, 4);
+  parallel_for(rows / kTile, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t half = begin; half < end; ++half) {  // 16 rows: half of a tile along k, or a whole one along n
+      const uint16_t* src = x + half * kTile * cols;
+      // B = x: rows are k, so a row and the next one interleave.
+      uint16_t* out = as_is + half / 2 * kBlock * cols + half % 2 * (kTileValues / 2);
+      for (int64_t j = 0; j < cols; j += kTile, out += kTileValues)
+        for (int64_t k = 0; k < kTile / 2; ++k) {
+          H even, odd;
+          std::memcpy(&even, src + 2 * k * cols + j, sizeof even);
+          std::memcpy(&odd, src + (2 * k + 1) * cols + j, sizeof odd);
+          const U pairs = __builtin_convertvector(even, U) | __builtin_convertvector(odd, U) << 16;
+          std::memcpy(out + k * kBlock, &pairs, sizeof pairs);
+        }
+      // B = x^T: rows are n, and pairs along k lie side by side already.
+      out = transposed + half * kTile * cols;
+      for (int64_t j = 0; j < cols; j += kBlock, out += kTileValues) {
+        F v[16];
+        for (int64_t k = 0; k < kTile; ++k) std::memcpy(&v[k], src + k * cols + j, sizeof v[k]);
+        transpose(v);
+        std::memcpy(out, v, sizeof v);
       }
+    }
   });
 }
 
@@ -92,38 +114,29 @@ void matmul(const uint16_t* a, int64_t lda, Packed b, int64_t m, int64_t n, int6
   });
 }
 
-// 16 x 16 floats in registers: four rounds of interleaving halves.
-SSLOPS_INLINE void transpose(F (&v)[16]) {
-  const I low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
-  for (int round = 0; round < 4; ++round) {
-    F w[16];
-    for (int k = 0; k < 8; ++k) {
-      w[2 * k] = __builtin_shuffle(v[k], v[k + 8], low);
-      w[2 * k + 1] = __builtin_shuffle(v[k], v[k + 8], high);
-    }
-    for (int k = 0; k < 16; ++k) v[k] = w[k];
-  }
-}
-
 void round_both(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t* as_is, uint16_t* transposed,
                 int64_t ld_out) {
-  const auto pad = [](int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; };
-  parallel_for(pad(rows) / kBlock, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kBlock; i < end * kBlock; i += kTile)
-      for (int64_t j = 0; j < pad(cols); j += kTile) {
-        F v[16];
-        const int64_t lanes = cols - j < kTile ? cols - j : kTile;
-        for (int64_t k = 0; k < 16; ++k) {
-          v[k] = F{};
-          if (i + k < rows && lanes > 0) v[k] = load_lanes(x + (i + k) * ld + j, static_cast<int>(lanes), 0.f);
-          const __m256bh row = _mm512_cvtneps_pbh((__m512)v[k]);
-          std::memcpy(as_is + (i + k) * ld_out + j, &row, sizeof row);
-        }
-        transpose(v);
-        for (int64_t k = 0; k < 16; ++k) {
-          const __m256bh row = _mm512_cvtneps_pbh((__m512)v[k]);
-          std::memcpy(transposed + (j + k) * ld_out + i, &row, sizeof row);
-        }
+  const auto blocks = [](int64_t size) { return (size + kBlock - 1) / kBlock; };
+  const auto store_pair = [](uint16_t* out, F left, F right) {
+    const __m512bh row = _mm512_cvtne2ps_pbh((__m512)right, (__m512)left);
+    std::memcpy(out, &row, sizeof row);
+  };
+  parallel_for(blocks(rows), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kBlock; i < end * kBlock; i += kBlock)
+      for (int64_t j = 0; j < blocks(cols) * kBlock; j += kBlock) {
+        F v[2][2][16];  // 32 x 32 values as four quarters
+        for (int64_t k = 0; k < kBlock; ++k)
+          for (int64_t right = 0; right < 2; ++right) {
+            const int64_t left = cols - j - right * kTile;
+            const int lanes = static_cast<int>(i + k >= rows || left < 0 ? 0 : left < kTile ? left : kTile);
+            v[k / kTile][right][k % kTile] = load_lanes(x + (i + k) * ld + j + right * kTile, lanes, 0.f);
+          }
+        for (int64_t k = 0; k < kBlock; ++k)
+          store_pair(as_is + (i + k) * ld_out + j, v[k / kTile][0][k % kTile], v[k / kTile][1][k % kTile]);
+        for (auto& half : v)
+          for (auto& quarter : half) transpose(quarter);
+        for (int64_t k = 0; k < kBlock; ++k)
+          store_pair(transposed + (j + k) * ld_out + i, v[0][k / kTile][k % kTile], v[1][k / kTile][k % kTile]);
       }
   });
 }

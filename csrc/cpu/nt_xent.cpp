@@ -26,31 +26,24 @@ struct View {
 };
 
 void normalize(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, DType operand,
-               float* z, float* inv_norm, float* s_pos) {
+               float* z, float* inv_norm) {
   const View x{z0, z1, dtype, n, d};
-  parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(2 * n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t row : {i, i + n}) {
-        float inv = 1.f;
-        if (normalize) {
-          sslops::D squares{};  // double: no overflow for any float32 row
-          for_each_vector(d, [&](int64_t j, int lanes) {
-            const sslops::D v = __builtin_convertvector(x.at(row, j, lanes), sslops::D);
-            squares += v * v;
-          });
-          const double norm = __builtin_sqrt(sum(squares));
-          inv = static_cast<float>(1.0 / (norm < kEps ? static_cast<double>(kEps) : norm));
-        }
-        inv_norm[row] = inv;
+      float inv = 1.f;
+      if (normalize) {
+        D squares{};  // double: no float32 row overflows
         for_each_vector(d, [&](int64_t j, int lanes) {
-          store_lanes(z + row * d + j, lanes, round_to(operand, x.at(row, j, lanes) * inv));
+          const D v = __builtin_convertvector(x.at(i, j, lanes), D);
+          squares += v * v;
         });
+        const double norm = __builtin_sqrt(sum(squares));
+        inv = static_cast<float>(1.0 / (norm < kEps ? static_cast<double>(kEps) : norm));
       }
-      F dot{};
+      inv_norm[i] = inv;
       for_each_vector(d, [&](int64_t j, int lanes) {
-        dot += load_lanes(z + i * d + j, lanes, 0.f) * load_lanes(z + (i + n) * d + j, lanes, 0.f);
+        store_lanes(z + i * d + j, lanes, round_to(operand, x.at(i, j, lanes) * inv));
       });
-      s_pos[i] = sum(dot);
     }
   });
 }
@@ -60,6 +53,13 @@ void mask_row(const Tile& t, int64_t row) {
   const int64_t i = t.i0 + row, positive = i < t.n ? i + t.n : i - t.n;
   for (int64_t j : {i - t.j0, positive - t.j0})
     if (j >= 0 && j < t.cols) t.s[row * t.ld + j] = -kInf;
+}
+
+// The same, once the positive is read: the pairs (k, k + N) all lie on or above the diagonal.
+void take_positive(const Tile& t, int64_t row, float* s_pos) {
+  const int64_t i = t.i0 + row, j = i + t.n - t.j0;
+  if (i < t.n && j >= 0 && j < t.cols) s_pos[i] = t.s[row * t.ld + j];
+  mask_row(t, row);
 }
 
 // fn(chunk, first row, end row), chunks in parallel.
@@ -74,11 +74,11 @@ void for_each_chunk(const Tile& t, Fn&& fn) {
 }
 
 // Raises m to the maxima of the tile and scales r down accordingly.
-void raise_maximum(const Tile& t, float scale, float* m, float* r) {
+void raise_maximum(const Tile& t, float scale, float* m, float* r, float* s_pos) {
   float column_max[kMaxChunks][kMaxTile];
   const auto raise = [&](int64_t i, float candidate) {
     if (candidate > m[i]) {
-      r[i] *= exp2f(m[i] - candidate);
+      r[i] *= exp2f((m[i] - candidate) * scale);
       m[i] = candidate;
     }
   };
@@ -86,12 +86,12 @@ void raise_maximum(const Tile& t, float scale, float* m, float* r) {
     float* columns = column_max[chunk];
     for (int64_t j = 0; j < t.cols; ++j) columns[j] = kLowest;
     for (int64_t row = begin; row < end; ++row) {
-      mask_row(t, row);
+      take_positive(t, row, s_pos);
       F best = splat(kLowest);
       for_each_vector(t.cols, [&](int64_t j, int lanes) {
-        const F logit = load_lanes(t.s + row * t.ld + j, lanes, -kInf) * scale;
-        best = max(logit, best);
-        store_lanes(columns + j, lanes, max(logit, load_lanes(columns + j, lanes, kLowest)));
+        const F s = load_lanes(t.s + row * t.ld + j, lanes, -kInf);
+        best = max(s, best);
+        store_lanes(columns + j, lanes, max(s, load_lanes(columns + j, lanes, kLowest)));
       });
       raise(t.i0 + row, max(best));
     }
@@ -105,23 +105,23 @@ void raise_maximum(const Tile& t, float scale, float* m, float* r) {
 }
 
 template <bool kFixed>
-void forward_tile_as(const Tile& t, float scale, float* m, float* r) {
+void forward_tile_as(const Tile& t, float scale, const float* m, float* r, float* s_pos) {
   float column_sum[kMaxChunks][kMaxTile];
   const bool mirrored = t.i0 != t.j0;
   for_each_chunk(t, [&](int64_t chunk, int64_t begin, int64_t end) {
     float* columns = column_sum[chunk];
     for (int64_t j = 0; j < t.cols; ++j) columns[j] = 0.f;
     for (int64_t row = begin; row < end; ++row) {
-      if (kFixed) mask_row(t, row);
+      if (kFixed) take_positive(t, row, s_pos);
       const float* s = t.s + row * t.ld;
-      const float shift = kFixed ? scale : m[t.i0 + row];
+      const float top = kFixed ? 1.f : m[t.i0 + row];
       F total{};
       for_each_vector(t.cols, [&](int64_t j, int lanes) {
         const F v = load_lanes(s + j, lanes, -kInf);
-        const F e = exp2_nonpositive(v * scale - shift);
+        const F e = exp2_nonpositive((v - top) * scale);
         total += e;
         if (mirrored) {
-          const F mirror = kFixed ? e : exp2_nonpositive(v * scale - load_lanes(m + t.j0 + j, lanes, 0.f));
+          const F mirror = kFixed ? e : exp2_nonpositive((v - load_lanes(m + t.j0 + j, lanes, 0.f)) * scale);
           store_lanes(columns + j, lanes, load_lanes(columns + j, lanes, 0.f) + mirror);
         }
       });
@@ -136,11 +136,11 @@ void forward_tile_as(const Tile& t, float scale, float* m, float* r) {
   }
 }
 
-void forward_tile(Tile t, double tau, bool fixed, float* m, float* r) {
+void forward_tile(Tile t, double tau, bool fixed, float* m, float* r, float* s_pos) {
   const float scale = static_cast<float>(kLog2e / tau);
-  if (fixed) return forward_tile_as<true>(t, scale, m, r);
-  raise_maximum(t, scale, m, r);
-  forward_tile_as<false>(t, scale, m, r);
+  if (fixed) return forward_tile_as<true>(t, scale, m, r, s_pos);
+  raise_maximum(t, scale, m, r, s_pos);
+  forward_tile_as<false>(t, scale, m, r, s_pos);
 }
 
 void finish_forward(int64_t n, double tau, bool fixed, const float* m, const float* r, const float* s_pos, float* losses,
@@ -148,10 +148,9 @@ void finish_forward(int64_t n, double tau, bool fixed, const float* m, const flo
   const float scale = static_cast<float>(kLog2e / tau);
   const int64_t rows = 2 * n;
   for (int64_t i = 0; i < rows; ++i) {
-    const float logit = s_pos[i < n ? i : i - n] * scale, m_neg = fixed ? scale : m[i];
-    const float top = fixed ? scale : max(logit, m_neg);
-    const float r_neg = r[i] * exp2f(m_neg - top), e_pos = exp2f(logit - top), total = r_neg + e_pos;
-    losses[i] = r_neg < e_pos ? log1pf(r_neg / e_pos) : logf(total) + (top - logit) * kLn2;
+    const float s = s_pos[i < n ? i : i - n], m_neg = fixed ? 1.f : m[i], top = fixed ? 1.f : max(s, m_neg);
+    const float r_neg = r[i] * exp2f((m_neg - top) * scale), e_pos = exp2f((s - top) * scale), total = r_neg + e_pos;
+    losses[i] = r_neg < e_pos ? log1pf(r_neg / e_pos) : logf(total) + static_cast<float>((top - s) / tau);
     stats[i] = top;
     stats[rows + i] = 1.f / total;
     stats[2 * rows + i] = r_neg / total;
@@ -165,15 +164,15 @@ void backward_tile_as(const Tile& t, float scale, const float* m, const float* a
       mask_row(t, row);
       float* s = t.s + row * t.ld;
       const int64_t i = t.i0 + row;
-      const float shift = kFixed ? scale : m[i], a_i = a[i];
+      const float top = kFixed ? 1.f : m[i], a_i = a[i];
       for_each_vector(t.cols, [&](int64_t j, int lanes) {
-        const F logit = load_lanes(s + j, lanes, -kInf) * scale, a_j = load_lanes(a + t.j0 + j, lanes, 0.f);
-        const F e = exp2_nonpositive(logit - shift);
+        const F v = load_lanes(s + j, lanes, -kInf), a_j = load_lanes(a + t.j0 + j, lanes, 0.f);
+        const F e = exp2_nonpositive((v - top) * scale);
         F w;
         if constexpr (kFixed)
           w = e * (a_i + a_j);
         else
-          w = e * a_i + exp2_nonpositive(logit - load_lanes(m + t.j0 + j, lanes, 0.f)) * a_j;
+          w = e * a_i + exp2_nonpositive((v - load_lanes(m + t.j0 + j, lanes, 0.f)) * scale) * a_j;
         store_lanes(s + j, lanes, w);
       });
     }

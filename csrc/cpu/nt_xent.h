@@ -17,13 +17,13 @@ struct Tile {
 };
 
 struct Table {
-  // z [2N, D] (float32 values as the operand dtype holds them), inv_norm [2N], s_pos [N] from z0, z1 [N, D].
+  // z [2N, D] (float32 values as the operand dtype holds them) and inv_norm [2N] from z0, z1 [N, D].
   void (*normalize)(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, DType operand,
-                    float* z, float* inv_norm, float* s_pos);
-  // Adds the tile to r[i] = sum over negatives of 2^(log2e s_ij / tau - m[i]). fixed: m is log2e / tau, which no logit
-  // exceeds, and is not read; otherwise m is the running maximum (start: lowest float), raised as needed.
-  void (*forward_tile)(Tile tile, double tau, bool fixed, float* m, float* r);
-  // losses [2N]; stats [3, 2N] = (maximum in units of log2, 1 / r with the positive in r, share of the negatives in r).
+                    float* z, float* inv_norm);
+  // Adds the tile to r[i], the sum over negatives of exp((s_ij - m[i]) / tau), and stores s_pos [N] as it passes.
+  // fixed: the maximum is 1, and m is not read; otherwise m is the running maximum (start: lowest float).
+  void (*forward_tile)(Tile tile, double tau, bool fixed, float* m, float* r, float* s_pos);
+  // losses [2N]; stats [3, 2N] = (maximum of s, 1 / r with the positive in r, share of the negatives in r).
   void (*finish_forward)(int64_t n, double tau, bool fixed, const float* m, const float* r, const float* s_pos,
                          float* losses, float* stats);
   // S becomes W: W_ij = p_ij grad_i + p_ji grad_j, zero at positives and on the diagonal; a = grad / r, m from stats.

@@ -1,8 +1,8 @@
 """NT-Xent on the CPU: symmetric tiles in both directions, 4 M^2 D FLOP, nothing of size M x M.
 
-E_ij = exp(s_ij / tau - m_i) over the negatives, r_i their sum with the positive's term.
+r_i = sum over j != i of exp((s_ij - m_i) / tau), m_i the maximum; p_ij = exp((s_ij - m_i) / tau) / r_i.
 Forward: each tile above the diagonal adds to r of its rows and of its columns.
-Backward: W_ij = p_ij g_i + p_ji g_j is symmetric, dz = (W z - positives) / tau: each tile adds to both its blocks of dz.
+Backward: W_ij = p_ij g_i + p_ji g_j is symmetric, dz = (W z - positives) / tau: a tile adds to both its blocks of dz.
 """
 
 import torch
@@ -23,18 +23,20 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _normalize(z0: Tensor, z1: Tensor, normalize: bool, operand: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _normalize(z0: Tensor, z1: Tensor, normalize: bool, operand: torch.dtype) -> tuple[Tensor, Tensor]:
     n, d = z0.shape
-    z, inv_norm, s_pos = torch.empty(2 * n, d), torch.empty(2 * n), torch.empty(n)
+    z, inv_norm = torch.empty(2 * n, d), torch.empty(2 * n)
     _C.nt_xent_normalize(
         z0.data_ptr(), z1.data_ptr(), DTYPE_CODES[z0.dtype], n, d, normalize, DTYPE_CODES[operand],
-        z.data_ptr(), inv_norm.data_ptr(), s_pos.data_ptr(),
+        z.data_ptr(), inv_norm.data_ptr(),
     )  # fmt: skip
-    return z, inv_norm, s_pos
+    return z, inv_norm
 
 
-def _fixed_maximum(tau: float, normalize: bool) -> bool:
-    return normalize and tau >= LOWEST_FIXED_MAXIMUM_TEMPERATURE
+def _scale(temperature: float | Tensor, normalize: bool) -> tuple[float, bool]:
+    """tau (NaN if not positive: it makes everything NaN) and whether the maximum of s is taken to be 1"""
+    tau = float(temperature)
+    return (tau if tau > 0 else torch.nan), normalize and tau >= LOWEST_FIXED_MAXIMUM_TEMPERATURE
 
 
 def forward(
@@ -42,16 +44,16 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """losses [2N], inv_norm [2N], stats [3, 2N] (see csrc/cpu/nt_xent.h)"""
     n = len(z0)
-    tau = float(temperature)
-    fixed = _fixed_maximum(tau, normalize)
-    z, inv_norm, s_pos = _normalize(z0, z1, normalize, compute_dtype)
-    maximum, r = torch.full((2 * n,), torch.finfo(torch.float32).min), torch.zeros(2 * n)
+    tau, fixed = _scale(temperature, normalize)
+    z, inv_norm = _normalize(z0, z1, normalize, compute_dtype)
+    maximum, r, s_pos = torch.full((2 * n,), torch.finfo(torch.float32).min), torch.zeros(2 * n), torch.empty(n)
     tiles = tiles_for(z, compute_dtype)
     for i, j in upper_tiles(2 * n):
         s = tiles.logits(i, j)
         _C.nt_xent_forward_tile(
-            s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, tau, fixed, maximum.data_ptr(), r.data_ptr()
-        )
+            s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, tau, fixed,
+            maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(),
+        )  # fmt: skip
     losses, stats = torch.empty(2 * n), torch.empty(3, 2 * n)
     _C.nt_xent_finish_forward(
         n, tau, fixed, maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(), losses.data_ptr(), stats.data_ptr()
@@ -71,9 +73,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz0, dz1 [N, D] in the inputs' dtype and dtemperature, from grad [2N] float32"""
     n, d = z0.shape
-    tau = float(temperature)
-    fixed = _fixed_maximum(tau, normalize)
-    z, _, _ = _normalize(z0, z1, normalize, compute_dtype)
+    tau, fixed = _scale(temperature, normalize)
+    z, _ = _normalize(z0, z1, normalize, compute_dtype)
     maximum, weights = stats[0], grad * stats[1]
     tiles = tiles_for(z, compute_dtype)
     dz = tiles.zeros()

@@ -59,7 +59,9 @@ class Bf16Tiles:
         _C.gemm_pack(self._z.data_ptr(), m, d, self._as_right.data_ptr(), self._transposed_as_right.data_ptr())
         side = min(TILE, m)
         self._tile = torch.empty(side, side)
-        self._w, self._w_transposed = self._z.new_empty(2, side, side + _C.GEMM_BLOCK)  # rows that miss each other's cache sets
+        self._w, self._w_transposed = self._z.new_empty(
+            2, side, side + _C.GEMM_BLOCK
+        )  # rows that miss each other's cache sets
 
     def logits(self, i: slice, j: slice) -> Tensor:
         rows, cols, d = i.stop - i.start, j.stop - j.start, self._z.shape[1]
@@ -75,9 +77,7 @@ class Bf16Tiles:
     def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor) -> None:
         rows, cols = w.shape
         ld = self._w.stride(0)
-        _C.gemm_round_both(
-            w.data_ptr(), w.stride(0), rows, cols, self._w.data_ptr(), self._w_transposed.data_ptr(), ld
-        )
+        _C.gemm_round_both(w.data_ptr(), w.stride(0), rows, cols, self._w.data_ptr(), self._w_transposed.data_ptr(), ld)
         self._add(out, i, self._w, j)
         if i != j:
             self._add(out, j, self._w_transposed, i)
@@ -87,9 +87,7 @@ class Bf16Tiles:
         d = self._z.shape[1]
         m, k = _padded(rows.stop - rows.start), _padded(inner.stop - inner.start)
         right = self._as_right[inner.start].data_ptr()
-        _C.gemm_matmul(
-            w.data_ptr(), w.stride(0), right, 512, 32 * d, m, d, k, out[rows.start].data_ptr(), d, True
-        )
+        _C.gemm_matmul(w.data_ptr(), w.stride(0), right, 512, 32 * d, m, d, k, out[rows.start].data_ptr(), d, True)
 
 
 def tiles_for(z: Tensor, operand: torch.dtype) -> Float32Tiles | Bf16Tiles:

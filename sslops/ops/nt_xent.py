@@ -27,7 +27,13 @@ def reference(
 
 
 def _forward(
-    z0: Tensor, z1: Tensor, temperature: Tensor | None, tau: float, normalize: bool, operand_dtype: torch.dtype, backend: str
+    z0: Tensor,
+    z1: Tensor,
+    temperature: Tensor | None,
+    tau: float,
+    normalize: bool,
+    operand_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check.embeddings("nt_xent", z0=z0, z1=z1)
     if temperature is not None:
@@ -74,7 +80,8 @@ def _backward_fake(grad: Tensor, z0: Tensor, z1: Tensor, *_: object) -> tuple[Te
 
 register(
     "nt_xent",
-    arguments="Tensor z0, Tensor z1, Tensor? temperature, float tau, bool normalize, ScalarType operand_dtype, str backend",
+    arguments="Tensor z0, Tensor z1, Tensor? temperature, float tau, bool normalize, ScalarType operand_dtype, "
+    "str backend",
     saved="Tensor inv_norm, Tensor stats",
     gradients=("z0", "z1", "temperature"),
     forward=_forward,
@@ -95,14 +102,15 @@ def nt_xent(
 ) -> Tensor:
     """Normalised temperature-scaled cross entropy over 2N embeddings, the loss of SimCLR.
 
-    With z = [z0; z1] and p(i) the other view of i, row i's loss is -log softmax over j != i of <z_i, z_j> / temperature,
-    at j = p(i). Memory is linear in N: no [2N, 2N] matrix.
+    With z = [z0; z1] and p(i) the other view of i, row i's loss is -log softmax over j != i of
+    <z_i, z_j> / temperature, at j = p(i). Memory is linear in N: no [2N, 2N] matrix.
 
     Args:
-        z0, z1: two views, [N, D] each, row k of one being the positive of row k of the other; float32, float16, bfloat16
-            or float64 (float64 runs the eager reference). Under autocast the matmul operands have autocast's dtype.
-        temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient. A schedule
-            inside a compiled step should be a tensor: a number that changes recompiles.
+        z0, z1: two views, [N, D] each, row k of one being the positive of row k of the other; float32, float16,
+            bfloat16 or float64 (float64 runs the eager reference). Under autocast the matmul operands have its dtype.
+        temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient and
+            is not checked (NaN if it is not positive). A schedule inside a compiled step should be a tensor: a number
+            that changes recompiles.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the 2N rows, or "none": the losses [2N], rows of z0 first.
         backend: "cpu", "cuda", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).

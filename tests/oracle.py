@@ -1,0 +1,139 @@
+"""The accuracy promise as one check, and the other checks that every op shares.
+
+An op's truth is its eager reference in float64. Its error, for the output and for every gradient, may be at most twice
+the error of the eager reference in the input's own dtype, plus the floor of that dtype. Errors are relative, in the
+2-norm and in the maximum norm.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+from sslops.backend import BACKENDS, refusal
+
+# Two units in the last place of float32. Half-precision errors come from rounded operands and results, which eager
+# shares: an eighth of a unit covers the chance that eager's own error is small.
+FLOORS = {
+    torch.float32: 2 * torch.finfo(torch.float32).eps,
+    torch.float16: torch.finfo(torch.float16).eps / 8,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps / 8,
+}
+EAGER_FACTOR = 2.0
+
+
+def targets(op: str) -> list[tuple[str, str]]:
+    """(device, backend) pairs whose fused kernel can run on this machine."""
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    return [
+        (device, backend)
+        for device in devices
+        for backend in BACKENDS
+        if backend != "eager" and refusal(backend, op, torch.device(device), torch.float32) is None
+    ]
+
+
+def errors(x: Tensor, truth: Tensor, scale: float = 0.0) -> tuple[float, float]:
+    """Relative errors of x, in the 2-norm and the maximum norm.
+
+    scale: the root-mean-square size of terms that cancel in the truth, where it is smaller than they are.
+    """
+    difference = x.double() - truth
+    norms = []
+    for order, size in ((2, max(1, truth.numel()) ** 0.5), (torch.inf, 1.0)):
+        reference = max(float(torch.linalg.vector_norm(truth, order)), scale * size)
+        error = float(torch.linalg.vector_norm(difference, order))
+        norms.append(error / reference if reference > 0 else error)
+    return norms[0], norms[1]
+
+
+def assert_accurate(
+    name: str, got: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 0.0
+) -> None:
+    assert got.shape == eager.shape == truth.shape, f"{name}: shape {list(got.shape)}, eager has {list(eager.shape)}"
+    assert got.dtype == eager.dtype, f"{name}: {got.dtype}, eager has {eager.dtype}"
+    if not got.numel():
+        return
+    for norm, error, eager_error in zip(
+        ("2", "max"), errors(got, truth, scale), errors(eager, truth, scale), strict=True
+    ):
+        if not eager_error < float("inf"):  # eager overflowed: what we give must still be right
+            eager_error = 0.0
+        bound = EAGER_FACTOR * eager_error + FLOORS[dtype]
+        assert error <= bound, f"{name}: error {error:.2e} ({norm}-norm) above {bound:.2e}; eager has {eager_error:.2e}"
+
+
+def evaluate(
+    op: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    backend: str,
+    dtype: torch.dtype | None = None,
+    **kwargs: object,
+) -> list[Tensor]:
+    """op's output and the gradients of its inputs under a fixed random cotangent, in `dtype` if given."""
+    leaves = [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in inputs]
+    out = op(*leaves, backend=backend, **kwargs)
+    cotangent = torch.rand(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+def check(
+    op: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    backend: str,
+    *,
+    dtype: torch.dtype | None = None,
+    scale: dict[str, float] | None = None,
+    context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    **kwargs: object,
+) -> None:
+    """The promise, for op(*inputs, backend=..., **kwargs). dtype: the row of FLOORS; None: the first input's."""
+    tensors = list(inputs.values())
+    truth = evaluate(op, tensors, "eager", torch.float64, **kwargs)
+    with context():
+        eager = evaluate(op, tensors, "eager", **kwargs)
+        got = evaluate(op, tensors, backend, **kwargs)
+    for name, ours, theirs, exact in zip(["output", *inputs], got, eager, truth, strict=True):
+        assert_accurate(name, ours, theirs, exact, dtype or tensors[0].dtype, (scale or {}).get(name, 0.0))
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty holds NaN: what a kernel forgets to write, or reads before it is written, shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def assert_refused(error: type[Exception], op: str, argument: str, call: Callable[[], object]) -> None:
+    """call() raises `error`, and the message names the op, the argument, what was wanted and what came."""
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert message.startswith(f"{op}: {argument}: wanted "), message
+    assert ", got " in message, message
+
+
+def assert_compiles(op: Callable[..., Tensor], *inputs: Tensor, backend: str = "aot_eager") -> None:
+    """fullgraph, the plain call's output and gradients, and no new graph for every batch size."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(op, fullgraph=True, backend=graphs)
+    for rows in (len(inputs[0]), *range(2, len(inputs[0]), max(1, len(inputs[0]) // 4))):
+        for call in (op, compiled):
+            leaves = [x[:rows].detach().clone().requires_grad_() for x in inputs]
+            out = call(*leaves)
+            grads = torch.autograd.grad(out.sum(), leaves)
+            if call is op:
+                expected = [out, *grads]
+        rounding = 1e-6 if backend == "inductor" else 0.0  # it sums in an order of its own
+        for ours, theirs in zip([out, *grads], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding, equal_nan=True)
+    assert graphs.frame_count <= 2, f"{graphs.frame_count} graphs: one for the first batch size and one for all others"

@@ -1,0 +1,440 @@
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sslops
+from sslops import _C
+from sslops.ops import nt_xent as op_module
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+TARGETS = oracle.targets("nt_xent")
+each_target = pytest.mark.parametrize(("device", "backend"), TARGETS)
+
+
+def views(n: int, d: int, *, dtype=torch.float32, device="cpu", noise: float = 1.0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(n * 1000 + d)
+    z0 = torch.randn(n, d, generator=g)
+    z1 = z0 + noise * torch.randn(n, d, generator=g)
+    return {"z0": z0.to(device, dtype), "z1": z1.to(device, dtype)}
+
+
+def losses(z0, z1, **kwargs):
+    return sslops.nt_xent(z0, z1, reduction="none", **kwargs)
+
+
+def losses_of_tensor_temperature(z0, z1, temperature, **kwargs):
+    return sslops.nt_xent(z0, z1, temperature=temperature, reduction="none", **kwargs)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+def isa(request):
+    best = _C.isa()
+    try:
+        _C.set_isa(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    yield request.param
+    _C.set_isa(best)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "temperature"),
+    [(2, 3, 0.5), (5, 33, 1.0), (5, 33, 0.1)]  # too few rows for eager's error to be typical at a lower temperature
+    + [(n, d, t) for n, d in [(67, 33), (256, 128), (301, 96), (777, 40)] for t in (1.0, 0.1, 0.02, 0.005)],
+)
+def test_accuracy(device, backend, dtype, n, d, temperature):
+    inputs = views(n, d, dtype=dtype, device=device, noise=4.0)  # hard positives: float64 still knows 1 - p
+    with oracle.poisoned_memory():
+        oracle.check(losses, inputs, backend, temperature=temperature)
+
+
+@each_target
+def test_one_dimension(device, backend):
+    """Rows are +1 or -1 and the normalisation leaves no gradient, only terms of size 1 / tau that cancel."""
+    inputs = views(30, 1, device=device)
+    scale = {name: float(2 / 0.1 / x.abs().min()) for name, x in inputs.items()}
+    oracle.check(losses, inputs, backend, scale=scale, temperature=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_every_instruction_set(isa, dtype, temperature):
+    with oracle.poisoned_memory():
+        oracle.check(losses, views(350, 72, dtype=dtype, noise=4.0), "cpu", temperature=temperature)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.5, 0.05])
+def test_aligned_pairs(device, backend, dtype, temperature):
+    """Easy positives: the loss and the pull of the positive are small differences of large numbers."""
+    inputs = views(600, 128, dtype=dtype, device=device, noise=1e-2)
+    if temperature == 0.05 and dtype == torch.float32:
+        assert losses(**inputs, temperature=temperature, backend=backend).max() < 1e-3
+    oracle.check(losses, inputs, backend, temperature=temperature)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_collapsed(device, backend, dtype):
+    """All embeddings equal: the gradient is zero, a sum of terms of size 2 / tau per row that cancel."""
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    inputs = {"z0": row.repeat(300, 1), "z1": row.repeat(300, 1)}
+    size = 2 / 0.1 / float(row.float().norm()) / 64**0.5
+    oracle.check(losses, inputs, backend, temperature=0.1, scale={"z0": size, "z1": size})
+
+
+@each_target
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e-4, 1e4, 1e18, 1e25])
+def test_magnitudes(device, backend, magnitude):
+    inputs = {name: x * magnitude for name, x in views(130, 24, device=device).items()}
+    oracle.check(losses, inputs, backend, temperature=0.1)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
+def test_unnormalised(device, backend, dtype, size):
+    inputs = {name: x * size for name, x in views(301, 33, dtype=dtype, device=device).items()}
+    oracle.check(losses, inputs, backend, temperature=0.7, normalize=False)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.5, 0.03])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_temperature_gradient(device, backend, dtype, temperature, normalize):
+    inputs = {name: x * 0.3 for name, x in views(200, 48, dtype=dtype, device=device).items()}
+    inputs["temperature"] = torch.tensor(temperature, device=device)
+    oracle.check(losses_of_tensor_temperature, inputs, backend, dtype=dtype, normalize=normalize)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast(device, backend, dtype):
+    def autocast():
+        return torch.autocast(device, dtype)
+
+    oracle.check(losses, views(300, 64, device=device), backend, dtype=dtype, temperature=0.1, context=autocast)
+    with autocast():
+        assert losses(**views(4, 8, device=device), backend=backend).dtype == torch.float32
+
+
+def test_autocast_changes_the_operands():
+    inputs = views(300, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = losses(**inputs)
+    assert not torch.equal(rounded, losses(**inputs))
+
+
+@pytest.mark.skipif(not _C.has_bf16_gemm(), reason="needs AMX")
+def test_bf16_logits_stay_float32():
+    """On AMX the logits are never rounded to bf16: the loss is that of the rounded embeddings, exactly."""
+    inputs = views(400, 64, dtype=torch.bfloat16)
+    rounded = {name: F.normalize(x.float()).bfloat16() for name, x in inputs.items()}
+    exact = losses(**{name: x.double() for name, x in rounded.items()}, temperature=0.05, normalize=False)
+    ours = losses(**inputs, temperature=0.05)
+    assert max(oracle.errors(ours, exact)) < 2e-6
+
+
+@each_target
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(device, backend, reduction):
+    def op(z0, z1, **kwargs):
+        return sslops.nt_xent(z0, z1, reduction=reduction, **kwargs)
+
+    oracle.check(op, views(150, 32, device=device), backend)
+
+
+def test_against_the_formula():
+    """The reference itself, against Eq. 1 of the paper written as loops."""
+    inputs = {name: x.double() for name, x in views(4, 3).items()}
+    z = F.normalize(torch.cat(list(inputs.values())))
+    expected = torch.zeros(8, dtype=torch.float64)
+    for i in range(8):
+        terms = [torch.exp(z[i] @ z[k] / 0.3) for k in range(8) if k != i]
+        expected[i] = -torch.log(torch.exp(z[i] @ z[(i + 4) % 8] / 0.3) / sum(terms))
+    torch.testing.assert_close(losses(**inputs, temperature=0.3), expected)
+
+
+def test_gradients_of_the_reference():
+    inputs = [x.double().requires_grad_() for x in views(3, 4).values()]
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(losses_of_tensor_temperature, (*inputs, temperature))
+    assert torch.autograd.gradgradcheck(losses_of_tensor_temperature, (*inputs, temperature))
+
+
+@each_target
+@pytest.mark.parametrize("backend_of_case", ["eager", "fused"])
+def test_empty_and_single(device, backend, backend_of_case):
+    backend = "eager" if backend_of_case == "eager" else backend
+    empty = torch.zeros(0, 8, device=device, requires_grad=True)
+    assert sslops.nt_xent(empty, empty, backend=backend).isnan()
+    assert sslops.nt_xent(empty, empty, reduction="sum", backend=backend) == 0
+    assert losses(empty, empty, backend=backend).shape == (0,)
+    (gradient,) = torch.autograd.grad(sslops.nt_xent(empty, empty, reduction="sum", backend=backend), empty)
+    assert gradient.shape == (0, 8)
+    loss, *gradients = oracle.evaluate(losses, list(views(1, 8, device=device).values()), backend)
+    assert loss.tolist() == [0.0, 0.0]  # the positive is the only candidate
+    assert not any(g.any() for g in gradients)
+
+
+@each_target
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_rows_as_eager(device, backend, bad):
+    inputs = views(40, 8, device=device)
+    inputs["z1"][3, 2] = bad
+    for ours, eager in zip(
+        oracle.evaluate(losses, list(inputs.values()), backend),
+        oracle.evaluate(losses, list(inputs.values()), "eager"),
+        strict=True,
+    ):
+        assert torch.equal(ours.isnan(), eager.isnan())
+
+
+@each_target
+def test_zero_rows(device, backend):
+    inputs = views(40, 8, device=device)
+    inputs["z0"][5] = 0
+    oracle.check(losses, inputs, backend)
+
+
+@each_target
+def test_overflowing_logits_as_eager(device, backend):
+    inputs = [x * 1e20 for x in views(20, 8, device=device).values()]
+    ours, eager = (losses(*inputs, normalize=False, backend=b) for b in (backend, "eager"))
+    assert torch.equal(ours.isfinite(), eager.isfinite())
+
+
+@each_target
+def test_non_contiguous(device, backend):
+    inputs = views(96, 40, device=device)
+    strided = {name: x.repeat(2, 2)[::2, 1:41] for name, x in inputs.items()}
+    strided["z1"] = inputs["z1"].t().contiguous().t()
+    oracle.check(losses, strided, backend)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_every_run(device, backend, dtype):
+    inputs = list(views(700, 64, dtype=dtype, device=device).values())
+    first = oracle.evaluate(losses, inputs, backend)
+    for _ in range(3):
+        assert all(map(torch.equal, first, oracle.evaluate(losses, inputs, backend)))
+
+
+@each_target
+def test_gradient_of_one_view(device, backend):
+    z0, z1 = views(50, 16, device=device).values()
+    z0.requires_grad_()
+    sslops.nt_xent(z0, z1, backend=backend).backward()
+    expected, *_ = oracle.evaluate(sslops.nt_xent, [z0, z1], backend)[1:]
+    cotangent = torch.rand((), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    torch.testing.assert_close(z0.grad * cotangent.to(z0.grad), expected)
+    assert z1.grad is None
+
+
+@each_target
+@pytest.mark.parametrize("with_temperature", [False, True])
+def test_opcheck(device, backend, with_temperature):
+    z0, z1 = (x.requires_grad_() for x in views(6, 8, device=device).values())
+    temperature = torch.tensor(0.3, device=device, requires_grad=True) if with_temperature else None
+    arguments = (z0, z1, temperature, 0.3, True, torch.float32, backend)
+    torch.library.opcheck(torch.ops.sslops.nt_xent.default, arguments)
+    with torch.no_grad():
+        losses, *saved = torch.ops.sslops.nt_xent(*arguments)
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        torch.library.opcheck(torch.ops.sslops.nt_xent_backward.default, (losses, *detached, *saved))
+
+
+@each_target
+def test_compile(device, backend):
+    def step(z0, z1):
+        return sslops.nt_xent(z0 * 2, z1 + 1, temperature=0.2, backend=backend)
+
+    oracle.assert_compiles(step, *views(64, 16, device=device).values())
+
+
+@each_target
+def test_compile_with_inductor_and_tensor_temperature(device, backend):
+    def step(z0, z1):
+        return sslops.nt_xent(z0, z1, temperature=(z0.detach().mean() * 0 + 0.2), backend=backend)
+
+    oracle.assert_compiles(step, *views(16, 8, device=device).values(), backend="inductor")
+
+
+def test_export():
+    class Head(torch.nn.Module):
+        def forward(self, z0, z1):
+            return sslops.nt_xent(z0, z1)
+
+    inputs = tuple(views(8, 4).values())
+    exported = torch.export.export(Head(), inputs)
+    torch.testing.assert_close(exported.module()(*inputs), sslops.nt_xent(*inputs))
+
+
+@each_target
+def test_second_derivative(device, backend):
+    z0, z1 = (x.requires_grad_() for x in views(6, 8, device=device).values())
+    (gradient,) = torch.autograd.grad(sslops.nt_xent(z0, z1, backend=backend), z0, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("isa", ["avx512"], indirect=True)
+def test_memory_is_linear(isa):
+    """M = 16384, D = 64: forward and backward in a process of their own grow by a few M x D, where M x M takes 1 GB."""
+    script = """
+import resource, sslops, torch
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+z0, z1 = (torch.randn(8192, 64, requires_grad=True) for _ in range(2))
+sslops.nt_xent(z0[:600], z1[:600]).backward()
+before = peak()
+sslops.nt_xent(z0, z1).backward()
+print(peak() - before)
+"""
+    grown = float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    assert grown < 64, f"{grown:.0f} MB"
+
+
+def test_bad_input():
+    z0, z1 = views(4, 8).values()
+
+    def refused(error, argument, *args, **kwargs):
+        oracle.assert_refused(error, "nt_xent", argument, lambda: sslops.nt_xent(*args, **kwargs))
+
+    refused(ValueError, "z1", z0, z1[:3])
+    refused(ValueError, "z1", z0, z1[:, :3])
+    refused(ValueError, "z1", z0, z1.double())
+    refused(ValueError, "z1", z0, z1.to("meta"))
+    refused(ValueError, "z0", z0[0], z1[0])
+    refused(ValueError, "z0", z0[None], z1[None])
+    refused(TypeError, "z0", z0.int(), z1.int())
+    refused(TypeError, "z0", z0.tolist(), z1)
+    for temperature in (0, 0.0, -1.0, float("nan"), float("inf"), -float("inf")):
+        refused(ValueError, "temperature", z0, z1, temperature=temperature)
+    refused(ValueError, "temperature", z0, z1, temperature=torch.ones(1))
+    refused(ValueError, "temperature", z0, z1, temperature=torch.ones((), device="meta"))
+    refused(TypeError, "temperature", z0, z1, temperature=torch.ones((), dtype=torch.int64))
+    refused(TypeError, "temperature", z0, z1, temperature="warm")
+    refused(TypeError, "temperature", z0, z1, temperature=None)
+    refused(ValueError, "reduction", z0, z1, reduction="median")
+    refused(ValueError, "backend", z0, z1, backend="tpu")
+
+
+def test_bad_input_to_the_registered_op():
+    """torch.ops.sslops can be called by anyone: nothing that reaches a pointer goes unchecked."""
+    z0, z1 = views(4, 8).values()
+    arguments = (z0, z1, None, 0.5, True, torch.float32, "cpu")
+    _, inv_norm, stats = torch.ops.sslops.nt_xent(*arguments)
+    grad = torch.ones(8)
+    for bad in ((z0, z1[:3]), (z0, z1.double()), (z0[0], z1[0])):
+        with pytest.raises(ValueError, match="nt_xent: z"):
+            torch.ops.sslops.nt_xent(*bad, *arguments[2:])
+    for bad in (
+        (grad[:7], inv_norm, stats),
+        (grad, inv_norm[:7], stats),
+        (grad, inv_norm, stats[:2]),
+        (grad.double(), inv_norm, stats),
+    ):
+        with pytest.raises(ValueError, match=r"nt_xent: (grad|inv_norm|stats)"):
+            torch.ops.sslops.nt_xent_backward(bad[0], *arguments, *bad[1:])
+
+
+def test_odd_temperatures_on_a_tensor():
+    z0, z1 = views(10, 8).values()
+    for value in (-0.5, 0.0, float("nan")):
+        assert losses(z0, z1, temperature=torch.tensor(value), backend="cpu").isnan().all()
+
+
+def test_float64_takes_the_reference():
+    inputs = {name: x.double() for name, x in views(4, 8).items()}
+    assert losses(**inputs).dtype == torch.float64
+    with pytest.raises(RuntimeError, match=r"nt_xent: backend 'cpu' cannot run here: no torch\.float64 kernel"):
+        losses(**inputs, backend="cpu")
+
+
+class TestTheOracleItself:
+    """Broken kernels must not pass. Each breaks one thing that a refactoring could."""
+
+    def refuse(self, inputs, **kwargs):
+        with pytest.raises(AssertionError, match="above"):
+            oracle.check(losses, inputs, "cpu", **kwargs)
+
+    def test_a_lost_tile(self, monkeypatch):
+        from sslops.kernels.cpu import nt_xent as kernel
+
+        tiles = kernel.upper_tiles
+        monkeypatch.setattr(kernel, "upper_tiles", lambda rows: list(tiles(rows))[:-1])
+        self.refuse(views(300, 32))
+
+    def test_a_forgotten_mirror_image(self, monkeypatch):
+        from sslops.kernels.cpu.tiles import Float32Tiles
+
+        monkeypatch.setattr(Float32Tiles, "add_symmetric", lambda self, out, i, j, w: out[i].addmm_(w, self._z[j]))
+        self.refuse(views(300, 32))
+
+    def test_an_underflowing_fixed_maximum(self, monkeypatch):
+        from sslops.kernels.cpu import nt_xent as kernel
+
+        monkeypatch.setattr(kernel, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
+        self.refuse(views(300, 32), temperature=0.005)
+
+    @pytest.mark.parametrize("relative", [1e-5])
+    def test_a_sloppy_temperature(self, monkeypatch, relative):
+        """About 10 roundings of float32 too far: as an exp of too few terms would be."""
+        from sslops.kernels.cpu import nt_xent as kernel
+
+        forward = kernel.forward
+        monkeypatch.setattr(kernel, "forward", lambda a, b, t, *rest: forward(a, b, t * (1 + relative), *rest))
+        self.refuse(views(300, 32))
+
+    def test_positives_rounded_to_bf16(self, monkeypatch):
+        """The pull of the positive as one bf16 number W_ip - 2: it drowns where pairs are aligned."""
+        from sslops.kernels.cpu import nt_xent as kernel
+
+        finish = _C.nt_xent_finish_forward
+
+        def rounded(*args):
+            finish(*args)
+            stats = keep[-1]
+            stats[2] = 1 - (1 - stats[2]).bfloat16().float()
+
+        keep = []
+        empty = torch.empty
+        monkeypatch.setattr(kernel.torch, "empty", lambda *s, **k: keep.append(empty(*s, **k)) or keep[-1])
+        monkeypatch.setattr(_C, "nt_xent_finish_forward", rounded)
+        self.refuse(views(300, 128, noise=1e-2, dtype=torch.bfloat16), temperature=0.05)
+
+    def test_unwritten_memory(self, monkeypatch):
+        monkeypatch.setattr(_C, "nt_xent_finish_backward", lambda *args: None)
+        with oracle.poisoned_memory():
+            self.refuse(views(40, 8))
+
+
+def test_backends_are_explained(monkeypatch):
+    z0, z1 = views(4, 8).values()
+    assert "cpu     taken" in sslops.explain("nt_xent", z0, z1)
+    assert "eager   taken" in sslops.explain("nt_xent", z0.double(), z1.double())
+    monkeypatch.setenv("SSLOPS_BACKEND", "eager")
+    assert "eager   taken" in sslops.explain("nt_xent", z0, z1)
+    monkeypatch.setenv("SSLOPS_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"nt_xent: backend 'triton' cannot run here: .*cpu tensors"):
+        sslops.nt_xent(z0, z1)
+    assert "cannot run here" in sslops.explain("nt_xent", z0, z1)
+    with pytest.raises(ValueError, match="explain: op"):
+        sslops.explain("nt_xnet")
+
+
+def test_the_reference_is_the_eager_backend(monkeypatch):
+    calls = []
+    monkeypatch.setattr(op_module, "reference", lambda *args: calls.append(args) or torch.zeros(8))
+    sslops.nt_xent(*views(4, 8).values(), backend="eager")
+    assert len(calls) == 1
