@@ -90,6 +90,8 @@ def with_dependencies(name: str, found: set[str]) -> set[str]:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A git repository of the files that git knows or would add here, uncommitted changes included."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git work tree")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
