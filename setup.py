@@ -81,7 +81,7 @@ def ninja_graph(out: Path, version: str) -> str:
             nvcc_flags += f" -gencode arch=compute_{arch},code=sm_{arch}"
         nvcc_flags += f" -gencode arch=compute_{highest},code=compute_{highest}"
         variables["nvcc"] = shlex.quote(nvcc)
-        variables["link"] = f"{variables['nvcc']} -shared -cudart static -Xlinker --exclude-libs,ALL"
+        variables["link"] = f"{variables['nvcc']} -shared --no-device-link -cudart static -Xlinker --exclude-libs,ALL"
     edges, objects = [], []
 
     def compile(rule: str, sources: str, flags: str, variant: str = "") -> None:
