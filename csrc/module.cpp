@@ -4,9 +4,11 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "cpu/ema_update.h"
 #include "cpu/gemm.h"
 #include "cpu/nt_xent.h"
 #ifdef SSLOPS_CUDA
+#include "cuda/ema_update.h"
 #include "cuda/probe.h"
 #endif
 
@@ -48,10 +50,10 @@ void bind_gemm(py::module_& m) {
     gemm::table().matmul(at<uint16_t>(a), lda, {at<uint16_t>(b), n_step, k_step}, rows, n, k, at<float>(c), ldc,
                          accumulate);
   });
-  m.def("gemm_round_both", [](Address x, int64_t ld, int64_t rows, int64_t cols, Address as_is, Address transposed,
-                              int64_t ld_out) {
-    gemm::table().round_both(at<float>(x), ld, rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed), ld_out);
-  });
+  m.def("gemm_round_both",
+        [](Address x, int64_t ld, int64_t rows, int64_t cols, Address as_is, Address transposed, int64_t ld_out) {
+          gemm::table().round_both(at<float>(x), ld, rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed), ld_out);
+        });
 }
 
 void bind_nt_xent(py::module_& m) {
@@ -67,11 +69,11 @@ void bind_nt_xent(py::module_& m) {
     table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(r),
                          at<float>(s_pos));
   });
-  m.def("nt_xent_finish_forward", [](int64_t n, double tau, bool fixed, Address max, Address r, Address s_pos,
-                                     Address losses, Address stats) {
-    table().finish_forward(n, tau, fixed, at<float>(max), at<float>(r), at<float>(s_pos), at<float>(losses),
-                           at<float>(stats));
-  });
+  m.def("nt_xent_finish_forward",
+        [](int64_t n, double tau, bool fixed, Address max, Address r, Address s_pos, Address losses, Address stats) {
+          table().finish_forward(n, tau, fixed, at<float>(max), at<float>(r), at<float>(s_pos), at<float>(losses),
+                                 at<float>(stats));
+        });
   m.def("nt_xent_backward_tile", [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0,
                                     int64_t n, double tau, bool fixed, Address max, Address a) {
     table().backward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(a));
@@ -85,6 +87,37 @@ void bind_nt_xent(py::module_& m) {
         });
 }
 
+void bind_ema_update(py::module_& m) {
+  using namespace ema_update;
+  using Impls = std::vector<uintptr_t>;
+  py::class_<Pairs>(m, "EmaPairs", "What a momentum update reads and writes.")
+      .def(py::init<>())
+      .def("read",
+           [](Pairs& pairs, const Impls& targets, const Impls& sources, const Impls& shadows, int64_t first_chunk) {
+             const Problem p = pairs.read(targets, sources, shadows, first_chunk);
+             return std::tuple(p.what, p.list, p.index, p.other_list, p.other_index);
+           })
+      .def_readonly("strided", &Pairs::strided)
+      .def_readonly("chunks", &Pairs::chunks)
+      .def_readonly("version", &Pairs::version)
+      .def_property_readonly("nbytes", [](const Pairs& pairs) { return pairs.rows.size() * sizeof(Row); });
+  m.def("ema_update",
+        [](const Pairs& pairs, double momentum, std::optional<uint64_t> seed) {
+          const py::gil_scoped_release others_may_run;
+          table().update(pairs, momentum, seed ? &*seed : nullptr);
+        });
+#ifdef SSLOPS_CUDA
+  m.def("cuda_ema_upload", [](const Pairs& pairs, Address device_rows, Address stream) {
+    cuda_upload(pairs, at<Row>(device_rows), at<void>(stream));
+  });
+  m.def("cuda_ema_update", [](const Pairs& pairs, Address device_rows, double momentum, Address device_momentum,
+                              bool is_double, bool stochastic, uint64_t seed, Address device_seed, Address stream) {
+    cuda_update(pairs, at<Row>(device_rows), {momentum, at<void>(device_momentum), is_double},
+                {stochastic, seed, at<uint64_t>(device_seed)}, at<void>(stream));
+  });
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -94,6 +127,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");
   bind_gemm(m);
   bind_nt_xent(m);
+  bind_ema_update(m);
 #ifdef SSLOPS_CUDA
   m.def("cuda_iota", [](Address out, int64_t n, Address stream) { cuda_iota(at<int32_t>(out), n, at<void>(stream)); });
 #endif

@@ -13,9 +13,10 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def upper_tiles(rows: int) -> Iterator[tuple[slice, slice]]:
     """Row and column ranges of the tiles on and above the diagonal of a [rows, rows] matrix."""
-    for i in range(0, rows, TILE):
-        for j in range(i, rows, TILE):
-            yield slice(i, min(i + TILE, rows)), slice(j, min(j + TILE, rows))
+    side = TILE if rows > 2 * TILE else TILE // 2  # tiles on the diagonal save nothing by symmetry: let them be small
+    for i in range(0, rows, side):
+        for j in range(i, rows, side):
+            yield slice(i, min(i + side, rows)), slice(j, min(j + side, rows))
 
 
 class Float32Tiles:
