@@ -1,8 +1,8 @@
 """NT-Xent in Triton: nothing of size M x M in memory, 5 M^2 D FLOP where the maximum is known, else 6.
 
 E_ij = exp(s_ij / tau - m_i) over the negatives of row i, r_i their sum with the positive's term. Two unit rows have
-s <= 1, so m = 1 / tau needs no search and makes E symmetric: the forward pass visits half the tiles and adds each to its
-rows and to its columns. The gradient is dz = (W z - positives) / tau, W_ij = g_i E_ij / r_i + g_j E_ji / r_j.
+s <= 1, so m = 1 / tau needs no search and makes E symmetric: the forward pass visits half the tiles and adds each to
+its rows and to its columns. The gradient is dz = (W z - positives) / tau, W_ij = g_i E_ij / r_i + g_j E_ji / r_j.
 The positives stay out of both matmuls: rounded inside W they would drown the gradient of aligned pairs.
 
 Order of every sum is fixed, so the same input gives the same bits. Scratch, in bytes: z in the operands' dtype, padded
@@ -15,26 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _launch
-from ._launch import refuses  # noqa: F401
+from . import launch
+from .launch import refuses  # noqa: F401
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HUGE, SHRINK = tl.constexpr(2.0**60), tl.constexpr(2.0**-70)  # of an element whose square may overflow
 LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: LOWEST - LOWEST is no NaN
-SIZES = (
-    "N",
-    "M",
-    "stride",
-    "panel",
-    "span",
-    "splits",
-    "row0",
-    "column0",
-    "width",
-    "first",
-    "panels",
-)  # not worth a compilation each
+# These change from batch to batch: no compilation for each.
+SIZES = ("N", "M", "panel", "span", "splits", "row0", "column0", "width", "first", "panels")
 
 PANELS = 31  # odd, see _negative_sums; 31 * 16 programs fill 3.8 waves of an H100's 132 multiprocessors
 PROGRAMS = 528  # of the flash backward: two waves of two on each of 132 multiprocessors
@@ -125,7 +114,7 @@ def _prepare(
     x0, x1, z, inv_norm, s_pos, N, D, stride,
     NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z [2N, stride], the matmuls' operand: both views normalised, rounded, padded with zeros; s_pos [N] before rounding"""
+    """z [2N, stride], the matmuls' operand: both views normalised, rounded, padded; s_pos [N] of the unrounded"""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = rows < N
     inv0 = tl.full([BLOCK_R], 1.0, tl.float32)
@@ -164,10 +153,7 @@ def _negative_sums(
     b = (a + tl.program_id(1)) % tl.num_programs(0)
     columns_part = r_parts + a.to(tl.int64) * M
     rows_part = b.to(tl.int64) * M
-    if STATIONARY:
-        stride = BLOCK_K
-    else:
-        stride = tl.multiple_of(stride, 16)
+    stride = BLOCK_K if STATIONARY else stride
     for i in range(a * panel, tl.minimum(a * panel + panel, M), BLOCK_M):
         rows = i + tl.arange(0, BLOCK_M)
         r = tl.zeros([BLOCK_M], tl.float32)
@@ -252,10 +238,8 @@ def _row_stats(weights, m, i, M, maximum, SEARCH: tl.constexpr, BLOCK: tl.conste
     rows = i + tl.arange(0, BLOCK)
     weight = tl.load(weights + rows, mask=rows < M, other=0.0)
     if SEARCH:
-        top = tl.load(m + rows, mask=rows < M, other=0.0) * LOG2E
-    else:
-        top = maximum * LOG2E
-    return weight, top
+        maximum = tl.load(m + rows, mask=rows < M, other=0.0)
+    return weight, maximum * LOG2E
 
 
 @triton.jit
@@ -310,7 +294,7 @@ def _w_block(
     scale = tl.load(scale)
     i = row0 + tl.program_id(0) * BLOCK_M
     j = column0 + tl.program_id(1) * BLOCK_N
-    s = _similarities(z, i, j, M, tl.multiple_of(stride, 16), PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    s = _similarities(z, i, j, M, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     weight_i, top_i = _row_stats(weights, m, i, M, maximum, SEARCH, BLOCK_M)
     weight_j, top_j = _row_stats(weights, m, j, M, maximum, SEARCH, BLOCK_N)
     tile = _w_tile(s, i, j, weight_i, top_i, weight_j, top_j, scale, w_scale, N, M, SEARCH, BLOCK_M, BLOCK_N)
@@ -345,7 +329,7 @@ def _gradient(
     x, other, dz, inv_norm, grad, neg_share, w_scale, scale, dx, dots, first, N, D, stride, splits,
     NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx [N, D] of the view x, whose rows are those from `first` (0 or N) of dz [splits, 2N, stride], and their <z, dz>"""
+    """dx [N, D] of the view x, whose dz [splits, 2N, stride] starts at row `first` (0 or N), and dots [2N] = <z, dz>"""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = rows < N
     at, paired = first + rows, N - first + rows
@@ -423,15 +407,15 @@ def forward(
     losses, stats = z0.new_empty(m, dtype=torch.float32), z0.new_empty((3, m), dtype=torch.float32)
     if n == 0:
         return losses, torch.empty_like(losses), stats
-    precision = _launch.precision(compute_dtype)
-    config = _launch.nearest("nt_xent", z0.device, compute_dtype, d)["forward"]
+    precision = launch.precision(compute_dtype)
+    config = launch.nearest("nt_xent", z0.device, compute_dtype, d)["forward"]
     maximum, scale = _fixed_maximum(temperature, normalize, m), _log2_scale(temperature, z0)
     search = maximum is None
     block = config["BLOCK_M"]
     panel = triton.cdiv(triton.cdiv(m, PANELS), block) * block
     panels = triton.cdiv(m, panel)
     odd = panels // 2 * 2 + 1  # the last may have no rows
-    with _launch.guard(z0.device):
+    with launch.on(z0.device):
         z, inv_norm, s_pos = _operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
         stride = z.shape[1]
         r_parts = losses.new_empty((odd, m))
@@ -461,12 +445,11 @@ def backward(
     dz0, dz1 = torch.empty_like(z0), torch.empty_like(z1)
     if n == 0:
         return dz0, dz1, grad.new_zeros(())
-    precision = _launch.precision(compute_dtype)
-    configs = _launch.nearest("nt_xent", z0.device, compute_dtype, d)
+    precision = launch.precision(compute_dtype)
+    configs = launch.nearest("nt_xent", z0.device, compute_dtype, d)
     maximum, scale = _fixed_maximum(temperature, normalize, 2 * n), _log2_scale(temperature, z0)
     w_z, config = (_w_z_flash, configs["flash"]) if "flash" in configs else (_w_z_panels, configs["panels"])
-    # autocast would round the panels' float32 products
-    with _launch.guard(z0.device), torch.autocast(z0.device.type, enabled=False):
+    with launch.on(z0.device):
         z, _, _ = _operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
         w_scale = None
         if compute_dtype == torch.float16:  # 5 bits of exponent: the largest |W| possible to 2**15

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,9 +39,14 @@ def chip(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def guard(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes `device` current: Triton launches on the current device's current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device's current stream; autocast would round the products that torch makes."""
+    if device.type == "cuda":
+        with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
+            yield
+    else:
+        yield
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -57,7 +63,7 @@ def configs(op: str) -> dict:
 
 
 def nearest(op: str, device: torch.device, dtype: torch.dtype, width: int) -> dict:
-    """The configs of the smallest listed width that holds `width`, else of the widest; `default` for an unknown chip."""
+    """The configs of the smallest listed width that holds `width`, else of the widest; unknown chips: `default`."""
     table = configs(op)
     widths = table.get(chip(device), table["default"])[precision(dtype) if dtype == torch.float32 else "half"]
     listed = sorted(map(int, widths))
