@@ -1,6 +1,5 @@
+#include "launch.cuh"
 #include "probe.h"
-
-#include <stdexcept>
 
 namespace sslops {
 namespace {
@@ -12,10 +11,6 @@ __global__ void iota(int32_t* out, int64_t n) {
 
 }  // namespace
 
-void cuda_iota(int32_t* out, int64_t n, void* stream) {
-  iota<<<64, 256, 0, static_cast<cudaStream_t>(stream)>>>(out, n);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-    throw std::runtime_error(cudaGetErrorString(error));
-}
+void cuda_iota(int32_t* out, int64_t n, void* stream) { launch(iota, 64, 256, stream, out, n); }
 
 }  // namespace sslops

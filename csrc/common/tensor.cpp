@@ -1,0 +1,104 @@
+#include "tensor.h"
+
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace sslops {
+namespace {
+
+// An at::Tensor is one pointer to its implementation, and a handle is the address of an at::Tensor.
+using Handle = const uintptr_t*;
+
+struct Torch {
+  int32_t (*data_ptr)(Handle, void**);
+  int32_t (*dtype)(Handle, int32_t*);
+  int32_t (*layout)(Handle, int32_t*);
+  int32_t (*device_type)(Handle, int32_t*);
+  int32_t (*device_index)(Handle, int32_t*);
+  int32_t (*numel)(Handle, int64_t*);
+  int32_t (*dim)(Handle, int64_t*);
+  int32_t (*sizes)(Handle, int64_t**);
+  int32_t (*strides)(Handle, int64_t**);
+  int32_t strided, f32, f16, bf16, f64;
+};
+
+void* find(const char* name) {
+#ifdef __APPLE__
+  static void* const lib = dlopen("libtorch_cpu.dylib", RTLD_LAZY | RTLD_NOLOAD);
+#else
+  static void* const lib = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+#endif
+  void* const symbol = lib ? dlsym(lib, name) : nullptr;
+  if (!symbol) throw std::runtime_error(std::string("torch's library has no ") + name);
+  return symbol;
+}
+
+template <typename Fn>
+void find(const char* name, Fn& fn) {
+  fn = reinterpret_cast<Fn>(find(name));
+}
+
+int32_t constant(const char* name) { return reinterpret_cast<int32_t (*)()>(find(name))(); }
+
+Torch find_torch() {
+  Torch t;
+  find("aoti_torch_get_data_ptr", t.data_ptr);
+  find("aoti_torch_get_dtype", t.dtype);
+  find("aoti_torch_get_layout", t.layout);
+  find("aoti_torch_get_device_type", t.device_type);
+  find("aoti_torch_get_device_index", t.device_index);
+  find("aoti_torch_get_numel", t.numel);
+  find("aoti_torch_get_dim", t.dim);
+  find("aoti_torch_get_sizes", t.sizes);
+  find("aoti_torch_get_strides", t.strides);
+  t.strided = constant("aoti_torch_layout_strided");
+  t.f32 = constant("aoti_torch_dtype_float32");
+  t.f16 = constant("aoti_torch_dtype_float16");
+  t.bf16 = constant("aoti_torch_dtype_bfloat16");
+  t.f64 = constant("aoti_torch_dtype_float64");
+  return t;
+}
+
+void check(int32_t error) {
+  if (error) throw std::runtime_error("torch's C interface refused a tensor");
+}
+
+}  // namespace
+
+Tensor read_tensor(uintptr_t impl) {
+  static const Torch torch = find_torch();
+  Tensor x{};
+  int32_t dtype, layout;
+  check(torch.dtype(&impl, &dtype));
+  check(torch.layout(&impl, &layout));
+  check(torch.device_type(&impl, &x.device_type));
+  check(torch.device_index(&impl, &x.device_index));
+  check(torch.numel(&impl, &x.numel));
+  check(torch.dim(&impl, &x.dim));
+  int64_t *sizes, *strides;
+  check(torch.sizes(&impl, &sizes));
+  x.sizes = sizes;
+  if (layout == torch.strided) {
+    check(torch.strides(&impl, &strides));
+    x.strides = strides;
+    void* data;
+    check(torch.data_ptr(&impl, &data));
+    x.data = static_cast<char*>(data);
+  }
+  x.floating = true;
+  if (dtype == torch.f32)
+    x.dtype = DType::f32;
+  else if (dtype == torch.f16)
+    x.dtype = DType::f16;
+  else if (dtype == torch.bf16)
+    x.dtype = DType::bf16;
+  else if (dtype == torch.f64)
+    x.dtype = DType::f64;
+  else
+    x.floating = false;
+  return x;
+}
+
+}  // namespace sslops

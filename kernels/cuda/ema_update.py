@@ -1,0 +1,40 @@
+"""The momentum update on CUDA: one launch on the current stream. It is no part of a graph, so there is no backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslops import _C
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if hasattr(_C, "cuda_ema_update") else "this build of sslops has no CUDA code"
+
+
+def forward(
+    pairs: _C.EmaPairs,
+    device: torch.device,
+    momentum: float | Tensor,
+    seed: int | Tensor | None,
+    memory: dict[str, Any],
+) -> None:
+    """Updates the targets of `pairs`. `memory` keeps the table on the device until a tensor moves."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        # A graph has a table of its own, filled at each replay: the kept one may go before the graph does.
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing or memory.get("version") != pairs.version:
+            rows = torch.empty(pairs.nbytes, dtype=torch.uint8, device=device)
+            _C.cuda_ema_upload(pairs, rows.data_ptr(), stream)
+            if not capturing:
+                memory.update(rows=rows, version=pairs.version)
+        else:
+            rows = memory["rows"]
+        value, value_at, is_double = 0.0, 0, False
+        if isinstance(momentum, Tensor):
+            value_at, is_double = momentum.data_ptr(), momentum.dtype == torch.float64
+        else:
+            value = momentum
+        key, key_at = (0, seed.data_ptr()) if isinstance(seed, Tensor) else ((seed or 0) % 2**64, 0)
+        _C.cuda_ema_update(pairs, rows.data_ptr(), value, value_at, is_double, seed is not None, key, key_at, stream)

@@ -1,0 +1,250 @@
+"""The momentum update of a model's average: target <- m target + (1 - m) source, all tensors in one pass."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import _C, _check
+from .._library import _LIBRARY
+from ..backend import kernel, resolve
+
+_CHUNK = 16384  # the random numbers of each tensor begin at a multiple of it (kChunk in csrc/common/ema_update.h)
+
+
+def philox(seed: int, first_block: int, blocks: int, device: torch.device) -> Tensor:
+    """[blocks, 4] random 32-bit words as int64: Philox4x32-10 with the counter (block, 1, 0), block in 64 bits."""
+    low = 0xFFFFFFFF
+    block = torch.arange(first_block, first_block + blocks, device=device)
+    c = [block & low, block >> 32 & low, torch.full_like(block, 1), torch.zeros_like(block)]
+    keys = [seed & low, seed >> 32 & low]
+    for _ in range(10):
+        products = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # 64 bits, the sign bit being one of them
+        high = [p >> 32 & low for p in products]
+        c = [high[1] ^ c[1] ^ keys[0], products[1] & low, high[0] ^ c[3] ^ keys[1], products[0] & low]
+        keys = [(keys[0] + 0x9E3779B9) & low, (keys[1] + 0xBB67AE85) & low]
+    return torch.stack(c, dim=1)
+
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, seed: int, first: int) -> Tensor:
+    """x in `dtype`, up or down at random so as to be right on average; x[k] uses the bits of element first + k."""
+    words = philox(seed, first // 8, (x.numel() + 7) // 8, x.device)
+    bits = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[: x.numel()].view(x.shape)
+    exact, info = x.double(), torch.finfo(dtype)
+    leading = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 1)
+    ulp = leading.clamp(min=info.smallest_normal) * info.eps
+    rounded = torch.floor(exact.abs() / ulp + bits / 65536) * ulp * exact.sign()
+    return torch.where(x.isfinite(), rounded, exact).to(dtype)
+
+
+def reference(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    shadows: Sequence[Tensor],
+    momentum: float | Tensor,
+    seed: int | Tensor | None,
+) -> None:
+    """In float32 (float64 for float64); momentum 1 and 0 are copies, whatever the other side holds."""
+    first = 0
+    for k, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        wide = torch.float64 if target.dtype == torch.float64 else torch.float32
+        old, new = target.to(wide), source.to(wide)
+        m = torch.as_tensor(momentum, dtype=torch.float64, device=target.device).clamp(0, 1)
+        weight = (1 - m).to(wide)
+        moved = torch.where(m == 1, old, torch.where(m == 0, new, torch.lerp(old, new, weight)))
+        if seed is not None and target.dtype in (torch.float16, torch.bfloat16):
+            moved = round_stochastically(moved, target.dtype, int(seed), first)
+        target.copy_(moved)
+        if shadows:
+            shadows[k].copy_(target)
+        first += -(-target.numel() // _CHUNK) * _CHUNK
+
+
+_LISTS = ("targets", "sources", "shadows")
+_address = operator.attrgetter("_cdata")
+
+
+def _refuse(op: str, lists: Sequence[Sequence[Tensor]], problem: tuple[str, int, int, int, int]) -> NoReturn:
+    what, which, k, other_which, other_k = problem
+    x, name = lists[which][k], f"{_LISTS[which]}[{k}]"
+    if what == "dtype":
+        _check.bad_type(op, name, "a floating-point tensor: float32, float16, bfloat16 or float64", x.dtype)
+    elif what == "shape":
+        _check.bad_value(op, name, f"the shape of targets[{k}], {list(lists[0][k].shape)}", list(x.shape))
+    elif what == "device":
+        _check.bad_value(op, name, f"the device of targets[0], {lists[0][0].device}", x.device)
+    elif what == "memory":
+        _check.bad_value(op, name, "a tensor with memory of its own", f"{type(x).__name__}, {x.layout}, on {x.device}")
+    elif what == "shadowed":
+        _check.bad_type(op, name, "float32, to have a shadow", x.dtype)
+    elif what == "shadow":
+        _check.bad_type(op, name, "float16 or bfloat16", x.dtype)
+    elif what == "itself":
+        _check.bad_value(op, name, "elements that do not share memory", f"strides {list(x.stride())}")
+    other = f"{_LISTS[other_which]}[{other_k}]"
+    _check.bad_value(op, name, "memory that no other tensor shares", f"a tensor that overlaps {other}")
+
+
+class Pairs:
+    """Targets and their sources as the kernels take them; another update is cheap while no tensor has moved."""
+
+    def __init__(self, op: str, lists: Sequence[Sequence[Tensor]], first_chunk: int = 0) -> None:
+        """lists: targets, sources and shadows; the last may be empty. op: what errors name."""
+        for name, tensors in zip(_LISTS[1:], lists[1:], strict=True):
+            if len(tensors) != len(lists[0]) and (tensors or name == "sources"):
+                _check.bad_value(op, name, f"one for each of the {len(lists[0])} targets", len(tensors))
+        self._op, self._lists, self._first_chunk = op, lists, first_chunk
+        self._native = _C.EmaPairs()
+        self._memory: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Raises for tensors that cannot be updated; to be called before each update."""
+        for name, tensors in zip(_LISTS, self._lists, strict=True):
+            if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
+                k, x = next((k, x) for k, x in enumerate(tensors) if not isinstance(x, Tensor))
+                _check.bad_type(self._op, f"{name}[{k}]", "a tensor", type(x).__name__)
+            if torch.is_grad_enabled() and name != "sources":
+                for k, x in enumerate(tensors):
+                    if x.requires_grad:
+                        wanted = "torch.no_grad() around the call"
+                        _check.bad_value(self._op, f"{name}[{k}]", wanted, "a tensor that requires grad")
+        addresses = (list(map(_address, tensors)) for tensors in self._lists)
+        problem = self._native.read(*addresses, self._first_chunk)
+        if problem[0]:
+            _refuse(self._op, self._lists, problem)
+
+    @torch.no_grad()
+    def update(self, momentum: float | Tensor, seed: int | Tensor | None, backend: str | None) -> None:
+        targets, _, shadows = self._lists
+        if not targets:
+            return
+        chosen = resolve("ema_update", targets[0].device, targets[0].dtype, backend)
+        if chosen == "eager":
+            once = {t.data_ptr(): k for k, t in enumerate(targets) if t.numel()}.values()
+            reference(*self._part(once), momentum, seed)
+            return
+        kernel(chosen, "ema_update").forward(self._native, targets[0].device, momentum, seed, self._memory)
+        torch.autograd.graph.increment_version([*targets, *shadows])
+        if self._native.strided:
+            parts = self._part(self._native.strided)
+            copies = [[x.contiguous() for x in part] for part in parts]
+            inner = Pairs(self._op, copies, first_chunk=self._native.chunks)
+            inner.check()
+            inner.update(momentum, seed, chosen)
+            for k in (0, 2):
+                for x, copy in zip(parts[k], copies[k], strict=True):
+                    if copy is not x:
+                        x.copy_(copy)
+
+    def _part(self, indices: Iterable[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        targets, sources, shadows = ([x[k] for k in indices] if x else [] for x in self._lists)
+        return targets, sources, shadows
+
+
+def check_momentum(op: str, momentum: float | Tensor, device: torch.device | None) -> None:
+    """A number in [0, 1], or a 0-d float32 or float64 tensor on `device` (any if None), whose value is not read."""
+    if isinstance(momentum, Tensor):
+        if momentum.dtype not in (torch.float32, torch.float64):
+            _check.bad_type(op, "momentum", "a float32 or float64 tensor (bfloat16 rounds 0.999 to 1)", momentum.dtype)
+        if momentum.dim() != 0:
+            _check.bad_value(op, "momentum", "a number or a 0-d tensor", f"shape {list(momentum.shape)}")
+        if device is not None and momentum.device != device:
+            _check.bad_value(op, "momentum", f"the targets' device, {device}", momentum.device)
+    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        _check.bad_type(op, "momentum", "a number or a 0-d tensor", type(momentum).__name__)
+    elif not 0 <= momentum <= 1:
+        _check.bad_value(op, "momentum", "a number in [0, 1]", momentum)
+
+
+def check_seed(op: str, seed: int | Tensor | None, device: torch.device | None) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            _check.bad_type(op, "seed", "an int64 tensor", seed.dtype)
+        if seed.dim() != 0:
+            _check.bad_value(op, "seed", "a number or a 0-d tensor", f"shape {list(seed.shape)}")
+        if device is not None and seed.device != device:
+            _check.bad_value(op, "seed", f"the targets' device, {device}", seed.device)
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        _check.bad_type(op, "seed", "an int, a 0-d int64 tensor or None", type(seed).__name__)
+
+
+def _impl(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    shadows: list[Tensor],
+    momentum: Tensor | None,
+    momentum_value: float,
+    seed: Tensor | None,
+    seed_value: int | None,
+    backend: str,
+) -> None:
+    pairs = Pairs("ema_update_", (targets, sources, shadows))
+    pairs.check()
+    pairs.update(momentum_value if momentum is None else momentum, seed_value if seed is None else seed, backend)
+
+
+_LIBRARY.define(
+    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor? momentum, float momentum_value, "
+    "Tensor? seed, int? seed_value, str backend) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.impl("ema_update_", _impl, "CompositeExplicitAutograd")
+torch.library.register_fake("sslops::ema_update_", lambda *arguments: None, lib=_LIBRARY)
+
+
+def ema_update_(
+    targets: Iterable[Tensor],
+    sources: Iterable[Tensor],
+    momentum: float | Tensor,
+    *,
+    shadows: Iterable[Tensor] | None = None,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Momentum update in place, target <- momentum * target + (1 - momentum) * source, all tensors in one native call.
+
+    Computed as a step from the nearer end, target + (1 - momentum) * (source - target) for momentum >= 0.5: equal
+    tensors stay as they are, momentum 1 leaves every bit of the targets, momentum 0 copies. Arithmetic is float32, for
+    float64 targets float64. No gradient flows.
+
+    Args:
+        targets, sources: tensors, or a module's parameters(), pair by pair of one shape; float32, float16, bfloat16 or
+            float64 in any mix, contiguous or not, all on one device. A target that comes twice with the same source
+            (shared parameters) is updated once.
+        momentum: a number in [0, 1], or a 0-d float32 or float64 tensor on the targets' device, which on CUDA is read
+            there: no synchronisation, and a captured graph takes its current value. Such a value is clamped to [0, 1];
+            NaN gives NaN. A schedule inside a compiled step should be a tensor: a number that changes recompiles.
+        shadows: for each target, then float32, a float16 or bfloat16 tensor that receives the new value, rounded.
+        seed: None rounds float16 and bfloat16 targets to nearest. Near momentum 1 they then stop moving, as a step is
+            less than half a unit in the last place. With an int, or a 0-d int64 tensor on the targets' device, they are
+            rounded up or down at random so as to be right on average. The choice is a function of the seed and the
+            element's place in the lists, the same on every device and for every number of threads; each step needs
+            another seed.
+        backend: "cpu", "cuda" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+
+    Raises:
+        TypeError, ValueError: lists of unequal length, other shapes, dtypes or devices than these, a momentum outside
+            [0, 1], a target that requires grad outside torch.no_grad(), a target that shares memory with another
+            tensor. Nothing has been written then.
+        RuntimeError: the backend that was asked for cannot run here.
+
+    Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722, Eq. 2.
+    """
+    targets, sources, shadows = list(targets), list(sources), list(shadows or ())
+    device = targets[0].device if targets and isinstance(targets[0], Tensor) else None
+    check_momentum("ema_update_", momentum, device)
+    check_seed("ema_update_", seed, device)
+    if torch.compiler.is_compiling() and device is not None:
+        backend = resolve("ema_update", device, targets[0].dtype, backend)
+        with torch.no_grad():
+            torch.ops.sslops.ema_update_(
+                targets, sources, shadows,
+                momentum if isinstance(momentum, Tensor) else None, 0.0 if isinstance(momentum, Tensor) else momentum,
+                seed if isinstance(seed, Tensor) else None, None if isinstance(seed, Tensor) else seed, backend,
+            )  # fmt: skip
+        return
+    pairs = Pairs("ema_update_", (targets, sources, shadows))
+    pairs.check()
+    pairs.update(momentum, seed, backend)
