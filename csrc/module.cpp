@@ -4,6 +4,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "cpu/barlow_twins.h"
 #include "cpu/ema_update.h"
 #include "cpu/gemm.h"
 #include "cpu/nt_xent.h"
@@ -56,6 +57,28 @@ void bind_gemm(py::module_& m) {
         });
 }
 
+void bind_barlow_twins(py::module_& m) {
+  using namespace barlow_twins;
+  m.def("barlow_twins_normalize", [](Address x, int dtype, int64_t n, int64_t d, int64_t first, int64_t p, double eps,
+                                     int operand, Address a, Address rstd) {
+    table().normalize(at<void>(x), DType(dtype), {n, d, first, p}, eps, DType(operand), at<float>(a), at<float>(rstd));
+  });
+  m.def("barlow_twins_diagonal", [](Address a, Address b, int64_t n, int64_t p, Address c) {
+    table().diagonal(at<float>(a), at<float>(b), n, p, at<float>(c));
+  });
+  m.def("barlow_twins_inner",
+        [](Address x, Address y, int64_t size) { return table().inner(at<float>(x), at<float>(y), size); });
+  m.def("barlow_twins_panel", [](Address s, int64_t n, int64_t d, int64_t first, int64_t p, double lambd) {
+    return table().panel(at<float>(s), {n, d, first, p}, lambd);
+  });
+  m.def("barlow_twins_finish",
+        [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, Address rstd, double grad,
+           int64_t n, int64_t d, int64_t first, int64_t p, int dtype, Address dx) {
+          table().finish(at<float>(t), ld, weight, at<float>(b), at<float>(slope), at<float>(a), at<float>(rstd), grad,
+                         {n, d, first, p}, DType(dtype), at<void>(dx));
+        });
+}
+
 void bind_nt_xent(py::module_& m) {
   using namespace nt_xent;
   m.attr("MAX_TILE") = kMaxTile;
@@ -101,11 +124,10 @@ void bind_ema_update(py::module_& m) {
       .def_readonly("chunks", &Pairs::chunks)
       .def_readonly("version", &Pairs::version)
       .def_property_readonly("nbytes", [](const Pairs& pairs) { return pairs.rows.size() * sizeof(Row); });
-  m.def("ema_update",
-        [](const Pairs& pairs, double momentum, std::optional<uint64_t> seed) {
-          const py::gil_scoped_release others_may_run;
-          table().update(pairs, momentum, seed ? &*seed : nullptr);
-        });
+  m.def("ema_update", [](const Pairs& pairs, double momentum, std::optional<uint64_t> seed) {
+    const py::gil_scoped_release others_may_run;
+    table().update(pairs, momentum, seed ? &*seed : nullptr);
+  });
 #ifdef SSLOPS_CUDA
   m.def("cuda_ema_upload", [](const Pairs& pairs, Address device_rows, Address stream) {
     cuda_upload(pairs, at<Row>(device_rows), at<void>(stream));
@@ -126,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");
   bind_gemm(m);
+  bind_barlow_twins(m);
   bind_nt_xent(m);
   bind_ema_update(m);
 #ifdef SSLOPS_CUDA

@@ -64,3 +64,10 @@ def scratch(op: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, .
     for name, (x, shape) in tensors.items():
         if x.dtype != torch.float32 or tuple(x.shape) != shape or x.device != device:
             bad_value(op, name, f"float32 {list(shape)} on {device}", f"{x.dtype} {list(x.shape)} on {x.device}")
+
+
+def non_negative(op: str, argument: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        bad_type(op, argument, "a number", type(value).__name__)
+    if not 0 <= value < math.inf:
+        bad_value(op, argument, "a finite number, at least 0", value)

@@ -6,6 +6,8 @@ the error of the eager reference in the input's own dtype, plus the floor of tha
 """
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -110,6 +112,20 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def grown_memory(setup: str, statement: str) -> float:
+    """MB by which `statement`, after `setup`, raises the peak memory of a process of its own."""
+    script = f"""
+import sslops, torch
+def peak():  # not getrusage's, which a child inherits
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+{setup}
+before = peak()
+{statement}
+print(peak() - before)
+"""
+    return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
 def assert_refused(error: type[Exception], op: str, argument: str, call: Callable[[], object]) -> None:

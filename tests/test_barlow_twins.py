@@ -1,0 +1,197 @@
+import functools
+
+import oracle
+import pytest
+import torch
+
+import sslops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUTES = ("gram", "panels")
+each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("barlow_twins"))
+each_route = pytest.mark.parametrize("route", ROUTES)
+
+
+def views(n: int, d: int, *, dtype=torch.float32, device="cpu", noise: float = 1.0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(n * 1000 + d)
+    z_a = torch.randn(n, d, generator=g)
+    z_b = z_a + noise * torch.randn(n, d, generator=g)
+    return {"z_a": (z_a * 3 + 1).to(device, dtype), "z_b": z_b.to(device, dtype)}
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), [(7, 33), (64, 200), (100, 64), (256, 700), (700, 257), (129, 1100)])
+def test_accuracy(device, backend, route, dtype, n, d):
+    with oracle.poisoned_memory():
+        oracle.check(sslops.barlow_twins, views(n, d, dtype=dtype, device=device), backend, route=route, lambd=0.01)
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trained(device, backend, route, dtype):
+    """C near the identity: the loss and its gradient are what is left of terms that cancel."""
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(512, 64, generator=g)).Q  # uncorrelated columns; or, for the other route, rows
+    basis = basis.t() if route == "gram" else basis
+    inputs = {name: (basis + 1e-3 * torch.randn(basis.shape, generator=g)).to(device, dtype) for name in ("z_a", "z_b")}
+    oracle.check(sslops.barlow_twins, inputs, backend, route=route)
+
+
+@each_target
+@each_route
+def test_collapsed_columns(device, backend, route):
+    """Constant columns have no variance: their gradient is divided by sqrt(eps), and is finite."""
+    inputs = views(64, 40, device=device)
+    inputs["z_a"][:, 3] = 0.5
+    inputs["z_b"][:, 3] = -2.0
+    inputs["z_b"][:, 7] = 1.0
+    oracle.check(sslops.barlow_twins, inputs, backend, route=route)
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize("offset", [1e3, 1e5])
+def test_large_means(device, backend, route, offset):
+    inputs = {name: x + offset for name, x in views(128, 48, device=device).items()}
+    oracle.check(sslops.barlow_twins, inputs, backend, route=route)
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(device, backend, route, dtype):
+    oracle.check(
+        sslops.barlow_twins, views(96, 80, device=device), backend, dtype=dtype, route=route,
+        context=lambda: torch.autocast(device, dtype),
+    )  # fmt: skip
+
+
+@each_target
+@each_route
+def test_scale_and_eps(device, backend, route):
+    inputs = {name: x * 1e-2 for name, x in views(50, 40, device=device).items()}
+    oracle.check(functools.partial(sslops.barlow_twins, scale=0.025), inputs, backend, route=route, eps=1e-3)
+
+
+def test_against_the_formula():
+    z_a, z_b = (x.double() for x in views(9, 4).values())
+    a, b = ((z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() for z in (z_a, z_b))
+    expected = 0.0
+    for i in range(4):
+        for j in range(4):
+            c = float((a[:, i] * b[:, j]).sum() / 9)
+            expected += (1 - c) ** 2 if i == j else 0.3 * c**2
+    torch.testing.assert_close(sslops.barlow_twins(z_a, z_b, lambd=0.3).item(), expected)
+
+
+def test_gradients_of_the_reference():
+    inputs = [x.double().requires_grad_() for x in views(6, 3).values()]
+    assert torch.autograd.gradcheck(sslops.barlow_twins, inputs)
+    assert torch.autograd.gradgradcheck(sslops.barlow_twins, inputs)
+
+
+@pytest.mark.parametrize(("n", "d", "route"), [(64, 86, "gram"), (64, 85, "panels"), (256, 8192, "gram")])
+def test_route_by_cost(monkeypatch, n, d, route):
+    from sslops.ops import barlow_twins as module
+
+    assert module._route(n, d) == route
+
+
+@each_target
+@each_route
+def test_same_bits_every_run(device, backend, route):
+    inputs = list(views(200, 700, device=device).values())
+    first = oracle.evaluate(sslops.barlow_twins, inputs, backend, route=route)
+    for _ in range(3):
+        assert all(map(torch.equal, first, oracle.evaluate(sslops.barlow_twins, inputs, backend, route=route)))
+
+
+@each_target
+@each_route
+def test_backward_twice_and_without_grad(device, backend, route):
+    z_a, z_b = views(40, 60, device=device).values()
+    z_a.requires_grad_()
+    loss = sslops.barlow_twins(z_a, z_b, route=route, backend=backend)
+    once, twice = (torch.autograd.grad(loss, z_a, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, twice)
+    with torch.no_grad():
+        assert torch.equal(loss, sslops.barlow_twins(z_a, z_b, route=route, backend=backend))
+
+
+@each_target
+@each_route
+def test_non_contiguous_and_nan(device, backend, route):
+    inputs = views(32, 48, device=device)
+    strided = {name: x.repeat(2, 2)[::2, 1:49] for name, x in inputs.items()}
+    oracle.check(sslops.barlow_twins, strided, backend, route=route)
+    inputs["z_a"][2, 2] = float("nan")
+    assert sslops.barlow_twins(**inputs, route=route, backend=backend).isnan()
+
+
+@each_target
+@each_route
+def test_opcheck(device, backend, route):
+    z_a, z_b = (x.requires_grad_() for x in views(6, 8, device=device).values())
+    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, route, True, backend)
+    torch.library.opcheck(torch.ops.sslops.barlow_twins.default, arguments)
+    with torch.no_grad():
+        loss, *saved = torch.ops.sslops.barlow_twins(*arguments)
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        torch.library.opcheck(torch.ops.sslops.barlow_twins_backward.default, (loss, *detached, *saved))
+
+
+@each_target
+def test_compile(device, backend):
+    oracle.assert_compiles(
+        lambda a, b: sslops.barlow_twins(a * 2, b, backend=backend), *views(64, 128, device=device).values()
+    )
+
+
+@each_target
+def test_second_derivative(device, backend):
+    z_a, z_b = (x.requires_grad_() for x in views(6, 8, device=device).values())
+    (gradient,) = torch.autograd.grad(sslops.barlow_twins(z_a, z_b, backend=backend), z_a, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        gradient.sum().backward()
+
+
+def test_memory_is_linear():
+    """N = 128, D = 16384, where C alone is 1 GB: outputs, Grams and panels take a few N x D (8 MB each)."""
+    grown = oracle.grown_memory(
+        "z = [torch.randn(128, 16384, requires_grad=True) for _ in range(2)]",
+        "sslops.barlow_twins(*z).backward()",
+    )
+    assert grown < 64, f"{grown:.0f} MB"
+
+
+def test_bad_input():
+    z_a, z_b = views(4, 8).values()
+
+    def refused(error, argument, *args, **kwargs):
+        oracle.assert_refused(error, "barlow_twins", argument, lambda: sslops.barlow_twins(*args, **kwargs))
+
+    refused(ValueError, "z_b", z_a, z_b[:3])
+    refused(ValueError, "z_b", z_a, z_b.double())
+    refused(ValueError, "z_a", z_a[0], z_b[0])
+    refused(ValueError, "z_a", z_a[:1], z_b[:1])
+    refused(TypeError, "z_a", z_a.int(), z_b.int())
+    for name in ("lambd", "scale", "eps"):
+        for value in (-1.0, float("nan"), float("inf")):
+            refused(ValueError, name, z_a, z_b, **{name: value})
+        refused(TypeError, name, z_a, z_b, **{name: "much"})
+    refused(ValueError, "route", z_a, z_b, route="scenic")
+    refused(ValueError, "backend", z_a, z_b, backend="tpu")
+
+
+def test_bad_input_to_the_registered_op():
+    z_a, z_b = views(4, 8).values()
+    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, "gram", True, "cpu")
+    loss, diagonal, kept = torch.ops.sslops.barlow_twins(*arguments)
+    with pytest.raises(ValueError, match="barlow_twins: z_b"):
+        torch.ops.sslops.barlow_twins(z_a, z_b[:3], *arguments[2:])
+    for bad in ((loss[None], diagonal, kept), (loss, diagonal[1:], kept), (loss, diagonal, kept[:1])):
+        with pytest.raises(ValueError, match=r"barlow_twins: (grad|diagonal|kept)"):
+            torch.ops.sslops.barlow_twins_backward(bad[0], *arguments, *bad[1:])
