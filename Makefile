@@ -27,7 +27,7 @@ demo: build
 bench: build
 	$(PY) -m pytest benchmarks
 
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h')
 
 lint: .venv/installed
 	$(BIN)/ruff check
