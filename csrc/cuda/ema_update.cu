@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "ema_update.h"
 #include "launch.cuh"
@@ -17,56 +18,66 @@ __global__ void put(Packet packet, int count, Row* out) {
   if (threadIdx.x < static_cast<unsigned>(count)) out[threadIdx.x] = packet.rows[threadIdx.x];
 }
 
-struct alignas(16) Quad {
-  uint32_t word[4];
-};
+// The next `size` elements of a tensor, of which n are there: one access, or 16 bytes at a time, where all are and the
+// address allows it.
+template <typename T, int size>
+using Access = std::conditional_t<size * sizeof(T) == 8, uint2, uint4>;
 
-// kGroup elements at p, of which n are there: in 16-byte accesses where all are and p is aligned.
-template <typename T>
-__device__ void load(const void* base, int64_t i, int n, T (&out)[kGroup]) {
+template <typename T, int size>
+__device__ bool at_once(const T* p, int n) {
+  return n == size && reinterpret_cast<uintptr_t>(p) % sizeof(Access<T, size>) == 0;
+}
+
+template <typename T, int size>
+__device__ void load(const void* base, int64_t i, int n, T (&out)[size]) {
+  using Wide = Access<T, size>;
+  constexpr int count = size * sizeof(T) / sizeof(Wide);
   const T* const p = static_cast<const T*>(base) + i;
-  if (n == kGroup && reinterpret_cast<uintptr_t>(p) % sizeof(Quad) == 0) {
-    Quad quads[sizeof out / sizeof(Quad)];
-    for (unsigned q = 0; q < sizeof out / sizeof(Quad); ++q) quads[q] = reinterpret_cast<const Quad*>(p)[q];
-    memcpy(out, quads, sizeof out);
+  if (at_once<T, size>(p, n)) {
+    Wide wide[count];
+    for (int k = 0; k < count; ++k) wide[k] = reinterpret_cast<const Wide*>(p)[k];
+    memcpy(out, wide, sizeof out);
   } else {
-    for (int k = 0; k < kGroup; ++k) out[k] = k < n ? p[k] : T{};
+    for (int k = 0; k < size; ++k) out[k] = k < n ? p[k] : T{};
   }
 }
 
-template <typename T>
-__device__ void store(void* base, int64_t i, int n, const T (&in)[kGroup]) {
+template <typename T, int size>
+__device__ void store(void* base, int64_t i, int n, const T (&in)[size]) {
+  using Wide = Access<T, size>;
+  constexpr int count = size * sizeof(T) / sizeof(Wide);
   T* const p = static_cast<T*>(base) + i;
-  if (n == kGroup && reinterpret_cast<uintptr_t>(p) % sizeof(Quad) == 0) {
-    Quad quads[sizeof in / sizeof(Quad)];
-    memcpy(quads, in, sizeof in);
-    for (unsigned q = 0; q < sizeof in / sizeof(Quad); ++q) reinterpret_cast<Quad*>(p)[q] = quads[q];
+  if (at_once<T, size>(p, n)) {
+    Wide wide[count];
+    memcpy(wide, in, sizeof in);
+    for (int k = 0; k < count; ++k) reinterpret_cast<Wide*>(p)[k] = wide[k];
   } else {
-    for (int k = 0; k < kGroup; ++k)
+    for (int k = 0; k < size; ++k)
       if (k < n) p[k] = in[k];
   }
 }
 
-template <typename A>
-__device__ void read(const void* base, DType dtype, int64_t i, int n, A (&out)[kGroup]) {
+template <typename A, int size>
+__device__ void read(const void* base, DType dtype, int64_t i, int n, A (&out)[size]) {
   if (dtype == DType::f32) {
-    float raw[kGroup];
+    float raw[size];
     load(base, i, n, raw);
-    for (int k = 0; k < kGroup; ++k) out[k] = raw[k];
+    for (int k = 0; k < size; ++k) out[k] = raw[k];
   } else if (dtype == DType::f64) {
-    double raw[kGroup];
+    double raw[size];
     load(base, i, n, raw);
-    for (int k = 0; k < kGroup; ++k) out[k] = static_cast<A>(raw[k]);
+    for (int k = 0; k < size; ++k) out[k] = static_cast<A>(raw[k]);
   } else {
-    uint16_t raw[kGroup];
+    uint16_t raw[size];
     load(base, i, n, raw);
-    for (int k = 0; k < kGroup; ++k) out[k] = dtype == DType::bf16 ? bf16_to_float(raw[k]) : f16_to_float(raw[k]);
+    for (int k = 0; k < size; ++k) out[k] = dtype == DType::bf16 ? bf16_to_float(raw[k]) : f16_to_float(raw[k]);
   }
 }
 
-__device__ void write_half(void* base, DType dtype, int64_t i, int n, const float (&in)[kGroup]) {
-  uint16_t raw[kGroup];
-  for (int k = 0; k < kGroup; ++k) raw[k] = dtype == DType::bf16 ? to_bf16(in[k]) : to_f16(in[k]);
+template <int size>
+__device__ void write_half(void* base, DType dtype, int64_t i, int n, const float (&in)[size]) {
+  uint16_t raw[size];
+  for (int k = 0; k < size; ++k) raw[k] = dtype == DType::bf16 ? to_bf16(in[k]) : to_f16(in[k]);
   store(base, i, n, raw);
 }
 
@@ -77,32 +88,37 @@ __device__ void write_half(void* base, DType dtype, int64_t i, int n, const floa
   store(base, i, n, raw);
 }
 
-// Elements i .. i + n - 1 of a row.
-template <typename A>
-__device__ void update_group(const Row& row, int64_t i, int n, Blend<A> b, const Seed& seed) {
-  A target[kGroup], source[kGroup];
-  read(row.target, row.target_dtype, i, n, target);
-  read(row.source, row.source_dtype, i, n, source);
-  for (int k = 0; k < kGroup; ++k) target[k] = apply(b, target[k], source[k]);
-  if constexpr (sizeof(A) == 8) {
-    store(row.target, i, n, target);
-  } else if (row.target_dtype == DType::f32) {
-    store(row.target, i, n, target);
-    if (row.shadow) write_half(row.shadow, row.shadow_dtype, i, n, target);
-  } else if (seed.stochastic) {
+__device__ void write(const Row& row, int64_t i, int n, const double (&x)[4], const Seed&) {
+  store(row.target, i, n, x);
+}
+
+__device__ void write(const Row& row, int64_t i, int n, const float (&x)[4], const Seed&) {
+  store(row.target, i, n, x);
+  if (row.shadow) write_half(row.shadow, row.shadow_dtype, i, n, x);
+}
+
+__device__ void write(const Row& row, int64_t i, int n, const float (&x)[kGroup], const Seed& seed) {
+  if (seed.stochastic) {
     const uint64_t group = static_cast<uint64_t>(row.first_chunk * kChunk + i) / kGroup;
-    write_half(row.target, row.target_dtype, i, n, target, noise(seed.value, group));
+    write_half(row.target, row.target_dtype, i, n, x, noise(seed.value, group));
   } else {
-    write_half(row.target, row.target_dtype, i, n, target);
+    write_half(row.target, row.target_dtype, i, n, x);
   }
 }
 
-template <typename A>
+// A thread takes `size` elements at a time: 16 bytes of a float32 target or of a half-precision one.
+template <typename A, int size>
 __device__ void update_chunk(const Row& row, int64_t begin, double momentum, const Seed& seed) {
   const Blend<A> b = blend<A>(momentum);
   const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
-  for (int64_t i = begin + kGroup * threadIdx.x; i < end; i += kGroup * blockDim.x)
-    update_group(row, i, static_cast<int>(end - i < kGroup ? end - i : kGroup), b, seed);
+  for (int64_t i = begin + size * threadIdx.x; i < end; i += size * blockDim.x) {
+    const int n = static_cast<int>(end - i < size ? end - i : size);
+    A target[size], source[size];
+    read(row.target, row.target_dtype, i, n, target);
+    read(row.source, row.source_dtype, i, n, source);
+    for (int k = 0; k < size; ++k) target[k] = apply(b, target[k], source[k]);
+    write(row, i, n, target, seed);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -123,9 +139,11 @@ __global__ void __launch_bounds__(kThreads)
   if (seed.device) seed.value = *seed.device;
   const int64_t begin = (chunk - row.first_chunk) * kChunk;
   if (row.target_dtype == DType::f64)
-    update_chunk<double>(row, begin, m, seed);
+    update_chunk<double, 4>(row, begin, m, seed);
+  else if (row.target_dtype == DType::f32)
+    update_chunk<float, 4>(row, begin, m, seed);
   else
-    update_chunk<float>(row, begin, m, seed);
+    update_chunk<float, kGroup>(row, begin, m, seed);
 }
 
 }  // namespace

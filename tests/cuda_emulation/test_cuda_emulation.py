@@ -1,0 +1,63 @@
+"""The CUDA sources executed on the CPU, plainly and under sanitizers, which must catch what is planted below.
+
+A new csrc/cuda/<op>.cu joins with a driver <op>.cpp here, whose main() returns 0 if all is right, and an entry in
+DRIVERS.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+
+# Each driver with the other sources that it needs.
+DRIVERS = {"probe": [], "ema_update": ["cpu/ema_update.cpp", "common/parallel.cpp"]}
+SANITIZERS = {
+    "plain": "",
+    "memory": "-fsanitize=address,undefined -fno-sanitize-recover=all",
+    "threads": "-fsanitize=thread",
+}
+
+
+def run(driver: str, sanitizer: str, csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    program = folder / driver
+    sources = [HERE / f"{driver}.cpp", *(csrc / source for source in DRIVERS[driver])]
+    flags = f"-std=c++20 -O1 -g -pthread -Wall -Wextra -Werror -DSSLOPS_ISA=portable {SANITIZERS[sanitizer]}".split()
+    command = ["g++", *flags, f"-I{csrc}", f"-I{HERE}", *map(str, sources), "-ldl", "-o", str(program)]
+    subprocess.run(command, check=True)
+    return subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> None:
+    done = run(driver, sanitizer, CSRC, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "right", "wrong", "report"),
+    [
+        ("threads", "__syncthreads();", "", "data race"),
+        ("memory", "out[k] = k < n ? p[k] : T{};", "out[k] = p[k];", "heap-buffer-overflow"),
+        ("plain", "seed.value, group)", "seed.value, group + 1)", "differs"),
+    ],
+    ids=["a missing barrier", "a read past the end", "other random numbers"],
+)
+def test_a_planted_fault_is_found(sanitizer: str, right: str, wrong: str, report: str, tmp_path: Path) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    source = csrc / "cuda/ema_update.cu"
+    text = source.read_text()
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
+    done = run("ema_update", sanitizer, csrc, tmp_path)
+    assert done.returncode != 0
+    assert report in done.stdout + done.stderr
+
+
+def test_every_cuda_source_has_a_driver() -> None:
+    assert {file.stem for file in CSRC.glob("cuda/*.cu")} == set(DRIVERS)
