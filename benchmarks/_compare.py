@@ -1,81 +1,184 @@
-"""Honest comparisons: variants interleaved in one process, medians; memory in a process of its own."""
+"""Honest comparisons: variants interleaved in one process, medians with quartiles; out of memory is a result."""
 
 import gc
+import itertools
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
-Variant = Callable[[], object]
+
+class Case(NamedTuple):
+    """What a row is measured for"""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    part: str  # forward, backward, both
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}-{self.part}"
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def cases(shapes: str, dtypes: str, parts: str) -> list[Case]:
+    """All combinations: cases("512x128 4096x128", "float32 bfloat16", "both")"""
+    return [
+        Case(tuple(map(int, shape.split("x"))), getattr(torch, dtype), part)
+        for shape, dtype, part in itertools.product(shapes.split(), dtypes.split(), parts.split())
+    ]
 
 
-def interleave(
-    variants: Mapping[str, Variant], *, seconds: float = 6.0, rounds: int | None = None
-) -> dict[str, dict[str, float]]:
+Variant = Callable[[], object] | tuple[Callable[[], Any], Callable[[Any], object]]
+Times = dict[str, dict[str, float] | None]
+
+# From the command line, by conftest.py. only_ours: leave out all variants but ours.
+settings = SimpleNamespace(seconds=6.0, only_ours=False)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    # torch has no class of its own for the CPU's allocator.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _time(variant: Variant) -> float:
+    """Milliseconds that a variant takes"""
+    arguments: list[object] = []
+    if isinstance(variant, tuple):
+        prepare, variant = variant
+        arguments.append(prepare())
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        variant(*arguments)
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    variant(*arguments)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def interleave(variants: Mapping[str, Variant], *, seconds: float | None = None, rounds: int | None = None) -> Times:
     """Times the variants in turn, round after round, so that a busy machine hits all of them.
 
-    rounds: as many as fit into `seconds` if None, at least 5 and at most 101. Returns for each variant the median, the
-    quartiles and the minimum in milliseconds.
+    variants: functions, or pairs of which the first makes, untimed, what the second takes.
+    rounds: as many as fit into `seconds` if None, at least 3 and at most 101. Returns for each variant the median, the
+    quartiles and the minimum in milliseconds; None for one that runs out of memory.
     """
-    start = time.perf_counter()
-    for _ in range(2):  # compilation, allocation, thread pools
-        warm_up = time.perf_counter()
-        for run in variants.values():
-            run()
-        _synchronize()
-    now = time.perf_counter()
-    if rounds is None:
-        rounds = max(5, min(101, int((seconds - (warm_up - start)) / max(now - warm_up, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    seconds = settings.seconds if seconds is None else seconds
+    times: dict[str, list[float]] = {}
+    for name, variant in variants.items():  # compilation, allocation, thread pools
+        try:
+            _time(variant)
+            times[name] = []
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name, run in variants.items():
-                begin = time.perf_counter()
-                run()
-                _synchronize()
-                times[name].append((time.perf_counter() - begin) * 1e3)
+        start = time.perf_counter()
+        done = 0
+        while done < (rounds or 3) or (rounds is None and done < 101 and time.perf_counter() - start < seconds):
+            for name, values in times.items():
+                values.append(_time(variants[name]))
+            done += 1
     finally:
         gc.enable()
-    result = {}
+    result: Times = dict.fromkeys(variants)
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4)
-        result[name] = {"median": median, "low": low, "high": high, "min": min(values), "rounds": rounds}
+        result[name] = {"median": median, "low": low, "high": high, "min": min(values), "rounds": done}
     return result
 
 
-def record(benchmark: Any, variants: Mapping[str, Variant], ours: str = "sslops", **facts: object) -> dict[str, float]:
+def record(
+    benchmark: Any, variants: Mapping[str, Variant], ours: str = "sslops", limit: str | None = None, **facts: object
+) -> dict[str, float]:
     """pytest-benchmark times our variant; all of them, interleaved, go beside it. Returns their medians over ours.
 
-    facts: numbers to keep with the result, such as the FLOP or bytes that the limit is counted in.
+    limit: the variant that does only what cannot be avoided. facts: what tells this row from others (m=, d=, dtype=),
+    and flop= or bytes=, the work that our rate is counted in.
     """
+    if settings.only_ours:
+        variants = {ours: variants[ours]}
+    prepare, run = variants[ours] if isinstance(variants[ours], tuple) else (None, variants[ours])
+    setup = prepare and (lambda: ((prepare(),), {}))
+    if benchmark.disabled:
+        benchmark.pedantic(run, setup=setup)
+        return {}
     times = interleave(variants)
-    medians = {name: value["median"] for name, value in times.items()}
-    ratios = {name: medians[name] / medians[ours] for name in medians}
-    benchmark.extra_info.update(facts, threads=torch.get_num_threads(), times_ms=times, ratios=ratios)
-    benchmark.pedantic(variants[ours], rounds=5, warmup_rounds=1)
+    medians = {name: value["median"] for name, value in times.items() if value}
+    ratios = {name: median / medians[ours] for name, median in medians.items()}
+    benchmark.extra_info.update(
+        _plain(facts), threads=torch.get_num_threads(), ours=ours, limit=limit, times_ms=times, ratios=ratios
+    )
+    if torch.cuda.is_available():
+        benchmark.extra_info["peak_mb"] = {n: _cuda_peak(variants[n]) if n in medians else None for n in times}
+    benchmark.pedantic(run, setup=setup, rounds=3)
     return ratios
 
 
-def peak_memory(setup: str, statement: str) -> float:
-    """MB that `statement` adds to the peak resident set of a fresh process, after `setup`."""
+def record_memory(benchmark: Any, peak_mb: Mapping[str, float | None], ours: str = "sslops", **facts: object) -> None:
+    """A row of peak_memory()'s results, beside record()'s rows of the same facts."""
+    benchmark.extra_info.update(_plain(facts), ours=ours, peak_mb=dict(peak_mb))
+    benchmark.pedantic(lambda: None)
+
+
+def _plain(facts: Mapping[str, object]) -> dict[str, object]:
+    return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in facts.items()}
+
+
+def matmul(flop: float, dtype: torch.dtype) -> Variant:
+    """One product of square matrices of so many FLOP on the GPU, by the vendor's library."""
+    n = max(64, round((flop / 2) ** (1 / 3) / 64) * 64)
+    k = max(8, round(flop / 2 / n / n / 8) * 8)
+    a, b = torch.randn(n, k, device="cuda").to(dtype), torch.randn(k, n, device="cuda").to(dtype)
+    out = a.new_empty(n, n)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _cuda_peak(variant: Variant) -> float:
+    """MB that the variant adds to what is allocated"""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _time(variant)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def peak_memory(setup: str, statement: str) -> float | None:
+    """MB that `statement`, run again, adds at its peak to the resident set of a fresh process; None: out of memory.
+
+    setup: runs before it, in the benchmarks' folder.
+    """
     script = f"""
-def peak():  # not getrusage's, which a child inherits
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+import gc
+from _compare import out_of_memory
+def status(name):  # not getrusage's peak, which a child inherits
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
 {setup}
-before = peak()
-{statement}
-print(peak() - before)
+try:
+    {statement}  # compilation, thread pools
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:  # the peak so far is forgotten
+        file.write("5")
+    before = status("VmRSS")
+    {statement}
+    print(status("VmHWM") - before)
+except Exception as error:
+    if not out_of_memory(error):
+        raise
+    print("out of memory")
 """
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE, text=True
+    )
+    answer = done.stdout.splitlines()[-1]
+    return None if answer == "out of memory" else float(answer)

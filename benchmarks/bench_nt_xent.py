@@ -1,14 +1,30 @@
-"""NT-Xent, forward plus backward, beside eager PyTorch, torch.compile and the matmuls that nobody can avoid."""
+"""NT-Xent beside eager PyTorch, torch.compile, libraries and the unavoidable matmuls. Shapes: M x D, M = 2N."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import peak_memory, record
+from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from peers import lightly_nt_xent, solo_nt_xent
 
 import sslops
 from sslops.kernels.cpu.tiles import tiles_for, upper_tiles
 
-TEMPERATURE, D = 0.1, 128
+TEMPERATURE = 0.1
+CASES = {
+    "cpu": [
+        *cases("512x128 4096x128 8192x128 16384x128", "float32", "both"),
+        *cases("4096x128 8192x128", "bfloat16", "both"),
+        *cases("4096x128", "float32", "forward backward"),
+    ],
+    "cuda": [
+        *cases("512x128 4096x128 8192x128 16384x128 32768x128 65536x128 131072x128", "bfloat16", "both"),
+        *cases("16384x128", "bfloat16", "forward backward"),
+        *cases("16384x512", "bfloat16", "both"),
+        *cases("4096x128 16384x128", "float32", "both"),
+    ],
+}
 
 
 def usual_eager(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
@@ -29,54 +45,79 @@ def lean_eager(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
     return logits.logsumexp(1).mean() - positives.mean()
 
 
-def step(loss, z0, z1):
-    def run():
+def fused(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
+    return sslops.nt_xent(z0, z1, temperature=TEMPERATURE)
+
+
+def losses() -> dict[str, Callable]:
+    found = {
+        "sslops": fused,
+        "eager": usual_eager,
+        "lean eager": lean_eager,
+        "compile": torch.compile(usual_eager, dynamic=False),
+        "lean compile": torch.compile(lean_eager, dynamic=False),
+        "lightly": lightly_nt_xent(TEMPERATURE),
+        "solo-learn": solo_nt_xent(TEMPERATURE),
+    }
+    return {name: loss for name, loss in found.items() if loss}
+
+
+def views(m: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    return [torch.randn(m // 2, d, device=device).to(dtype).requires_grad_() for _ in range(2)]
+
+
+def variant(loss: Callable, z0: torch.Tensor, z1: torch.Tensor, part: str) -> Variant:
+    def forward() -> torch.Tensor:
         z0.grad = z1.grad = None
-        loss(z0, z1).backward()
+        return loss(z0, z1)
 
-    return run
+    return {"forward": forward, "backward": (forward, torch.Tensor.backward), "both": lambda: forward().backward()}[
+        part
+    ]
 
 
-def tile_matmuls(z0, z1):
-    """The same tiles without anything between the matmuls: the limit of this algorithm on this machine."""
+def tile_matmuls(z0: torch.Tensor, z1: torch.Tensor, part: str) -> Variant:
+    """The CPU kernel's tiles without anything between the matmuls: the limit of its algorithm on this machine."""
     with torch.no_grad():
         z = F.normalize(torch.cat([z0, z1]).float())
     tiles = tiles_for(z, z0.dtype)
 
-    def run():
-        for i, j in upper_tiles(len(z)):
-            tiles.logits(i, j)
-        dz = tiles.zeros()
-        for i, j in upper_tiles(len(z)):
-            tiles.add_symmetric(dz, i, j, tiles.logits(i, j))
+    def run() -> None:
+        if part != "backward":
+            for i, j in upper_tiles(len(z)):
+                tiles.logits(i, j)
+        if part != "forward":
+            dz = tiles.zeros()
+            for i, j in upper_tiles(len(z)):
+                tiles.add_symmetric(dz, i, j, tiles.logits(i, j))
 
     return run
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("m", [512, 4096, 8192, 16384])
-def test_forward_and_backward(benchmark, threads, m, dtype):
-    z0, z1 = (torch.randn(m // 2, D).to(dtype).requires_grad_() for _ in range(2))
-    variants = {
-        "sslops": step(lambda a, b: sslops.nt_xent(a, b, temperature=TEMPERATURE, backend="cpu"), z0, z1),
-        "tile matmuls": tile_matmuls(z0, z1),
-        "eager": step(usual_eager, z0, z1),
-        "lean eager": step(lean_eager, z0, z1),
-        "compile": step(torch.compile(usual_eager, dynamic=False), z0, z1),
-        "lean compile": step(torch.compile(lean_eager, dynamic=False), z0, z1),
-    }
+@pytest.mark.usefixtures("threads")
+def test_time(benchmark, device, case):
+    (m, d), dtype, part = case
+    # Half the tiles of S; in backward them again, and W z.
+    flop = {"forward": 1, "backward": 3, "both": 4}[part] * m * m * d
+    z0, z1 = views(m, d, dtype, device)
     torch._dynamo.reset()
-    record(benchmark, variants, m=m, d=D, dtype=str(dtype), flop=4 * m * m * D)
+    variants = {name: variant(loss, z0, z1, part) for name, loss in losses().items()}
+    variants["matmuls"] = tile_matmuls(z0, z1, part) if device == "cpu" else matmul(flop, dtype)
+    record(benchmark, variants, limit="matmuls", m=m, d=d, dtype=dtype, part=part, flop=flop)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_of_65536_rows(benchmark, dtype):
+@pytest.mark.parametrize(
+    ("m", "dtype"),
+    [(4096, torch.float32), (16384, torch.float32), (65536, torch.float32), (65536, torch.bfloat16)],
+    ids=str,
+)
+def test_memory(benchmark, device, m, dtype):
+    if device != "cpu":
+        pytest.skip("test_time reads the allocator")
     setup = f"""
-import sslops, torch
-z0, z1 = (torch.randn(32768, {D}).to(torch.{dtype}).requires_grad_() for _ in range(2))
-sslops.nt_xent(z0[:600], z1[:600]).backward()
+from bench_nt_xent import losses, variant, views
+z0, z1 = views({m}, 128, {dtype}, "cpu")
 """
-    mb = peak_memory(setup, "sslops.nt_xent(z0, z1, backend='cpu').backward()")
-    benchmark.extra_info.update(peak_mb={"sslops": mb}, eager_matrix_mb=65536**2 * 4 / 2**20)
-    benchmark.pedantic(lambda: None, rounds=1)
-    assert mb < 256
+    names = ["sslops"] if settings.only_ours else ["sslops", "eager", "compile", "lightly"]
+    peak_mb = {name: peak_memory(setup, f"variant(losses()[{name!r}], z0, z1, 'both')()") for name in names}
+    record_memory(benchmark, peak_mb, m=m, d=128, dtype=dtype, part="both")

@@ -1,8 +1,71 @@
+"""What every bench_<op>.py gets: its cases, devices and threads from the command line, and a progress bar.
+
+A file that takes the fixture `case` has CASES: device -> a list of them, the selection that runs when nothing is asked.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from _compare import cases, settings
+
+from sslops import _C
+
+try:
+    from tqdm import tqdm
+except ImportError:  # on a machine with nothing but torch and pytest
+    tqdm = None
+
+PACKAGES = ("torch", "triton", "lightly", "solo-learn", "timm")
 
 
-@pytest.fixture(params=[1, 2], ids="{}thread".format)
+def pytest_addoption(parser):
+    group = parser.getgroup("sslops")
+    group.addoption("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--parts", help="of 'forward backward both'; these four are lists in quotes")
+    group.addoption("--shapes", help="such as '4096x128 8192x512'; the op's file says of what")
+    group.addoption("--dtypes", help="such as 'float32 bfloat16'")
+    group.addoption("--threads", help="such as '1 2'; default: 1 and all cores")
+    group.addoption("--seconds", type=float, default=settings.seconds, help="spent on timing a row, at least 3 rounds")
+    group.addoption("--only-ours", action="store_true", help="leave the other variants out")
+
+
+def pytest_configure(config):
+    settings.seconds, settings.only_ours = config.getoption("--seconds"), config.getoption("--only-ours")
+    if config.getoption("--device") == "cpu":
+        # Too large a matrix must end in an error that can be recorded, not in a kill; children inherit the limit.
+        limit = int(_memory("MemAvailable") * 0.8)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.getoption
+    device = option("--device")
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", [device])
+    if "threads" in metafunc.fixturenames:
+        cores = len(os.sched_getaffinity(0))
+        counts = list(dict.fromkeys([1, cores] if device == "cpu" else [cores]))
+        if option("--threads"):
+            counts = [int(count) for count in option("--threads").split()]
+        metafunc.parametrize("threads", counts, indirect=True, ids="{}thread".format)
+    if "case" in metafunc.fixturenames:
+        selection = metafunc.module.CASES[device]
+        words = [option(name) for name in ("--shapes", "--dtypes", "--parts")]
+        if any(words):
+            columns = zip(*(str(case).split("-") for case in selection), strict=True)
+            selection = cases(*(asked or " ".join(dict.fromkeys(c)) for asked, c in zip(words, columns, strict=True)))
+        metafunc.parametrize("case", selection, ids=str)
+
+
+@pytest.fixture
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -10,18 +73,59 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    """One line a comparison: our median, and how many times longer the others took."""
-    session = getattr(config, "_benchmarksession", None)
-    shown = [b for b in (session.benchmarks if session else []) if b.extra_info]
-    if not shown:
-        return
-    terminalreporter.section("interleaved medians (others as multiples of ours)")
-    for bench in shown:
-        info = bench.extra_info
-        parts = []
-        if "ratios" in info:
-            parts.append(f"{info['times_ms']['sslops']['median']:9.2f} ms")
-            parts += [f"{name} {ratio:.2f}x" for name, ratio in info["ratios"].items() if name != "sslops"]
-        parts += [f"{name} {value:.0f} MB" for name, value in info.get("peak_mb", {}).items()]
-        terminalreporter.write_line(f"{bench.name:<58} " + "  ".join(parts))
+def _memory(name: str) -> int:
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def device_name(device: str) -> str:
+    """As a folder's name: cpu-xeon-amx-2core, nvidia-h200"""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        noise = r"\(\w+\)|@.*|\b(?:CPU|Processor|Intel|AMD|\d+-Core)\b"
+        words = re.sub(noise, " ", model[1] if model else platform.machine())
+        name = f"cpu {words} {_C.isa()} {len(os.sched_getaffinity(0))}core"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    device = config.getoption("--device")
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    versions["torch"] = torch.__version__  # with what it was built for
+    machine_info.update(
+        device=device_name(device), cores=len(os.sched_getaffinity(0)), memory_gb=round(_memory("MemTotal") / 2**30),
+        isa=_C.isa(), versions=versions,
+    )  # fmt: skip
+
+
+class Progress:
+    """A bar in place of pytest's dots"""
+
+    def pytest_collection_finish(self, session):
+        self.bar = tqdm(total=len(session.items), unit="row", dynamic_ncols=True)
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.bar.set_postfix_str(nodeid.split("::")[-1])
+
+    def pytest_runtest_logfinish(self):
+        self.bar.update()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report):
+        if report.passed:
+            return report.outcome, "", ""
+        return None
+
+    def pytest_sessionfinish(self):
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def pytest_sessionstart(session):
+    if tqdm is not None and sys.stderr.isatty():
+        session.config.pluginmanager.register(Progress())
