@@ -88,7 +88,8 @@ class EMA:
         TypeError, ValueError: as `ema_update_`; a name of `target` that `online` lacks; tensors that share memory
             across the two models.
 
-    With buffers="average" the result is that of timm's ModelEmaV3.
+    With buffers="average" the result is that of timm's ModelEmaV3, except that timm moves shared parameters once for
+    each of their names.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class EMA:
         self._seed = torch.tensor(seed, dtype=torch.int64)
         self._masters: dict[str, Tensor] = {}
         self._pair()
-        for pairs in self._groups:
-            pairs.check()
+        with torch.no_grad():
+            for pairs in self._groups:
+                pairs.check()
 
     def _pair(self) -> None:
         self._members = target, online = _Members(self.target), _Members(self.online)
