@@ -29,12 +29,12 @@ const char* isa_name(Isa isa);
 #define SSLOPS_PICK_ONE(isa) \
   case Isa::isa:             \
     return isa::table;
-#define SSLOPS_DECLARE_TABLE                     \
-  SSLOPS_EACH_ISA(SSLOPS_DECLARE_ONE)            \
-  inline const Table& table() {                  \
-    switch (current_isa()) {                     \
-      SSLOPS_EACH_ISA(SSLOPS_PICK_ONE)           \
-      default:                                   \
-        return portable::table;                  \
-    }                                            \
+#define SSLOPS_DECLARE_TABLE           \
+  SSLOPS_EACH_ISA(SSLOPS_DECLARE_ONE)  \
+  inline const Table& table() {        \
+    switch (current_isa()) {           \
+      SSLOPS_EACH_ISA(SSLOPS_PICK_ONE) \
+      default:                         \
+        return portable::table;        \
+    }                                  \
   }

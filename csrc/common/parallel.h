@@ -14,8 +14,7 @@ void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void*
 template <typename Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
   parallel_range(
-      0, n, grain,
-      [](int64_t begin, int64_t end, void* ctx) { (*static_cast<const Body*>(ctx))(begin, end); },
+      0, n, grain, [](int64_t begin, int64_t end, void* ctx) { (*static_cast<const Body*>(ctx))(begin, end); },
       const_cast<Body*>(&body));
 }
 

@@ -37,12 +37,13 @@ class TileScope {
 
 // 16 x 16 words in registers: four rounds of interleaving the first half with the second.
 SSLOPS_INLINE void transpose(F (&v)[16]) {
-  const I low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int round = 0; round < 4; ++round) {
     F w[16];
     for (int k = 0; k < 8; ++k) {
-      w[2 * k] = __builtin_shuffle(v[k], v[k + 8], low);
-      w[2 * k + 1] = __builtin_shuffle(v[k], v[k + 8], high);
+      w[2 * k] = (F)_mm512_permutex2var_ps((__m512)v[k], low, (__m512)v[k + 8]);
+      w[2 * k + 1] = (F)_mm512_permutex2var_ps((__m512)v[k], high, (__m512)v[k + 8]);
     }
     for (int k = 0; k < 16; ++k) v[k] = w[k];
   }

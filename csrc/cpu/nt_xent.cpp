@@ -21,7 +21,8 @@ struct View {
   DType dtype;
   int64_t n, d;
   F at(int64_t row, int64_t col, int lanes) const {
-    return row < n ? load_as_float(z0, dtype, row * d + col, lanes) : load_as_float(z1, dtype, (row - n) * d + col, lanes);
+    return row < n ? load_as_float(z0, dtype, row * d + col, lanes)
+                   : load_as_float(z1, dtype, (row - n) * d + col, lanes);
   }
 };
 
@@ -143,8 +144,8 @@ void forward_tile(Tile t, double tau, bool fixed, float* m, float* r, float* s_p
   forward_tile_as<false>(t, scale, m, r, s_pos);
 }
 
-void finish_forward(int64_t n, double tau, bool fixed, const float* m, const float* r, const float* s_pos, float* losses,
-                    float* stats) {
+void finish_forward(int64_t n, double tau, bool fixed, const float* m, const float* r, const float* s_pos,
+                    float* losses, float* stats) {
   const float scale = static_cast<float>(kLog2e / tau);
   const int64_t rows = 2 * n;
   for (int64_t i = 0; i < rows; ++i) {
@@ -196,7 +197,8 @@ void finish_backward(const void* z0, const void* z1, DType dtype, int64_t n, int
       const float inv = inv_norm[i];
       const float pull = grad[i] * negative_share[i] + grad[positive] * negative_share[positive];
       const auto gradient = [&](int64_t j, int lanes) {
-        return (load_lanes(dz + i * ld + j, lanes, 0.f) - pull * load_lanes(z + positive * d + j, lanes, 0.f)) * inv_tau;
+        return (load_lanes(dz + i * ld + j, lanes, 0.f) - pull * load_lanes(z + positive * d + j, lanes, 0.f)) *
+               inv_tau;
       };
       F product{};
       for_each_vector(d, [&](int64_t j, int lanes) { product += x.at(i, j, lanes) * inv * gradient(j, lanes); });

@@ -95,43 +95,42 @@ SSLOPS_INLINE F round_to_bf16(F v) {
   return select(v == v, (F)rounded, v);
 }
 
+// float16 in integers: the compilers' own type is missing in some of them.
+SSLOPS_INLINE F f16_to_float(U half) {
+  const U sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13, normal = magnitude + (112u << 23);
+  const F tiny = (F)(magnitude + (113u << 23)) - (F)(U{} + (113u << 23));
+  const F finite = select((I)(magnitude < 1u << 23), tiny, (F)normal);
+  const F v = select((I)(magnitude >= 0xf800000u), (F)(normal + (112u << 23)), finite);
+  return (F)((U)v | sign);
+}
+
+SSLOPS_INLINE U float_to_f16(F v) {
+  const U bits = (U)v, sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  const U tiny = (U)((F)magnitude + 0.5f) - 0x3f000000u;  // 0.5 has the unit of the smallest float16 in its last place
+  const U finite = (U)select((I)(magnitude < 0x38800000u), (F)tiny, (F)normal);
+  const U large = (U)select((I)(magnitude > 0x7f800000u), (F)(U{} + 0x7e00u), (F)(U{} + 0x7c00u));
+  return (U)select((I)(magnitude >= 0x477ff000u), (F)large, (F)finite) | sign;
+}
+
 SSLOPS_INLINE F load_as_float(const void* base, DType dtype, int64_t index, int n) {
   if (dtype == DType::f32) return load_lanes(static_cast<const float*>(base) + index, n, 0.f);
   H raw{};
   std::memcpy(&raw, static_cast<const uint16_t*>(base) + index, n * sizeof(uint16_t));
-  if (dtype == DType::bf16) return (F)(__builtin_convertvector(raw, U) << 16);
-  F v;
-  for (int k = 0; k < kLanes; ++k) {
-    _Float16 h;
-    const uint16_t bits = raw[k];
-    std::memcpy(&h, &bits, sizeof h);
-    v[k] = static_cast<float>(h);
-  }
-  return v;
+  const U bits = __builtin_convertvector(raw, U);
+  return dtype == DType::bf16 ? (F)(bits << 16) : f16_to_float(bits);
 }
 
 SSLOPS_INLINE void store_from_float(void* base, DType dtype, int64_t index, int n, F v) {
   if (dtype == DType::f32) return store_lanes(static_cast<float*>(base) + index, n, v);
-  H raw;
-  if (dtype == DType::bf16) {
-    raw = __builtin_convertvector((U)round_to_bf16(v) >> 16, H);
-  } else {
-    for (int k = 0; k < kLanes; ++k) {
-      const _Float16 h = static_cast<_Float16>(v[k]);
-      uint16_t bits;
-      std::memcpy(&bits, &h, sizeof bits);
-      raw[k] = bits;
-    }
-  }
+  const U bits = dtype == DType::bf16 ? (U)round_to_bf16(v) >> 16 : float_to_f16(v);
+  const H raw = __builtin_convertvector(bits, H);
   std::memcpy(static_cast<uint16_t*>(base) + index, &raw, n * sizeof(uint16_t));
 }
 
 // v as the operand of a matmul in `dtype` holds it.
 SSLOPS_INLINE F round_to(DType dtype, F v) {
-  if (dtype == DType::f32) return v;
-  if (dtype == DType::bf16) return round_to_bf16(v);
-  for (int k = 0; k < kLanes; ++k) v[k] = static_cast<float>(static_cast<_Float16>(v[k]));
-  return v;
+  return dtype == DType::f32 ? v : dtype == DType::bf16 ? round_to_bf16(v) : f16_to_float(float_to_f16(v));
 }
 
 }  // namespace
