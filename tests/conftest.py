@@ -1,7 +1,21 @@
 import pytest
 import torch
 
+from sslops import _C
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+def isa(request):
+    """Each instruction set that this machine has, in force for the test."""
+    best = _C.isa()
+    try:
+        _C.set_isa(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    yield request.param
+    _C.set_isa(best)

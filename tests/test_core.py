@@ -5,19 +5,6 @@ import torch
 
 from sslops import _C
 
-ISAS = ("portable", "avx2", "avx512", "amx")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    best = _C.isa()
-    try:
-        _C.set_isa(request.param)
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    yield request.param
-    _C.set_isa(best)
-
 
 def through_the_core(x: torch.Tensor, operand: int) -> torch.Tensor:
     """x [256, 256] as a kernel loads it, rounded to the operand's dtype"""

@@ -28,17 +28,6 @@ def losses_of_tensor_temperature(z0, z1, temperature, **kwargs):
     return sslops.nt_xent(z0, z1, temperature=temperature, reduction="none", **kwargs)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
-def isa(request):
-    best = _C.isa()
-    try:
-        _C.set_isa(request.param)
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    yield request.param
-    _C.set_isa(best)
-
-
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ namespace sslops::nt_xent {
 namespace {
 
 constexpr double kLog2e = 1.44269504088896340736;
-constexpr float kLn2 = 0.69314718055994530942f, kEps = 1e-12f;
+constexpr float kEps = 1e-12f;
 constexpr float kInf = std::numeric_limits<float>::infinity(), kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kChunk = 32;  // rows of a tile that one thread takes; fixed, so that sums do not depend on threads
 constexpr int64_t kMaxChunks = (kMaxTile + kChunk - 1) / kChunk;
