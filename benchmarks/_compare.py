@@ -19,7 +19,7 @@ class Case(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    part: str  # forward, backward, both
+    part: str  # forward, backward, both, memory
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}-{self.part}"

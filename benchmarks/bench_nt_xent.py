@@ -17,6 +17,8 @@ CASES = {
         *cases("512x128 4096x128 8192x128 16384x128", "float32", "both"),
         *cases("4096x128 8192x128", "bfloat16", "both"),
         *cases("4096x128", "float32", "forward backward"),
+        *cases("4096x128 8192x128 16384x128 65536x128", "float32", "memory"),
+        *cases("65536x128", "bfloat16", "memory"),
     ],
     "cuda": [
         *cases("512x128 4096x128 8192x128 16384x128 32768x128 65536x128 131072x128", "bfloat16", "both"),
@@ -106,18 +108,15 @@ def test_time(benchmark, device, case):
     record(benchmark, variants, limit="matmuls", m=m, d=d, dtype=dtype, part=part, flop=flop)
 
 
-@pytest.mark.parametrize(
-    ("m", "dtype"),
-    [(4096, torch.float32), (16384, torch.float32), (65536, torch.float32), (65536, torch.bfloat16)],
-    ids=str,
-)
-def test_memory(benchmark, device, m, dtype):
-    if device != "cpu":
-        pytest.skip("test_time reads the allocator")
+def test_memory(benchmark, device, case):
+    """Of a step on the CPU; on a GPU test_time reads the allocator."""
+    (m, d), dtype, _ = case
     setup = f"""
+import torch
 from bench_nt_xent import losses, variant, views
-z0, z1 = views({m}, 128, {dtype}, "cpu")
+z0, z1 = views({m}, {d}, {dtype}, "cpu")
+step = variant(losses()[{{!r}}], z0, z1, "both")
 """
     names = ["sslops"] if settings.only_ours else ["sslops", "eager", "compile", "lightly"]
-    peak_mb = {name: peak_memory(setup, f"variant(losses()[{name!r}], z0, z1, 'both')()") for name in names}
-    record_memory(benchmark, peak_mb, m=m, d=128, dtype=dtype, part="both")
+    peak_mb = {name: peak_memory(setup.format(name), "step()") for name in names if name in losses()}
+    record_memory(benchmark, peak_mb, m=m, d=d, dtype=dtype)

@@ -1,6 +1,7 @@
 """What every bench_<op>.py gets: its cases, devices and threads from the command line, and a progress bar.
 
-A file that takes the fixture `case` has CASES: device -> a list of them, the selection that runs when nothing is asked.
+A file whose tests take the fixture `case` has CASES: device -> the selection that runs when nothing else is asked for.
+test_memory gets those whose part is "memory", the other tests all others.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ PACKAGES = ("torch", "triton", "lightly", "solo-learn", "timm")
 def pytest_addoption(parser):
     group = parser.getgroup("sslops")
     group.addoption("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    group.addoption("--parts", help="of 'forward backward both'; these four are lists in quotes")
+    group.addoption("--parts", help="of 'forward backward both memory'; these four are lists in quotes")
     group.addoption("--shapes", help="such as '4096x128 8192x512'; the op's file says of what")
     group.addoption("--dtypes", help="such as 'float32 bfloat16'")
     group.addoption("--threads", help="such as '1 2'; default: 1 and all cores")
@@ -62,7 +63,8 @@ def pytest_generate_tests(metafunc):
         if any(words):
             columns = zip(*(str(case).split("-") for case in selection), strict=True)
             selection = cases(*(asked or " ".join(dict.fromkeys(c)) for asked, c in zip(words, columns, strict=True)))
-        metafunc.parametrize("case", selection, ids=str)
+        weighs = metafunc.function.__name__ == "test_memory"
+        metafunc.parametrize("case", [case for case in selection if (case.part == "memory") == weighs], ids=str)
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     versions["torch"] = torch.__version__  # with what it was built for
     machine_info.update(
         device=device_name(device), cores=len(os.sched_getaffinity(0)), memory_gb=round(_memory("MemTotal") / 2**30),
-        isa=_C.isa(), versions=versions,
+        isa=_C.isa(), versions=versions, sslops=_C.__file__,
     )  # fmt: skip
 
 

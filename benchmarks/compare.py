@@ -1,0 +1,86 @@
+"""Runs the benchmarks; also our kernels of another commit against those of this tree, in turn, if both are right."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import render
+
+ROUNDS = 5
+
+
+def pytest(tree: Path, *options: str) -> int:
+    """A run of pytest in `tree`, with the sslops that is there; its exit status"""
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=tree, env=environment).returncode
+
+
+def measure(options: list[str], tree: Path = render.ROOT) -> tuple[dict, int]:
+    """pytest-benchmark's report, and pytest's exit status"""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "report.json")
+        storing = ("--benchmark-quiet", f"--benchmark-json={file}", "--benchmark-disable-gc")
+        failed = pytest(tree, "--no-header", "-p", "no:cacheprovider", "-W", "ignore", *storing, *options)
+        report = json.loads(file.read_text() or "null") if file.exists() else None
+    if not report:
+        raise SystemExit("nothing was measured")
+    core = Path(report["machine_info"]["sslops"])
+    if not core.is_relative_to(tree):
+        raise SystemExit(f"measured {core}, which is not of {tree}")
+    return report, failed
+
+
+@contextmanager
+def checked_out(revision: str) -> Iterator[Path]:
+    """A built work tree of another commit, with this tree's benchmarks"""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "tree")
+        subprocess.run(["git", "worktree", "add", "--detach", tree, revision], cwd=render.ROOT, check=True)
+        try:
+            subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True)
+            shutil.rmtree(tree / "benchmarks", ignore_errors=True)
+            shutil.copytree(render.ROOT / "benchmarks", tree / "benchmarks")
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=render.ROOT, check=True)
+
+
+def compare(trees: dict[str, Path], ops: list[str], options: list[str]) -> str:
+    """A table of our times in each of two trees. Wrong kernels have no speed: SystemExit where their tests are red."""
+    for name, tree in trees.items():
+        tests = [f"tests/test_{op}.py" for op in ops]
+        if pytest(tree, "-x", "-m", "not slow", *tests):
+            raise SystemExit(f"the tests of {name} are red: no speed is reported")
+    medians: dict[str, dict[str, list[float]]] = {}
+    for _ in range(ROUNDS):
+        for name, tree in trees.items():
+            report, failed = measure([f"--rootdir={tree}", "--only-ours", *options], tree)
+            if failed:
+                raise SystemExit(f"the benchmarks of {name} failed")
+            for op, rows in render.rows_of(report, "").items():
+                for row in rows:
+                    if "times_ms" in row:
+                        key = " ".join([op, *(f"{k}={v}" for k, v in render.facts(row).items())])
+                        medians.setdefault(key, {}).setdefault(name, []).append(row["times_ms"][row["ours"]]["median"])
+    lines = []
+    before, after = trees
+    for key, times in medians.items():
+        ratios = [new / old for old, new in zip(times[before], times[after], strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4)
+        lines.append(
+            [key, *(f"{statistics.median(t):.4g} ms" for t in times.values()), f"{ratio:.3f} ({low:.3f} to {high:.3f})"]
+        )
+    return render.markdown(["", before, after, f"{after} over {before}"], lines)
+
+
+def main(revision: str, ops: list[str], options: list[str]) -> int:
+    with checked_out(revision) as tree:
+        print(compare({revision: tree, "this tree": render.ROOT}, ops, options))
+    return 0

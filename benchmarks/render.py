@@ -1,0 +1,278 @@
+"""Results as data, tables and plots: results/<device>/<op>.json -> RESULTS.md and results/<device>/<op>.svg.
+
+A results file has the machine, `runs` (commit -> when and with which versions) and `rows`. A row has what tells it from
+others (bench, m, d, dtype, threads, ...), `run`, and what was measured: times_ms {variant: median, low, high, rounds}
+and peak_mb {variant: MB}, null where a variant ran out of memory.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+# What is not a fact that tells a row from others.
+MEASURED = ("run", "ours", "limit", "flop", "bytes", "times_ms", "ratios", "peak_mb")
+
+Row = dict[str, Any]
+
+INTRO = """# Results
+
+Rendered from [benchmarks/results](benchmarks/results) by `python benchmarks/render.py`; `make bench` measures on your
+machine, `python -m benchmarks --save` also stores and renders. The variants of a row are timed in turn in one process,
+round after round: what counts is their ratio. Our time is the median, ± half the distance between the quartiles; the
+others are multiples of it, **bold** where they are faster. The limit is a variant too: it does only what cannot be
+avoided. Memory is what a step adds at its peak.
+"""
+
+
+def facts(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in MEASURED}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def rows_of(report: dict, run: str) -> dict[str, list[Row]]:
+    """op -> rows, from pytest-benchmark's JSON"""
+    found: dict[str, list[Row]] = {}
+    for bench in report["benchmarks"]:
+        file, test = bench["fullname"].split("::")
+        info = dict(bench["extra_info"])
+        info.pop("ratios", None)
+        for times in filter(None, info.get("times_ms", {}).values()):
+            del times["min"]
+        row = {"bench": test.split("[")[0].removeprefix("test_"), **_rounded(info), "run": run}
+        found.setdefault(Path(file).stem.removeprefix("bench_"), []).append(row)
+    return found
+
+
+def _order(row: Row) -> list[tuple]:
+    return [(isinstance(value, str), value) for value in facts(row).values()]
+
+
+def merge(old: dict, report: dict) -> dict[str, dict]:
+    """op -> contents of its results file: `old` (op -> contents), its rows replaced where the report has them"""
+    commit, machine = report["commit_info"], report["machine_info"]
+    run = commit["id"][:10] + "+changes" * commit["dirty"]
+    merged = {}
+    for op, rows in rows_of(report, run).items():
+        before = old.get(op, {"rows": [], "runs": {}})
+        new = [facts(row) for row in rows]
+        rows = sorted([row for row in before["rows"] if facts(row) not in new] + rows, key=_order)
+        runs = {**before["runs"], run: {"date": report["datetime"][:10], **machine["versions"]}}
+        used = {row["run"] for row in rows}
+        merged[op] = {
+            "machine": {name: machine[name] for name in ("device", "isa", "cores", "memory_gb")},
+            "runs": {name: value for name, value in runs.items() if name in used},
+            "rows": rows,
+        }
+    return merged
+
+
+def dump(contents: dict) -> str:
+    """JSON with a row a line"""
+    head = json.dumps({name: contents[name] for name in ("machine", "runs")}, indent=1)[:-2]
+    return head + ',\n "rows": [\n  ' + ",\n  ".join(map(json.dumps, contents["rows"])) + "\n ]\n}\n"
+
+
+def load(results: Path) -> dict[str, dict[str, dict]]:
+    """device -> op -> contents"""
+    return {
+        folder.name: {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+        for folder in sorted(results.iterdir())
+        if folder.is_dir()
+    }
+
+
+def store(report: dict, results: Path = RESULTS) -> None:
+    folder = results / report["machine_info"]["device"]
+    folder.mkdir(parents=True, exist_ok=True)
+    old = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    for op, contents in merge(old, report).items():
+        (folder / f"{op}.json").write_text(dump(contents))
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table that reads as well in a terminal: numbers to the right"""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    text = [
+        " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *lines)
+    ]
+    return "\n".join(f"| {line} |" for line in (text[0], " | ".join("-" * (w - 1) + ":" for w in widths), *text[1:]))
+
+
+def _names(rows: list[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row[key]))
+
+
+def _time_cells(row: Row, names: list[str]) -> list[str]:
+    times, ours, limit = row["times_ms"], row["ours"], row["limit"]
+    mine = times[ours]
+    cells = [f"{mine['median']:.4g} ms ±{50 * (mine['high'] - mine['low']) / mine['median']:.0f}%"]
+    for name in names:
+        if name not in times:
+            cells.append("")
+        elif times[name] is None:
+            cells.append("out of memory")
+        else:
+            ratio = times[name]["median"] / mine["median"]
+            cells.append(f"**{ratio:.2f}x**" if ratio < 1 and name != limit else f"{ratio:.2f}x")
+    for work, unit, scale in (("flop", "TFLOP/s", 1e9), ("bytes", "GB/s", 1e6)):
+        if work in row:
+            rate = row[work] / mine["median"] / scale
+            cells.append(f"{rate:.3g} {unit}")
+            break
+    else:
+        cells.append("")
+    limit_time = limit and times.get(limit)
+    cells.append(f"{100 * limit_time['median'] / mine['median']:.0f}%" if limit_time else "")
+    return cells
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """Markdown: of each benchmark its times, then its memory."""
+    text = []
+    for bench in dict.fromkeys(row["bench"] for row in rows):
+        mine = [row for row in rows if row["bench"] == bench]
+        timed = [row for row in mine if "times_ms" in row]
+        weighed = [row for row in mine if "peak_mb" in row]
+        for chosen in filter(None, (timed, weighed)):
+            columns = [name for name in _names([{"facts": facts(row)} for row in chosen], "facts") if name != "bench"]
+            shown = [[str(row.get(name, "")) for name in columns] for row in chosen]
+            if chosen is timed:
+                names = [name for name in _names(timed, "times_ms") if name != timed[0]["ours"]]
+                header = [*columns, timed[0]["ours"], *names, "rate", "of the limit"]
+                lines = [cells + _time_cells(row, names) for cells, row in zip(shown, timed, strict=True)]
+            else:
+                names = _names(weighed, "peak_mb")
+                header = [*columns, *(f"{name}, MB" for name in names)]
+                lines = [
+                    cells + [_megabytes(row["peak_mb"], name) for name in names]
+                    for cells, row in zip(shown, weighed, strict=True)
+                ]
+            text.append(markdown(header, lines))
+    return "\n\n".join(text)
+
+
+def _megabytes(peak: dict[str, float | None], name: str) -> str:
+    if name not in peak:
+        return ""
+    return "out of memory" if peak[name] is None else f"{peak[name]:.0f}"
+
+
+def _ratios(rows: list[Row]) -> dict[str, list[float]]:
+    """variant -> how many times our time it takes, in each row that has it; without the limits"""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        times = row.get("times_ms", {})
+        for name, value in times.items():
+            if value and name not in (row["ours"], row["limit"]):
+                found.setdefault(name, []).append(value["median"] / times[row["ours"]]["median"])
+    return found
+
+
+def summary(results: dict[str, dict[str, dict]]) -> str:
+    """Of each op on each device: by how much we are faster than each variant, from the worst row to the best"""
+    ops = sorted({op for contents in results.values() for op in contents})
+    lines = []
+    for op in ops:
+        for device, contents in results.items():
+            if op in contents:
+                ratios = _ratios(contents[op]["rows"])
+                text = ", ".join(f"{name} {min(r):.1f} to {max(r):.1f}x" for name, r in ratios.items())
+                lines.append([f"[{op}](#{op})", device, text])
+        if all(device.startswith("cpu") for device, contents in results.items() if op in contents):
+            lines.append([f"[{op}](#{op})", "GPU", "not measured yet"])
+    return markdown(["op", "device", "how many times our time the others take"], lines)
+
+
+def _versions(contents: dict) -> str:
+    machine = contents["machine"]
+    text = f"{machine['device']}: {machine['cores']} cores, {machine['memory_gb']} GB, {machine['isa']}"
+    for run, versions in contents["runs"].items():
+        text += f"; commit {run} on {versions['date']}: "
+        text += ", ".join(f"{name} {version}" for name, version in versions.items() if name != "date")
+    return text
+
+
+def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str:
+    """RESULTS.md. Remarks on the numbers are written by hand, in results/<device>/<op>.md."""
+    text = [INTRO, summary(results)]
+    for op in sorted({op for contents in results.values() for op in contents}):
+        text.append(f"## {op}")
+        for device, contents in results.items():
+            if op not in contents:
+                continue
+            text += [f"### {op} on {device}", _versions(contents[op]), tables(contents[op]["rows"])]
+            remarks = folder / device / f"{op}.md"
+            if remarks.exists():
+                text.append(remarks.read_text().strip())
+            if panels(contents[op]["rows"]):
+                picture = f"benchmarks/results/{device}/{op}.svg"
+                text.append(f"![time and memory of {op} on {device}]({picture})")
+    return "\n\n".join(part.strip() for part in text) + "\n"
+
+
+def panels(rows: list[Row]) -> list[tuple[str, str, list[Row]]]:
+    """(times_ms or peak_mb, the fact that varies, the rows along it): the longest series of each, from 3 points on"""
+    found = []
+    for measure in ("times_ms", "peak_mb"):
+        for x in ("m", "n", "d", "k"):
+            series: dict[str, list[Row]] = {}
+            for row in rows:
+                if measure in row and x in row:
+                    rest = {name: value for name, value in facts(row).items() if name != x}
+                    series.setdefault(json.dumps(rest), []).append(row)
+            longest = max(series.values(), key=len, default=[])
+            if len(longest) >= 3:
+                found.append((measure, x, sorted(longest, key=lambda row: row[x])))
+    return found
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sslops"  # the same ids each time
+    import matplotlib.pyplot as plt
+
+    shown = panels(rows)
+    figure, all_axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 4.5), squeeze=False, layout="constrained")
+    for axes, (measure, x, series) in zip(all_axes[0], shown, strict=True):
+        for name in _names(series, measure):
+            points = [(row[x], row[measure].get(name, "absent")) for row in series]
+            values = [
+                (at, v["median"] if measure == "times_ms" else v) for at, v in points if v not in (None, "absent")
+            ]
+            style = {"lw": 3} if name == series[0]["ours"] else {"ls": ":"} if name == series[0].get("limit") else {}
+            (line,) = axes.plot(*zip(*values, strict=True), marker="o", ms=4, label=name, **style)
+            for at in (at for at, value in points if value is None):
+                axes.axvline(at, color=line.get_color(), ls="--", lw=0.8)
+                axes.annotate(f"{name}: out of memory", (at, 1), xycoords=("data", "axes fraction"), rotation=90,
+                              ha="right", va="top", fontsize="small", color=line.get_color())  # fmt: skip
+        rest = {k: v for k, v in facts(series[0]).items() if k not in (x, "bench")}
+        axes.set(xscale="log", yscale="log", xlabel=x.upper(), ylabel="ms" if measure == "times_ms" else "peak MB")
+        axes.set_xticks([row[x] for row in series], [str(row[x]) for row in series], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_title(", ".join(f"{k} {v}" for k, v in rest.items()), fontsize="medium")
+        axes.legend(fontsize="small")
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    results = load(RESULTS)
+    (ROOT / "RESULTS.md").write_text(document(results))
+    for device, contents in results.items():
+        for op, content in contents.items():
+            if panels(content["rows"]):
+                plot(content["rows"], RESULTS / device / f"{op}.svg")
+
+
+if __name__ == "__main__":
+    main()
