@@ -110,14 +110,30 @@ void bind_nt_xent(py::module_& m) {
         });
 }
 
+// Where the implementations of a list of tensors are; TypeError if one is no tensor. The property is looked up once: it
+// is half the price.
+std::vector<uintptr_t> implementations(const py::list& tensors) {
+  static PyObject* const cdata = py::object(py::module_::import("torch").attr("Tensor").attr("_cdata")).release().ptr();
+  std::vector<uintptr_t> found;
+  found.reserve(tensors.size());
+  for (const py::handle tensor : tensors) {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    const auto address = py::reinterpret_steal<py::object>(Py_TYPE(cdata)->tp_descr_get(cdata, tensor.ptr(), type));
+    if (!address) throw py::error_already_set();
+    found.push_back(reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(address.ptr())));
+  }
+  return found;
+}
+
 void bind_ema_update(py::module_& m) {
   using namespace ema_update;
-  using Impls = std::vector<uintptr_t>;
   py::class_<Pairs>(m, "EmaPairs", "What a momentum update reads and writes.")
       .def(py::init<>())
       .def("read",
-           [](Pairs& pairs, const Impls& targets, const Impls& sources, const Impls& shadows, int64_t first_chunk) {
-             const Problem p = pairs.read(targets, sources, shadows, first_chunk);
+           [](Pairs& pairs, const py::list& targets, const py::list& sources, const py::list& shadows,
+              int64_t first_chunk) {
+             const Problem p =
+                 pairs.read(implementations(targets), implementations(sources), implementations(shadows), first_chunk);
              return std::tuple(p.what, p.list, p.index, p.other_list, p.other_index);
            })
       .def_readonly("strided", &Pairs::strided)

@@ -1,6 +1,5 @@
 """The momentum update of a model's average: target <- m target + (1 - m) source, all tensors in one pass."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -63,7 +62,6 @@ def reference(
 
 
 _LISTS = ("targets", "sources", "shadows")
-_address = operator.attrgetter("_cdata")
 
 
 def _refuse(op: str, lists: Sequence[Sequence[Tensor]], problem: tuple[str, int, int, int, int]) -> NoReturn:
@@ -90,7 +88,7 @@ def _refuse(op: str, lists: Sequence[Sequence[Tensor]], problem: tuple[str, int,
 class Pairs:
     """Targets and their sources as the kernels take them; another update is cheap while no tensor has moved."""
 
-    def __init__(self, op: str, lists: Sequence[Sequence[Tensor]], first_chunk: int = 0) -> None:
+    def __init__(self, op: str, lists: Sequence[list[Tensor]], first_chunk: int = 0) -> None:
         """lists: targets, sources and shadows; the last may be empty. op: what errors name."""
         for name, tensors in zip(_LISTS[1:], lists[1:], strict=True):
             if len(tensors) != len(lists[0]) and (tensors or name == "sources"):
@@ -101,17 +99,20 @@ class Pairs:
 
     def check(self) -> None:
         """Raises for tensors that cannot be updated; to be called before each update."""
-        for name, tensors in zip(_LISTS, self._lists, strict=True):
-            if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
-                k, x = next((k, x) for k, x in enumerate(tensors) if not isinstance(x, Tensor))
-                _check.bad_type(self._op, f"{name}[{k}]", "a tensor", type(x).__name__)
-            if torch.is_grad_enabled() and name != "sources":
+        try:
+            problem = self._native.read(*self._lists, self._first_chunk)
+        except TypeError:
+            for name, tensors in zip(_LISTS, self._lists, strict=True):
+                for k, x in enumerate(tensors):
+                    if not isinstance(x, Tensor):
+                        _check.bad_type(self._op, f"{name}[{k}]", "a tensor", type(x).__name__)
+            raise
+        if torch.is_grad_enabled():
+            for name, tensors in (("targets", self._lists[0]), ("shadows", self._lists[2])):
                 for k, x in enumerate(tensors):
                     if x.requires_grad:
                         wanted = "torch.no_grad() around the call"
                         _check.bad_value(self._op, f"{name}[{k}]", wanted, "a tensor that requires grad")
-        addresses = (list(map(_address, tensors)) for tensors in self._lists)
-        problem = self._native.read(*addresses, self._first_chunk)
         if problem[0]:
             _refuse(self._op, self._lists, problem)
 
