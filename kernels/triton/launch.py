@@ -11,6 +11,9 @@ import triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_TRITON = (3, 6)
+FUSED = {
+    "enable_fp_fusion": True
+}  # triton 3.9 warns where this is left open, 3.10 will not fuse
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -58,7 +61,7 @@ def precision(dtype: torch.dtype) -> str:
 
 @functools.cache
 def configs(op: str) -> dict:
-    """`<op>.json`: chip -> tf32, ieee or half -> width -> kernel -> launch config"""
+    """`<op>.json`: chip -> tf32, ieee or half -> width -> kernel -> launch config; a chip's own lists are complete"""
     return json.loads(Path(__file__).with_name(f"{op}.json").read_text())
 
 
@@ -67,4 +70,5 @@ def nearest(op: str, device: torch.device, dtype: torch.dtype, width: int) -> di
     table = configs(op)
     widths = table.get(chip(device), table["default"])[precision(dtype) if dtype == torch.float32 else "half"]
     listed = sorted(map(int, widths))
-    return widths[str(next((w for w in listed if w >= width), listed[-1]))]
+    kernels = widths[str(next((w for w in listed if w >= width), listed[-1]))]
+    return {kernel: config | FUSED for kernel, config in kernels.items()}

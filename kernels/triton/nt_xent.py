@@ -373,9 +373,9 @@ def _fixed_maximum(temperature: float | Tensor, normalize: bool, rows: int) -> f
 
 
 def _row_blocks(d: int) -> dict:
-    """A launch of about 2048 elements a program for the kernels that go over rows"""
-    block_d = min(triton.next_power_of_2(d), 1024)
-    return {"BLOCK_R": 2048 // block_d if block_d > 16 else 128, "BLOCK_D": block_d}
+    """A launch of about 1024 elements a program for the kernels that go over rows"""
+    block_d = min(triton.next_power_of_2(d), 256)
+    return {"BLOCK_R": min(1024 // block_d, 128), "BLOCK_D": block_d, "num_warps": 8, **launch.FUSED}
 
 
 def _operand(
@@ -425,7 +425,7 @@ def forward(
             **config,
         )  # fmt: skip
         _losses[triton.cdiv(m, 128),](
-            r_parts, m_parts, s_pos, losses, stats, scale, maximum, n, m, panels, search, 32, 128
+            r_parts, m_parts, s_pos, losses, stats, scale, maximum, n, m, panels, search, 32, 128, **launch.FUSED
         )
     return losses, inv_norm, stats
 

@@ -1,0 +1,175 @@
+"""NT-Xent's Triton kernels: their launches for offline.py, small calls for sanitize.py, and tests for the interpreter."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from oracle import assert_accurate
+from torch import Tensor
+
+from sslops.kernels.triton import launch, nt_xent
+from sslops.ops.nt_xent import reference
+
+OPERANDS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """torch.addmm has no out_dtype there; and W in blocks that small inputs have more than one of"""
+    with (
+        mock.patch.object(nt_xent, "_add_product", lambda out, a, b: out.addmm_(a.float(), b.float())),
+        mock.patch.object(nt_xent, "W_BLOCK", 128),
+    ):
+        yield
+
+
+def call(
+    n: int, d: int, operands: str, temperature: float | None, device: str, dtype: torch.dtype | None = None
+) -> None:
+    """Forward and backward; without a temperature it is a tensor, and the kernels search for the maximum"""
+    compute = OPERANDS[operands]
+    z = torch.ones(n, d, dtype=dtype or compute, device=device)
+    tau = torch.ones((), device=device) if temperature is None else temperature
+    with mock.patch.object(launch, "precision", lambda _: "tf32" if operands == "tf32" else "ieee"):
+        losses, *saved = nt_xent.forward(z, z, tau, True, compute)
+        nt_xent.backward(losses, z, z, tau, True, compute, *saved)
+
+
+def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """All that a chip can launch: every listed width, and one beyond the widest"""
+    table = launch.configs("nt_xent")
+    for operands in OPERANDS:
+        widths = table.get(chip, table["default"])[operands if operands in ("tf32", "ieee") else "half"]
+        for d in (*map(int, widths), 1000):
+            for how, temperature in (("fixed", 0.1), ("search", None)):
+                yield f"{operands} D={d} {how}", partial(call, 65536, d, operands, temperature, "meta")
+    yield "bf16 autocast D=128", partial(call, 65536, 128, "bf16", 0.1, "meta", torch.float32)
+
+
+def small() -> Iterator[Callable[[], None]]:
+    """Ragged shapes down every path"""
+    for n, d in ((1, 1), (33, 7), (70, 100), (35, 300)):
+        for operands in ("f16", "tf32", "ieee"):
+            for temperature in (0.1, None):
+                yield partial(call, n, d, operands, temperature, "cpu")
+
+
+# ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
+
+
+def pairs(kind: str, n: int, d: int) -> tuple[Tensor, Tensor]:
+    z = torch.randn(2, n, d, dtype=torch.float64)
+    if kind == "aligned":
+        z[1] = z[0] + 0.01 * z[1]
+    elif kind == "collapsed":
+        z = z[0, 0] + 0.01 * z
+    elif kind == "huge":
+        z *= 1e30
+    elif kind == "zero rows":
+        z[:, ::3] = 0
+    return z[0], z[1]
+
+
+def evaluate(f: Callable, z: tuple[Tensor, Tensor], temperature: float, dtype: torch.dtype) -> list[Tensor]:
+    """Losses [2N] and the gradients of the views and the temperature under uneven weights"""
+    z0, z1 = (x.to(dtype).requires_grad_() for x in z)
+    tau = torch.tensor(temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    losses = f(z0, z1, tau)
+    weights = torch.linspace(0, 2, len(losses), dtype=losses.dtype) / len(losses)
+    return [losses.detach(), *torch.autograd.grad(losses, (z0, z1, tau), weights)]
+
+
+class Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z0, z1, tau, options):  # noqa: ANN001, ANN205
+        losses, *ctx.saved = nt_xent.forward(z0, z1, *options)
+        ctx.inputs = (z0, z1, *options)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        return *nt_xent.backward(grad.contiguous(), *ctx.inputs, *ctx.saved), None
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """torch.empty holds NaN: whatever is read before it was written shows"""
+    torch.use_deterministic_algorithms(True)
+    with on_cpu():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+CASES = [
+    # pairs, N, D, temperature
+    ("random", 1, 3, 0.5),
+    ("random", 2, 1, 0.5),
+    ("random", 33, 40, 0.1),
+    ("random", 90, 100, 0.5),
+    ("random", 70, 200, 0.07),
+    ("random", 70, 300, 0.2),
+    ("random", 33, 40, 0.02),  # the fixed maximum with its bias
+    ("random", 33, 40, 0.005),  # the maximum searched
+    ("aligned", 40, 64, 0.05),
+    ("aligned", 40, 64, 0.01),
+    ("collapsed", 40, 33, 0.1),
+    ("huge", 33, 40, 0.1),
+    ("zero rows", 33, 40, 0.1),
+]
+
+
+@pytest.mark.parametrize("chip", ["default", "sm_90"])
+@pytest.mark.parametrize("search", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("kind", "n", "d", "temperature"), CASES)
+def test_accuracy(chip: str, search: bool, dtype: torch.dtype, kind: str, n: int, d: int, temperature: float) -> None:
+    if kind == "huge" and dtype == torch.float16:
+        pytest.skip("not in float16's range")
+    compare(pairs(kind, n, d), temperature, True, dtype, chip, search)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("n", "d"), [(20, 17), (70, 300)])
+def test_unnormalized(dtype: torch.dtype, n: int, d: int) -> None:
+    compare(pairs("random", n, d), 2.0, False, dtype, "sm_90", False)
+
+
+def compare(
+    z: tuple[Tensor, Tensor], temperature: float, normalize: bool, dtype: torch.dtype, chip: str, search: bool
+) -> None:
+    z = z[0].to(dtype).double(), z[1].to(dtype).double()
+
+    def kernel(z0: Tensor, z1: Tensor, tau: Tensor) -> Tensor:
+        options = (tau.detach() if search else temperature, normalize, dtype)
+        return Kernel.apply(z0, z1, tau, options)
+
+    with mock.patch.object(launch, "chip", lambda device: chip):
+        got, again = (evaluate(kernel, z, temperature, dtype) for _ in range(2))
+    eager, truth = (
+        evaluate(lambda z0, z1, tau, t=t: reference(z0, z1, tau, normalize, t), z, temperature, t)
+        for t in (dtype, torch.float64)
+    )
+    # The temperature's gradient is a sum of terms that may cancel: its floor is of their size.
+    sizes = (0.0, 0.0, 0.0, float(truth[0].abs().mean()) / temperature)
+    for name, *values, size in zip(("losses", "dz0", "dz1", "dtemperature"), got, eager, truth, sizes, strict=True):
+        assert_accurate(name, *values, dtype, size)
+    for x, y in zip(got, again, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_empty() -> None:
+    z = torch.empty(0, 5)
+    losses, inv_norm, stats = nt_xent.forward(z, z, 0.5, True, z.dtype)
+    dz0, dz1, dtemperature = nt_xent.backward(losses, z, z, 0.5, True, z.dtype, inv_norm, stats)
+    assert (losses.shape, inv_norm.shape, stats.shape) == ((0,), (0,), (3, 0))
+    assert (dz0.shape, dz1.shape, dtemperature.item()) == ((0, 5), (0, 5), 0)
+
+
+def test_nan_spreads() -> None:
+    z = torch.randn(9, 5)
+    z[4, 2] = torch.nan
+    losses, _, _ = nt_xent.forward(z, z, 0.5, True, z.dtype)
+    assert losses.isnan().all()

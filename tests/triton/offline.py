@@ -1,0 +1,200 @@
+"""Compiles what the launchers would launch for chips that are not there, and reads what came out.
+
+As a script, with the triton of its environment: checks every kernel and compares with resources-<version>.tsv, or writes
+that file if asked to with --write. `tests/triton/<op>.py` says what an op can launch on a chip.
+"""
+
+import contextlib
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sslops.kernels.triton import launch
+
+HERE = Path(__file__).parent
+OPS = sorted(file.stem for file in (HERE.parents[1] / "kernels/triton").glob("*.json"))
+
+
+class Chip(NamedTuple):
+    target: GPUTarget
+    shared: int  # bytes that a block may have
+    instruction: str  # that multiplies matrices
+
+
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, "mma.sync"),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, "wgmma"),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, "tcgen05.mma"),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
+}
+# Chips that no config is filed under take the default, which must do on every one.
+CHIPS |= {f"default on {name}": chip._replace(shared=64 * 1024) for name, chip in CHIPS.items()}
+INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[str, object]
+    divisible: list[str]  # arguments that are multiples of 16
+    options: dict[str, object]
+
+    def __str__(self) -> str:
+        blocks = "x".join(str(self.constants[name]) for name in self.constants if name.startswith("BLOCK"))
+        return f"{blocks} w{self.options.get('num_warps', 4)} s{self.options.get('num_stages', 3)}"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it must use the matrix instruction: not for exact float32, which NVIDIA's have not"""
+        return "PRECISION" in self.constants and (
+            self.constants["PRECISION"] == "tf32" or "*fp32" not in self.signature[self.kernel.arg_names[0]]
+        )
+
+
+class Row(NamedTuple):
+    op: str
+    chip: str
+    call: str
+    kernel: str
+    config: str
+    registers: int
+    stack: int  # bytes a thread: what was spilled
+    shared: int  # bytes a block
+    instruction: str
+
+    def __str__(self) -> str:
+        return "\t".join(map(str, self))
+
+
+@contextlib.contextmanager
+def record(chip: str) -> Iterator[list[Launch]]:
+    """Collects the launches that would happen on `chip`, specialised as triton does it, instead of launching."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        work = Launch(kernel, {}, {}, [], options)
+        for parameter in kernel.params:
+            name, value = parameter.name, given[parameter.name]
+            special = isinstance(value, torch.Tensor) or (type(value) is int and not parameter.do_not_specialize)
+            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+                work.signature[name], work.constants[name] = "constexpr", value
+                continue
+            if isinstance(value, torch.Tensor):
+                work.signature[name] = TYPES[value.dtype]
+            else:
+                work.signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if special and (isinstance(value, torch.Tensor) or value % 16 == 0):
+                work.divisible.append(name)
+        launches.append(work)
+
+    name = chip.split()[0]
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(launch, "chip", lambda device: name):
+        yield launches
+
+
+def build(work: Launch, chip: Chip) -> tuple[int, int, int, str]:
+    """registers, stack, shared memory, instruction"""
+    names = work.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in work.divisible}
+    source = ASTSource(work.kernel, work.signature, work.constants, attributes)
+    binary = triton.compile(source, target=chip.target, options=work.options)
+    assembly = binary.asm["amdgcn" if chip.target.backend == "hip" else "ptx"]
+    instruction = next((name for name in INSTRUCTIONS if name in assembly), "-")
+    if chip.target.backend == "hip":
+        usage = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+        return usage["vgpr_count"], usage["private_segment_fixed_size"], binary.metadata.shared, instruction
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(binary.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack, binary.metadata.shared, instruction
+
+
+def fault(row: Row, work: Launch) -> str | None:
+    """What is wrong with a compiled kernel"""
+    chip = CHIPS[row.chip]
+    if row.stack:
+        return f"spills {row.stack} bytes: {row}"
+    if row.shared > chip.shared:
+        return f"over {chip.shared} bytes of shared memory: {row}"
+    if work.multiplies and row.instruction != chip.instruction:
+        return f"not with {chip.instruction}: {row}"
+    return None
+
+
+def works(chips: Iterable[str] = CHIPS) -> list[tuple[str, str, str, Launch]]:
+    """(op, chip, call, launch) of each launch of each op on each chip, once, under the first call that makes it"""
+    found: dict[tuple[str, ...], tuple[str, str, str, Launch]] = {}
+    for op in OPS:
+        for chip in chips:
+            for name, call in importlib.import_module(op).launches(chip.split()[0]):
+                with record(chip) as launches:
+                    call()
+                for work in launches:
+                    found.setdefault((op, chip, work.kernel.__name__, str(work[1:])), (op, chip, name, work))
+    return list(found.values())
+
+
+def compiled(op: str, chip: str, call: str, work: Launch) -> tuple[Row, str | None]:
+    """What it came to, and what is wrong with it"""
+    head = (op, chip, call, work.kernel.__name__, str(work))
+    try:
+        row = Row(*head, *build(work, CHIPS[chip]))
+    except Exception as error:  # ptxas gives up on some
+        return Row(*head, 0, 0, 0, "-"), f"does not compile: {head}: {error}"
+    return row, fault(row, work)
+
+
+def compile_all() -> tuple[list[Row], list[str]]:
+    """Every launch of every op on every chip, and the faults"""
+    global _works
+    _works = works()  # inherited by the forked workers: a Launch cannot be pickled
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        results = list(pool.map(_compile, range(len(_works)), chunksize=4))
+    return [row for row, _ in results], [found for _, found in results if found]
+
+
+def _compile(index: int) -> tuple[Row, str | None]:
+    return compiled(*_works[index])
+
+
+def golden(version: str = triton.__version__) -> Path:
+    return HERE / f"resources-{version}.tsv"
+
+
+def table(rows: list[Row]) -> str:
+    return "\n".join(map(str, [Row(*Row._fields), *rows])) + "\n"  # type: ignore[arg-type]
+
+
+def main() -> None:
+    rows, faults = compile_all()
+    print(f"triton {triton.__version__}: {len(rows)} kernels, {len(faults)} faults", *faults, sep="\n")
+    if "--write" in sys.argv:
+        golden().write_text(table(rows))
+    changed = set(table(rows).splitlines()) ^ set(golden().read_text().splitlines())
+    print(*sorted(changed), sep="\n")
+    sys.exit(bool(faults or changed))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    main()

@@ -1,0 +1,81 @@
+"""Proves every load and store of the Triton kernels inside its tensor, by triton-viz's symbolic sanitizer.
+
+A script, for an environment of its own: triton-viz needs an older triton (requirements-sanitize.txt). No value is
+computed; a violation is printed, with its line, and ends the script.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+import triton_viz
+from triton_viz.clients.sanitizer import sanitizer
+
+ROOT = Path(__file__).parents[2]
+jit = triton.jit
+
+
+class Sanitizer(sanitizer.SymbolicSanitizer):
+    """Its own checks after a loop bound that loop's index only, and not those of the loops around it."""
+
+    def _check_range_satisfiable(self, address: object, constraints: object, *args: object) -> None:
+        names = [loop.lineno for loop in self.loop_stack]
+        assert len(set(names)) == len(names), f"nested loops in line {names[-1]} of two functions: indices collide"
+        around = [
+            sanitizer._range_to_iterator_constraint(loop.idx_z3, start=loop.start, stop=loop.stop, step=loop.step)
+            for loop in self.loop_stack
+        ]
+        super()._check_range_satisfiable(address, sanitizer._and_constraints(constraints, around), *args)
+
+
+def traced(function: Callable | None = None, **options: object) -> Callable:
+    """triton.jit whose kernels are checked as they are launched"""
+    if function is None:
+        return lambda f: traced(f, **options)
+    return triton_viz.trace(client=Sanitizer(abort_on_error=True))(jit(**options)(function))
+
+
+triton.jit = traced
+
+
+@traced
+def _unmasked(x, n, BLOCK: tl.constexpr):
+    for row in range(0, 2):
+        for i in range(0, n, BLOCK):
+            tl.store(x + row * n + i + tl.arange(0, BLOCK), 0.0)
+
+
+def assert_a_planted_bug_is_found() -> None:
+    _unmasked[(1,)](torch.zeros(2, 8), 8, 4)  # in bounds: must pass
+    try:
+        _unmasked[(1,)](torch.zeros(2, 7), 7, 4)
+    except SystemExit:
+        return
+    raise AssertionError("a store beyond the end was not found")
+
+
+def main() -> None:
+    assert_a_planted_bug_is_found()
+    from sslops.kernels.triton import launch
+
+    for name in sorted(file.stem for file in (ROOT / "kernels/triton").glob("*.json")):
+        op = importlib.import_module(name)
+        for chip in launch.configs(name):
+            start = time.perf_counter()
+            with mock.patch.object(launch, "chip", lambda device, chip=chip: chip), op.on_cpu():
+                for call in op.small():
+                    call()
+            print(f"{name} as on {chip}: in bounds, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

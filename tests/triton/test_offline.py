@@ -1,0 +1,51 @@
+"""Every kernel compiled for every chip, under the triton installed here; `offline.py` itself runs under others too."""
+
+from unittest import mock
+
+import offline
+import pytest
+
+from sslops.kernels.triton import launch
+
+
+def test_every_kernel_on_every_chip() -> None:
+    rows, faults = offline.compile_all()
+    assert not faults
+    if offline.golden().exists():
+        assert offline.table(rows) == offline.golden().read_text(), "run tests/triton/offline.py --write, and look at it"
+
+
+@pytest.mark.parametrize(
+    ("chip", "kernel", "config", "expected"),
+    [
+        ("sm_90", "flash", (128, 128, 128, 8, 2), "spills"),
+        ("gfx942", "flash", (64, 64, 128, 4, 3), "shared memory"),
+        ("sm_100", "forward", (128, 64, 128, 16, 2), "not with tcgen05.mma"),
+    ],
+)
+def test_a_bad_config_is_found(chip: str, kernel: str, config: tuple[int, ...], expected: str) -> None:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    kernels = launch.configs("nt_xent")[chip]["half"]["128"] | {kernel: dict(zip(names, config, strict=True))}
+    bad = {chip: {precision: {"128": kernels} for precision in ("half", "tf32", "ieee")}}
+    wanted = {"forward": "_negative_sums", "flash": "_flash"}[kernel]
+    with mock.patch.object(launch, "configs", lambda op: bad | {"default": bad[chip]}):
+        faults = [
+            offline.compiled(*work)[1]
+            for work in offline.works([chip])
+            if work[2].startswith("bf16 D=128") and work[3].kernel.__name__ == wanted
+        ]
+    assert any(fault and expected in fault for fault in faults), faults
+
+
+def test_unknown_widths_and_chips_have_configs() -> None:
+    import torch
+
+    configs = launch.configs("nt_xent")
+    with mock.patch.object(launch, "chip", lambda device: "sm_999"):
+        assert launch.nearest("nt_xent", torch.device("cpu"), torch.bfloat16, 7)["forward"].items() >= (
+            configs["default"]["half"]["64"]["forward"].items()
+        )
+    with mock.patch.object(launch, "chip", lambda device: "sm_90"):
+        for width, listed in ((100, "128"), (128, "128"), (129, "256"), (9000, "512")):
+            found = launch.nearest("nt_xent", torch.device("cpu"), torch.float16, width)
+            assert found["forward"].items() >= configs["sm_90"]["half"][listed]["forward"].items()
