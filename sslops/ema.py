@@ -151,9 +151,18 @@ class EMA:
                 self._rounded |= is_half and self._half == "stochastic"
         self._groups = [Pairs("EMA", lists) for lists in (direct, mastered) if lists[0]]
 
-    @torch.no_grad()
     def step(self, momentum: float | Tensor | None = None) -> None:
-        """One update; `momentum` instead of the usual one, this time. 0 makes the target a copy of `online`."""
+        """One update; `momentum` instead of the usual one, this time. 0 makes the target a copy of `online`.
+
+        Inside torch.compile it is a graph break; `ema_update_` is not.
+        """
+        if torch.compiler.is_compiling():  # not as a decorator, which would import torch._dynamo for all
+            torch.compiler.disable(self._step)(momentum)
+        else:
+            self._step(momentum)
+
+    @torch.no_grad()
+    def _step(self, momentum: float | Tensor | None) -> None:
         moved = self._first is not None and self._first.device != self._seed.device
         if moved or not all(members.unchanged() for members in self._members):
             self._pair()
@@ -169,9 +178,6 @@ class EMA:
         if self._rounded:
             self._seed += 1
         self.steps += 1
-
-    # torch.compiler.disable without its import of torch._dynamo; a compiled step calls ema_update_.
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """What, beside the target's own state, resumes exactly: {"steps", "seed", "masters"}."""

@@ -556,6 +556,32 @@ def test_wrapped_models() -> None:
     assert same_bits(list(plain.parameters()), list(target.parameters()))
 
 
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_ema_in_a_compiled_step_is_a_graph_break() -> None:
+    target, online = pair()
+    plain = copy.deepcopy(target)
+    ema, other = EMA(target, online, cosine_momentum(20)), EMA(plain, online, cosine_momentum(20))
+    graphs = 0
+
+    def count(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    @torch.compile(backend=count)
+    def step(x: Tensor) -> Tensor:
+        y = x * 2
+        ema.step()
+        return y + 1
+
+    for _ in range(12):
+        perturb(online)
+        step(torch.ones(3))
+        other.step()
+    assert graphs == 2
+    assert same_bits(list(plain.parameters()), list(target.parameters()))
+
+
 def test_distributed_wrapper(tmp_path) -> None:
     import torch.distributed as dist
 
