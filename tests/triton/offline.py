@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from sslops.kernels.triton import launch
@@ -109,15 +109,18 @@ def record(chip: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def build(work: Launch, chip: Chip) -> tuple[int, int, int, str]:
-    """registers, stack, shared memory, instruction"""
+def build(work: Launch, chip: Chip) -> CompiledKernel:
     names = work.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in work.divisible}
     source = ASTSource(work.kernel, work.signature, work.constants, attributes)
-    binary = triton.compile(source, target=chip.target, options=work.options)
-    assembly = binary.asm["amdgcn" if chip.target.backend == "hip" else "ptx"]
+    return triton.compile(source, target=chip.target, options=work.options)
+
+
+def resources(binary: CompiledKernel) -> tuple[int, int, int, str]:
+    """registers, stack, shared memory, instruction"""
+    assembly = binary.asm.get("amdgcn") or binary.asm["ptx"]
     instruction = next((name for name in INSTRUCTIONS if name in assembly), "-")
-    if chip.target.backend == "hip":
+    if "amdgcn" in binary.asm:
         usage = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
         return usage["vgpr_count"], usage["private_segment_fixed_size"], binary.metadata.shared, instruction
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -158,7 +161,7 @@ def compiled(op: str, chip: str, call: str, work: Launch) -> tuple[Row, str | No
     """What it came to, and what is wrong with it"""
     head = (op, chip, call, work.kernel.__name__, str(work))
     try:
-        row = Row(*head, *build(work, CHIPS[chip]))
+        row = Row(*head, *resources(build(work, CHIPS[chip])))
     except Exception as error:  # ptxas gives up on some
         return Row(*head, 0, 0, 0, "-"), f"does not compile: {head}: {error}"
     return row, fault(row, work)
