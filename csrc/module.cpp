@@ -5,9 +5,11 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/barlow_twins.h"
+#include "cpu/columns.h"
 #include "cpu/ema_update.h"
 #include "cpu/gemm.h"
 #include "cpu/nt_xent.h"
+#include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
 #include "cuda/ema_update.h"
 #include "cuda/probe.h"
@@ -57,26 +59,46 @@ void bind_gemm(py::module_& m) {
         });
 }
 
-void bind_barlow_twins(py::module_& m) {
-  using namespace barlow_twins;
-  m.def("barlow_twins_normalize", [](Address x, int dtype, int64_t n, int64_t d, int64_t first, int64_t p, double eps,
-                                     int operand, Address a, Address rstd) {
-    table().normalize(at<void>(x), DType(dtype), {n, d, first, p}, eps, DType(operand), at<float>(a), at<float>(rstd));
+void bind_columns(py::module_& m) {
+  using namespace columns;
+  m.def("columns_normalize", [](Address x, int dtype, int64_t n, int64_t d, int64_t first, int64_t p, bool scaled,
+                                double eps, int operand, Address a, Address mean, Address var) {
+    table().normalize(at<void>(x), DType(dtype), {n, d, first, p}, scaled, eps, DType(operand), at<float>(a),
+                      at<float>(mean), at<float>(var));
   });
-  m.def("barlow_twins_diagonal", [](Address a, Address b, int64_t n, int64_t p, Address c) {
+  m.def("columns_diagonal", [](Address a, Address b, int64_t n, int64_t p, Address c) {
     table().diagonal(at<float>(a), at<float>(b), n, p, at<float>(c));
   });
-  m.def("barlow_twins_inner",
+  m.def("columns_inner",
         [](Address x, Address y, int64_t size) { return table().inner(at<float>(x), at<float>(y), size); });
-  m.def("barlow_twins_panel", [](Address s, int64_t n, int64_t d, int64_t first, int64_t p, double lambd) {
-    return table().panel(at<float>(s), {n, d, first, p}, lambd);
-  });
-  m.def("barlow_twins_finish",
-        [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, Address rstd, double grad,
-           int64_t n, int64_t d, int64_t first, int64_t p, int dtype, Address dx) {
-          table().finish(at<float>(t), ld, weight, at<float>(b), at<float>(slope), at<float>(a), at<float>(rstd), grad,
-                         {n, d, first, p}, DType(dtype), at<void>(dx));
+  m.def("columns_normalize_backward",
+        [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, Address var, double eps,
+           double grad, int64_t n, int64_t d, int64_t first, int64_t p, int dtype, Address dx) {
+          table().normalize_backward(at<float>(t), ld, weight, at<float>(b), at<float>(slope), at<float>(a),
+                                     at<float>(var), eps, grad, {n, d, first, p}, DType(dtype), at<void>(dx));
         });
+}
+
+void bind_barlow_twins(py::module_& m) {
+  m.def("barlow_twins_panel", [](Address s, int64_t n, int64_t d, int64_t first, int64_t p, double lambd) {
+    return barlow_twins::table().panel(at<float>(s), {n, d, first, p}, lambd);
+  });
+}
+
+void bind_vicreg(py::module_& m) {
+  using namespace vicreg;
+  m.def("vicreg_off_diagonal", [](Address s, int64_t n, int64_t d, int64_t first, int64_t p) {
+    return table().off_diagonal(at<float>(s), {n, d, first, p});
+  });
+  m.def("vicreg_squared_distance", [](Address x, Address y, int dtype, int64_t n, int64_t d) {
+    return table().squared_distance(at<void>(x), at<void>(y), DType(dtype), n, d);
+  });
+  m.def("vicreg_finish", [](Address t, int64_t ld, double weight, Address a, Address diagonal, Address x, Address mean,
+                            Address spread, Address other, double pull, double grad, int64_t n, int64_t d,
+                            int64_t first, int64_t p, int dtype, Address dx) {
+    table().finish(at<float>(t), ld, weight, at<float>(a), at<float>(diagonal), at<void>(x), at<float>(mean),
+                   at<float>(spread), at<void>(other), pull, grad, {n, d, first, p}, DType(dtype), at<void>(dx));
+  });
 }
 
 void bind_nt_xent(py::module_& m) {
@@ -165,7 +187,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");
   bind_gemm(m);
   bind_barlow_twins(m);
+  bind_columns(m);
   bind_nt_xent(m);
+  bind_vicreg(m);
   bind_ema_update(m);
 #ifdef SSLOPS_CUDA
   m.def("cuda_iota", [](Address out, int64_t n, Address stream) { cuda_iota(at<int32_t>(out), n, at<void>(stream)); });

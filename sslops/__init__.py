@@ -3,8 +3,10 @@
 from .backend import explain
 from .ema import EMA, cosine_momentum
 from .ops.barlow_twins import barlow_twins
+from .ops.cross_correlation import cross_correlation
 from .ops.ema_update import ema_update_
 from .ops.nt_xent import nt_xent
+from .ops.vicreg import vicreg
 
 __version__ = "0.1.0"
-__all__ = ["EMA", "barlow_twins", "cosine_momentum", "ema_update_", "explain", "nt_xent"]
+__all__ = ["EMA", "barlow_twins", "cosine_momentum", "cross_correlation", "ema_update_", "explain", "nt_xent", "vicreg"]

@@ -53,10 +53,8 @@ def temperature(op: str, value: float | Tensor, device: torch.device) -> None:
             bad_value(op, "temperature", "a number or a 0-d tensor", f"shape {list(value.shape)}")
         if value.device != device:
             bad_value(op, "temperature", f"the embeddings' device, {device}", value.device)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        bad_type(op, "temperature", "a number or a 0-d tensor", type(value).__name__)
-    elif not 0 < value < math.inf:
-        bad_value(op, "temperature", "a positive finite number", value)
+    else:
+        positive(op, temperature=value)
 
 
 def scratch(op: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
@@ -66,8 +64,28 @@ def scratch(op: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, .
             bad_value(op, name, f"float32 {list(shape)} on {device}", f"{x.dtype} {list(x.shape)} on {x.device}")
 
 
-def non_negative(op: str, argument: str, value: float) -> None:
+def non_negative(op: str, **numbers: float) -> None:
+    """Finite numbers, at least 0."""
+    for name, value in numbers.items():
+        _number(op, name, value)
+        if not 0 <= value < math.inf:
+            bad_value(op, name, "a finite number, at least 0", value)
+
+
+def positive(op: str, **numbers: float) -> None:
+    """Finite numbers above 0."""
+    for name, value in numbers.items():
+        _number(op, name, value)
+        if not 0 < value < math.inf:
+            bad_value(op, name, "a positive finite number", value)
+
+
+def _number(op: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        bad_type(op, argument, "a number", type(value).__name__)
-    if not 0 <= value < math.inf:
-        bad_value(op, argument, "a finite number, at least 0", value)
+        bad_type(op, name, "a number", type(value).__name__)
+
+
+def batch(op: str, argument: str, x: Tensor) -> None:
+    """At least two rows."""
+    if x.shape[0] < 2:
+        bad_value(op, argument, "at least 2 rows, to have a variance", list(x.shape))

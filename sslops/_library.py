@@ -9,6 +9,16 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("sslops", "FRAGMENT")
 
 
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels are given the operands' dtype; autocast would round what they multiply on top of that."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return implementation(first, *rest)
+
+    return run
+
+
 def register(
     name: str,
     *,
@@ -22,28 +32,30 @@ def register(
 ) -> None:
     """Registers `name(arguments) -> (Tensor, saved)` and `name_backward(Tensor grad, arguments, saved)`.
 
-    The first output is the result; the saved ones are kept for backward and have no gradient. The backward op returns
-    one gradient for each argument named in `gradients`. Differentiating it raises: eager is the backend for that.
+    The first output is the result; the saved ones, if any, are kept for backward and have no gradient. The backward op
+    returns one gradient for each argument named in `gradients`. Differentiating it raises: that is for backend="eager".
     """
-    outputs = ", ".join(["Tensor result", saved])
+    outputs = f"(Tensor result, {saved})" if saved else "Tensor"
+    backward_arguments = ", ".join(filter(None, ["Tensor grad", arguments, saved]))
     gradient_outputs = ", ".join(["Tensor"] * len(gradients))
     schemas = {
-        name: (f"({arguments}) -> ({outputs})", forward, forward_fake),
-        f"{name}_backward": (f"(Tensor grad, {arguments}, {saved}) -> ({gradient_outputs})", backward, backward_fake),
+        name: (f"({arguments}) -> {outputs}", forward, forward_fake),
+        f"{name}_backward": (f"({backward_arguments}) -> ({gradient_outputs})", backward, backward_fake),
     }
     for op, (schema, implementation, fake) in schemas.items():
         _LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
+        _LIBRARY.impl(op, _without_autocast(implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(f"sslops::{op}", fake, lib=_LIBRARY)
 
     argument_names = [argument.split()[1] for argument in arguments.split(", ")]
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        kept = output[1:] if saved else ()
+        ctx.mark_non_differentiable(*kept)
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *output[1:])
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *kept)
 
     def differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)

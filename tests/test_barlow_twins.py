@@ -182,6 +182,7 @@ def test_bad_input():
         for value in (-1.0, float("nan"), float("inf")):
             refused(ValueError, name, z_a, z_b, **{name: value})
         refused(TypeError, name, z_a, z_b, **{name: "much"})
+    refused(ValueError, "eps", z_a, z_b, eps=0)
     refused(ValueError, "route", z_a, z_b, route="scenic")
     refused(ValueError, "backend", z_a, z_b, backend="tpu")
 

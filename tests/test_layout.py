@@ -15,7 +15,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # The named homes of what several ops share; every other stem in kernels/, csrc/cpu/ and csrc/cuda/ is an op's.
-SHARED = {"kernels/cpu/tiles.py", "kernels/triton/launch.py", "csrc/cpu/gemm.cpp", "csrc/cuda/probe.cu"}
+SHARED = {
+    "csrc/cpu/columns.cpp",
+    "csrc/cpu/gemm.cpp",
+    "csrc/cuda/probe.cu",
+    "kernels/cpu/columns.py",
+    "kernels/cpu/tiles.py",
+    "kernels/triton/launch.py",
+}
 
 
 def ops(root: Path) -> set[str]:

@@ -6,84 +6,7 @@
 namespace sslops::barlow_twins {
 namespace {
 
-constexpr int64_t kStrip = 64;       // columns that one thread takes down all rows: a few cache lines of each
-constexpr int64_t kBlock = 1 << 14;  // elements that one thread takes; fixed, so that sums do not depend on threads
-
-// fn(first column, columns) in parallel
-template <typename Fn>
-void for_each_strip(int64_t p, Fn&& fn) {
-  parallel_for((p + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin * kStrip; j < end * kStrip && j < p; j += kStrip) fn(j, p - j < kStrip ? p - j : kStrip);
-  });
-}
-
-SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
-
-void normalize(const void* x, DType dtype, Columns c, double eps, DType operand, float* a, float* rstd) {
-  const double inv_n = 1. / static_cast<double>(c.n);
-  for_each_strip(c.p, [&](int64_t strip, int64_t width) {
-    D mean[kStrip / kLanes]{}, var[kStrip / kLanes]{};
-    const auto down = [&](auto&& visit) {
-      for (int64_t i = 0; i < c.n; ++i)
-        for_each_vector(width, [&](int64_t j, int lanes) {
-          visit(i, j, lanes, widen(load_as_float(x, dtype, i * c.d + c.first + strip + j, lanes)));
-        });
-    };
-    down([&](int64_t, int64_t j, int, D v) { mean[j / kLanes] += v; });
-    for (D& m : mean) m *= inv_n;
-    down([&](int64_t, int64_t j, int, D v) {
-      v -= mean[j / kLanes];
-      var[j / kLanes] += v * v;
-    });
-    F scale[kStrip / kLanes];
-    for_each_vector(width, [&](int64_t j, int lanes) {
-      const D biased = var[j / kLanes] * inv_n + eps;
-      D inverse;
-      for (int k = 0; k < kLanes; ++k) inverse[k] = 1. / __builtin_sqrt(biased[k]);
-      scale[j / kLanes] = __builtin_convertvector(inverse, F);
-      store_lanes(rstd + strip + j, lanes, scale[j / kLanes]);
-    });
-    down([&](int64_t i, int64_t j, int lanes, D v) {
-      const F centred = __builtin_convertvector(v - mean[j / kLanes], F);
-      store_lanes(a + i * c.p + strip + j, lanes, round_to(operand, centred * scale[j / kLanes]));
-    });
-  });
-}
-
-void diagonal(const float* a, const float* b, int64_t n, int64_t p, float* c) {
-  for_each_strip(p, [&](int64_t strip, int64_t width) {
-    D total[kStrip / kLanes]{};
-    for (int64_t i = 0; i < n; ++i)
-      for_each_vector(width, [&](int64_t j, int lanes) {
-        const int64_t at = i * p + strip + j;
-        total[j / kLanes] += widen(load_lanes(a + at, lanes, 0.f)) * widen(load_lanes(b + at, lanes, 0.f));
-      });
-    for_each_vector(width, [&](int64_t j, int lanes) {
-      store_lanes(c + strip + j, lanes, __builtin_convertvector(total[j / kLanes] / static_cast<double>(n), F));
-    });
-  });
-}
-
-double inner(const float* x, const float* y, int64_t size) {
-  constexpr int64_t kMax = 4096;
-  const int64_t parts = (size + kBlock - 1) / kBlock < kMax ? (size + kBlock - 1) / kBlock : kMax;
-  double part[kMax];
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      D total{};
-      for (int64_t block = k * kBlock; block < size; block += parts * kBlock)
-        for_each_vector(size - block < kBlock ? size - block : kBlock, [&](int64_t j, int lanes) {
-          total += widen(load_lanes(x + block + j, lanes, 0.f)) * widen(load_lanes(y + block + j, lanes, 0.f));
-        });
-      part[k] = sum(total);
-    }
-  });
-  double total = 0.;
-  for (int64_t k = 0; k < parts; ++k) total += part[k];
-  return total;
-}
-
-double panel(float* s, Columns c, double lambd) {
+double panel(float* s, columns::Panel c, double lambd) {
   constexpr int64_t kMaxRows = 4096;
   double row_loss[kMaxRows];
   const float inv_n = static_cast<float>(1. / static_cast<double>(c.n)), slope = static_cast<float>(2. * lambd) * inv_n;
@@ -108,42 +31,10 @@ double panel(float* s, Columns c, double lambd) {
   return loss;
 }
 
-void finish(const float* t, int64_t ld, double weight, const float* b, const float* slope, const float* a,
-            const float* rstd, double grad, Columns c, DType dtype, void* dx) {
-  const float w = static_cast<float>(weight);
-  const double inv_n = 1. / static_cast<double>(c.n);
-  for_each_strip(c.p, [&](int64_t strip, int64_t width) {
-    const auto g = [&](int64_t i, int64_t j, int lanes) {
-      F v = load_lanes(t + i * ld + strip + j, lanes, 0.f) * w;
-      if (b) v += load_lanes(b + i * c.p + strip + j, lanes, 0.f) * load_lanes(slope + strip + j, lanes, 0.f);
-      return v;
-    };
-    D mean[kStrip / kLanes]{}, along[kStrip / kLanes]{};
-    for (int64_t i = 0; i < c.n; ++i)
-      for_each_vector(width, [&](int64_t j, int lanes) {
-        const D v = widen(g(i, j, lanes));
-        mean[j / kLanes] += v;
-        along[j / kLanes] += v * widen(load_lanes(a + i * c.p + strip + j, lanes, 0.f));
-      });
-    F mean32[kStrip / kLanes], along32[kStrip / kLanes];
-    for (int64_t k = 0; k < kStrip / kLanes; ++k) {
-      mean32[k] = __builtin_convertvector(mean[k] * inv_n, F);
-      along32[k] = __builtin_convertvector(along[k] * inv_n, F);
-    }
-    for (int64_t i = 0; i < c.n; ++i)
-      for_each_vector(width, [&](int64_t j, int lanes) {
-        const F own = load_lanes(a + i * c.p + strip + j, lanes, 0.f);
-        const F scale = load_lanes(rstd + strip + j, lanes, 0.f) * static_cast<float>(grad);
-        const F v = (g(i, j, lanes) - mean32[j / kLanes] - own * along32[j / kLanes]) * scale;
-        store_from_float(dx, dtype, i * c.d + c.first + strip + j, lanes, v);
-      });
-  });
-}
-
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{normalize, diagonal, inner, panel, finish};
+extern const Table table{panel};
 }
 
 }  // namespace sslops::barlow_twins

@@ -10,17 +10,11 @@ from torch import Tensor
 
 from sslops import _C
 
-from .tiles import DTYPE_CODES, tiles_for, upper_tiles
+from .tiles import DTYPE_CODES, refuses, tiles_for, upper_tiles  # noqa: F401
 
 # Below this temperature exp((s - 1) / tau) of a unit-length pair can leave float32's normal range (2 / tau > 86; the
 # margin is for operands rounded to bf16): the maximum is then tracked, which costs a second exponential per pair.
 LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 86
-
-
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype not in DTYPE_CODES:
-        return f"no {dtype} kernel: float32, float16 and bfloat16"
-    return None
 
 
 def _normalize(z0: Tensor, z1: Tensor, normalize: bool, operand: torch.dtype) -> tuple[Tensor, Tensor]:

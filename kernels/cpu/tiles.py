@@ -11,6 +11,13 @@ TILE: int = _C.MAX_TILE
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the CPU kernels cannot take such tensors; None if they can."""
+    if dtype not in DTYPE_CODES:
+        return f"no {dtype} kernel: float32, float16 and bfloat16"
+    return None
+
+
 def upper_tiles(rows: int) -> Iterator[tuple[slice, slice]]:
     """Row and column ranges of the tiles on and above the diagonal of a [rows, rows] matrix."""
     side = TILE if rows > 2 * TILE else TILE // 2  # tiles on the diagonal save nothing by symmetry: let them be small

@@ -125,7 +125,7 @@ def barlow_twins(
             reference). Under autocast the matmul operands have its dtype.
         lambd: weight of the off-diagonal terms, at least 0.
         scale: factor of the whole loss (0.024 in the authors' code, 0.1 or 0.025 in others).
-        eps: added to the variances, as F.batch_norm does; at least 0.
+        eps: added to the variances, as F.batch_norm does; positive.
         route: "gram" goes by two [N, N] matrices, 8 N^2 D FLOP; "panels" by rows of C, 6 N D^2 FLOP. The cheaper if
             None. With N above D, "gram" loses digits as C nears the identity: the off-diagonal is a difference there.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
@@ -141,13 +141,11 @@ def barlow_twins(
     the gram route is the identity ||A^T B||^2 = <A A^T, B B^T>.
     """
     _check.embeddings("barlow_twins", z_a=z_a, z_b=z_b)
-    n, d = z_a.shape
-    if n < 2:
-        _check.bad_value("barlow_twins", "z_a", "at least 2 rows, to have a variance", list(z_a.shape))
-    for name, value in (("lambd", lambd), ("scale", scale), ("eps", eps)):
-        _check.non_negative("barlow_twins", name, value)
+    _check.batch("barlow_twins", "z_a", z_a)
+    _check.non_negative("barlow_twins", lambd=lambd, scale=scale)
+    _check.positive("barlow_twins", eps=eps)
     if route is None:
-        route = _route(n, d)
+        route = _route(*z_a.shape)
     _check.choice("barlow_twins", "route", route, ("gram", "panels"))
     operand_dtype = compute_dtype(z_a)
     backend = resolve("barlow_twins", z_a.device, z_a.dtype, backend)

@@ -1,0 +1,30 @@
+"""The cross-correlation matrix beside eager PyTorch, torch.compile and its three matmuls. Shapes: N x D."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _compare import cases
+from _views import Loss, products, time_row
+
+import sslops
+
+CASES = {
+    "cpu": cases("1024x2048", "float32", "both"),
+    "cuda": cases("1024x8192", "bfloat16", "both"),
+}
+
+
+def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
+    a, b = (F.batch_norm(z, None, None, training=True) for z in (z_a, z_b))
+    return a.t() @ b / len(z_a)
+
+
+def losses() -> dict[str, Loss]:
+    return {"sslops": sslops.cross_correlation, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+
+
+@pytest.mark.usefixtures("threads")
+def test_time(benchmark, device, case):
+    n, d = case.shape
+    torch._dynamo.reset()
+    time_row(benchmark, case, device, losses(), products(n, d, False, 1, 2), 6 * n * d * d)

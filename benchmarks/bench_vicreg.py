@@ -1,0 +1,44 @@
+"""VICReg beside eager PyTorch, torch.compile and the matmuls that its route cannot avoid. Shapes: N x D."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _compare import cases
+from _views import Loss, memory_row, products, time_row
+
+import sslops
+
+CASES = {
+    "cpu": [
+        *cases("256x8192 4096x2048", "float32", "both"),
+        *cases("256x8192", "float32", "memory"),
+    ],
+    "cuda": cases("256x8192 1024x8192 4096x8192", "bfloat16", "both"),
+}
+
+
+def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
+    """As the authors' code: both covariance matrices, their diagonals, and what is left of their squares."""
+    loss = 25 * F.mse_loss(z_a, z_b)
+    n, d = z_a.shape
+    for z in (z_a, z_b):
+        z = z - z.mean(0)
+        loss = loss + 12.5 * F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+        cov = z.t() @ z / (n - 1)
+        loss = loss + (cov.square().sum() - cov.diagonal().square().sum()) / d
+    return loss
+
+
+def losses() -> dict[str, Loss]:
+    return {"sslops": sslops.vicreg, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+
+
+@pytest.mark.usefixtures("threads")
+def test_time(benchmark, device, case):
+    n, d = case.shape
+    torch._dynamo.reset()
+    time_row(benchmark, case, device, losses(), products(n, d, n < d, 2, 2), 8 * n * d * min(n, d))
+
+
+def test_memory(benchmark, device, case):
+    memory_row(benchmark, case, "bench_vicreg", ["sslops", "eager", "compile"])

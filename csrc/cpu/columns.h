@@ -1,0 +1,33 @@
+// Columns of embeddings over the batch: their moments, batch normalisation and the way back through it.
+// A panel is P columns, from `first`, of a [N, D] matrix; panels of float32 are contiguous, [N, P].
+#pragma once
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/isa.h"
+
+namespace sslops::columns {
+
+struct Panel {
+  int64_t n, d, first, p;
+};
+
+struct Table {
+  // mean [P], var [P] (biased) of x [N, D], and a [N, P]: x - mean, over sqrt(var + eps) if scaled, rounded to the
+  // operand's dtype.
+  void (*normalize)(const void* x, DType dtype, Panel panel, bool scaled, double eps, DType operand, float* a,
+                    float* mean, float* var);
+  // c [P] = sum over rows of a b / N
+  void (*diagonal)(const float* a, const float* b, int64_t n, int64_t p, float* c);
+  // sum of x y
+  double (*inner)(const float* x, const float* y, int64_t size);
+  // dx[:, panel] = grad rstd (g - mean(g) - a mean(a g)), a = (x - mean) rstd, g = weight t + b slope; t has row stride
+  // ld; b and slope may be null.
+  void (*normalize_backward)(const float* t, int64_t ld, double weight, const float* b, const float* slope,
+                             const float* a, const float* var, double eps, double grad, Panel panel, DType dtype,
+                             void* dx);
+};
+
+SSLOPS_DECLARE_TABLE
+
+}  // namespace sslops::columns
