@@ -1,4 +1,4 @@
-"""NT-Xent's Triton kernels: their launches for offline.py, small calls for sanitize.py, and tests for the interpreter."""
+"""NT-Xent's Triton kernels: launches for offline.py, small calls for sanitize.py, tests for test_interpreter.py."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def call(
     compute = OPERANDS[operands]
     z = torch.ones(n, d, dtype=dtype or compute, device=device)
     tau = torch.ones((), device=device) if temperature is None else temperature
-    with mock.patch.object(launch, "precision", lambda _: "tf32" if operands == "tf32" else "ieee"):
+    with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
         losses, *saved = nt_xent.forward(z, z, tau, True, compute)
         nt_xent.backward(losses, z, z, tau, True, compute, *saved)
 
@@ -84,13 +84,13 @@ def evaluate(f: Callable, z: tuple[Tensor, Tensor], temperature: float, dtype: t
 
 class Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z0, z1, tau, options):  # noqa: ANN001, ANN205
+    def forward(ctx, z0, z1, tau, options):
         losses, *ctx.saved = nt_xent.forward(z0, z1, *options)
         ctx.inputs = (z0, z1, *options)
         return losses
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         return *nt_xent.backward(grad.contiguous(), *ctx.inputs, *ctx.saved), None
 
 
@@ -114,20 +114,19 @@ CASES = [
     ("random", 33, 40, 0.02),  # the fixed maximum with its bias
     ("random", 33, 40, 0.005),  # the maximum searched
     ("aligned", 40, 64, 0.05),
-    ("aligned", 40, 64, 0.01),
+    ("aligned", 40, 64, 0.03),  # losses of 1e-9; below 1e-12 the float64 reference is not the truth
     ("collapsed", 40, 33, 0.1),
     ("huge", 33, 40, 0.1),
     ("zero rows", 33, 40, 0.1),
 ]
 
 
-@pytest.mark.parametrize("chip", ["default", "sm_90"])
-@pytest.mark.parametrize("search", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize(("chip", "search"), [("default", True), ("sm_90", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("kind", "n", "d", "temperature"), CASES)
 def test_accuracy(chip: str, search: bool, dtype: torch.dtype, kind: str, n: int, d: int, temperature: float) -> None:
-    if kind == "huge" and dtype == torch.float16:
-        pytest.skip("not in float16's range")
+    if kind in ("huge", "zero rows") and dtype == torch.float16:
+        pytest.skip("beyond float16's range, or its gradient is")
     compare(pairs(kind, n, d), temperature, True, dtype, chip, search)
 
 
@@ -146,7 +145,7 @@ def compare(
         options = (tau.detach() if search else temperature, normalize, dtype)
         return Kernel.apply(z0, z1, tau, options)
 
-    with mock.patch.object(launch, "chip", lambda device: chip):
+    with mock.patch.object(launch, "chip", return_value=chip):
         got, again = (evaluate(kernel, z, temperature, dtype) for _ in range(2))
     eager, truth = (
         evaluate(lambda z0, z1, tau, t=t: reference(z0, z1, tau, normalize, t), z, temperature, t)

@@ -1,7 +1,7 @@
 """Compiles what the launchers would launch for chips that are not there, and reads what came out.
 
-As a script, with the triton of its environment: checks every kernel and compares with resources-<version>.tsv, or writes
-that file if asked to with --write. `tests/triton/<op>.py` says what an op can launch on a chip.
+As a script, with the triton of its environment: checks every kernel and compares with resources-<version>.tsv, which
+--write writes first. `tests/triton/<op>.py` says what an op can launch on a chip.
 """
 
 import contextlib
@@ -104,8 +104,7 @@ def record(chip: str) -> Iterator[list[Launch]]:
                 work.divisible.append(name)
         launches.append(work)
 
-    name = chip.split()[0]
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(launch, "chip", lambda device: name):
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(launch, "chip", return_value=chip.split()[0]):
         yield launches
 
 

@@ -1,4 +1,4 @@
-"""Runs the tests in tests/triton/<op>.py through Triton's interpreter, which a process has from its start or not at all."""
+"""The tests in <op>.py, through Triton's interpreter, which a process has from its start or not at all."""
 
 import os
 import subprocess

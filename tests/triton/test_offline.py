@@ -4,6 +4,7 @@ from unittest import mock
 
 import offline
 import pytest
+import torch
 
 from sslops.kernels.triton import launch
 
@@ -12,7 +13,9 @@ def test_every_kernel_on_every_chip() -> None:
     rows, faults = offline.compile_all()
     assert not faults
     if offline.golden().exists():
-        assert offline.table(rows) == offline.golden().read_text(), "run tests/triton/offline.py --write, and look at it"
+        assert offline.table(rows) == offline.golden().read_text(), (
+            "run tests/triton/offline.py --write, and look at it"
+        )
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,7 @@ def test_a_bad_config_is_found(chip: str, kernel: str, config: tuple[int, ...], 
     kernels = launch.configs("nt_xent")[chip]["half"]["128"] | {kernel: dict(zip(names, config, strict=True))}
     bad = {chip: {precision: {"128": kernels} for precision in ("half", "tf32", "ieee")}}
     wanted = {"forward": "_negative_sums", "flash": "_flash"}[kernel]
-    with mock.patch.object(launch, "configs", lambda op: bad | {"default": bad[chip]}):
+    with mock.patch.object(launch, "configs", return_value=bad | {"default": bad[chip]}):
         faults = [
             offline.compiled(*work)[1]
             for work in offline.works([chip])
@@ -38,14 +41,12 @@ def test_a_bad_config_is_found(chip: str, kernel: str, config: tuple[int, ...], 
 
 
 def test_unknown_widths_and_chips_have_configs() -> None:
-    import torch
-
     configs = launch.configs("nt_xent")
-    with mock.patch.object(launch, "chip", lambda device: "sm_999"):
+    with mock.patch.object(launch, "chip", return_value="sm_999"):
         assert launch.nearest("nt_xent", torch.device("cpu"), torch.bfloat16, 7)["forward"].items() >= (
             configs["default"]["half"]["64"]["forward"].items()
         )
-    with mock.patch.object(launch, "chip", lambda device: "sm_90"):
+    with mock.patch.object(launch, "chip", return_value="sm_90"):
         for width, listed in ((100, "128"), (128, "128"), (129, "256"), (9000, "512")):
             found = launch.nearest("nt_xent", torch.device("cpu"), torch.float16, width)
             assert found["forward"].items() >= configs["sm_90"]["half"][listed]["forward"].items()
