@@ -24,8 +24,14 @@ test: build
 demo: build
 	$(PY) examples/pretrain.py
 
-bench: build
-	$(PY) -m pytest benchmarks
+# solo-learn as a whole wants torch 1.9; one file of it is used.
+.venv/peers: .venv/installed
+	$(PY) -m pip install -q --no-build-isolation -e ".[bench]"
+	$(PY) -m pip install -q --no-deps solo-learn==1.0.2
+	touch $@
+
+bench: build .venv/peers
+	$(PY) -m benchmarks --threads $$(nproc) --seconds 2
 
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h')
 

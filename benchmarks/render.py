@@ -10,10 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import kernel_report
+from kernel_report import markdown
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
+OPS = sorted(file.stem for file in (ROOT / "sslops/ops").glob("[a-z]*.py"))
 # What is not a fact that tells a row from others.
 MEASURED = ("run", "ours", "limit", "flop", "bytes", "times_ms", "ratios", "peak_mb")
+UNITS = {"flop": "GFLOP/s", "bytes": "GB/s"}
 
 Row = dict[str, Any]
 
@@ -97,15 +102,6 @@ def store(report: dict, results: Path = RESULTS) -> None:
         (folder / f"{op}.json").write_text(dump(contents))
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A table that reads as well in a terminal: numbers to the right"""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    text = [
-        " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *lines)
-    ]
-    return "\n".join(f"| {line} |" for line in (text[0], " | ".join("-" * (w - 1) + ":" for w in widths), *text[1:]))
-
-
 def _names(rows: list[Row], key: str) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row[key]))
 
@@ -122,13 +118,8 @@ def _time_cells(row: Row, names: list[str]) -> list[str]:
         else:
             ratio = times[name]["median"] / mine["median"]
             cells.append(f"**{ratio:.2f}x**" if ratio < 1 and name != limit else f"{ratio:.2f}x")
-    for work, unit, scale in (("flop", "TFLOP/s", 1e9), ("bytes", "GB/s", 1e6)):
-        if work in row:
-            rate = row[work] / mine["median"] / scale
-            cells.append(f"{rate:.3g} {unit}")
-            break
-    else:
-        cells.append("")
+    rates = [f"{row[work] / mine['median'] / 1e6:.4g} {unit}" for work, unit in UNITS.items() if work in row]
+    cells.append(", ".join(rates))
     limit_time = limit and times.get(limit)
     cells.append(f"{100 * limit_time['median'] / mine['median']:.0f}%" if limit_time else "")
     return cells
@@ -178,16 +169,15 @@ def _ratios(rows: list[Row]) -> dict[str, list[float]]:
 
 def summary(results: dict[str, dict[str, dict]]) -> str:
     """Of each op on each device: by how much we are faster than each variant, from the worst row to the best"""
-    ops = sorted({op for contents in results.values() for op in contents})
     lines = []
-    for op in ops:
-        for device, contents in results.items():
-            if op in contents:
-                ratios = _ratios(contents[op]["rows"])
-                text = ", ".join(f"{name} {min(r):.1f} to {max(r):.1f}x" for name, r in ratios.items())
-                lines.append([f"[{op}](#{op})", device, text])
-        if all(device.startswith("cpu") for device, contents in results.items() if op in contents):
-            lines.append([f"[{op}](#{op})", "GPU", "not measured yet"])
+    for op in OPS:
+        measured = {device: contents[op]["rows"] for device, contents in results.items() if op in contents}
+        for device, rows in measured.items():
+            ratios = _ratios(rows).items()
+            lines.append([op, device, ", ".join(f"{name} {min(r):.1f} to {max(r):.1f}x" for name, r in ratios)])
+        for kind in ("CPU", "GPU"):
+            if not any(device.startswith("cpu") == (kind == "CPU") for device in measured):
+                lines.append([op, kind, "not measured yet"])
     return markdown(["op", "device", "how many times our time the others take"], lines)
 
 
@@ -203,8 +193,9 @@ def _versions(contents: dict) -> str:
 def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str:
     """RESULTS.md. Remarks on the numbers are written by hand, in results/<device>/<op>.md."""
     text = [INTRO, summary(results)]
-    for op in sorted({op for contents in results.values() for op in contents}):
-        text.append(f"## {op}")
+    for op in ["limits", *OPS]:
+        if any(op in contents for contents in results.values()):
+            text.append(f"## {op}")
         for device, contents in results.items():
             if op not in contents:
                 continue
@@ -215,6 +206,7 @@ def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str
             if panels(contents[op]["rows"]):
                 picture = f"benchmarks/results/{device}/{op}.svg"
                 text.append(f"![time and memory of {op} on {device}]({picture})")
+    text.append(kernel_report.section())
     return "\n\n".join(part.strip() for part in text) + "\n"
 
 
@@ -245,12 +237,11 @@ def plot(rows: list[Row], file: Path) -> None:
     figure, all_axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 4.5), squeeze=False, layout="constrained")
     for axes, (measure, x, series) in zip(all_axes[0], shown, strict=True):
         for name in _names(series, measure):
-            points = [(row[x], row[measure].get(name, "absent")) for row in series]
-            values = [
-                (at, v["median"] if measure == "times_ms" else v) for at, v in points if v not in (None, "absent")
-            ]
+            points = [(row[x], row[measure][name]) for row in series if name in row[measure]]
+            alive = [(at, value["median"] if measure == "times_ms" else value) for at, value in points if value]
             style = {"lw": 3} if name == series[0]["ours"] else {"ls": ":"} if name == series[0].get("limit") else {}
-            (line,) = axes.plot(*zip(*values, strict=True), marker="o", ms=4, label=name, **style)
+            xs, ys = zip(*alive, strict=True) if alive else ((), ())
+            (line,) = axes.plot(xs, ys, marker="o", ms=4, label=name, **style)
             for at in (at for at, value in points if value is None):
                 axes.axvline(at, color=line.get_color(), ls="--", lw=0.8)
                 axes.annotate(f"{name}: out of memory", (at, 1), xycoords=("data", "axes fraction"), rotation=90,

@@ -1,8 +1,8 @@
 """Finds launch configs for the Triton kernels on the GPU that is here, and files them in kernels/triton/<op>.json.
 
-Configs near each listed one that compile without a fault (offline.py) are timed through the same launcher. One takes the
-place of a listed one only if it gives the same result and is faster by MARGIN, in turn with it; what was measured goes to
-benchmarks/tuned/<device>.json. New configs need new tests/triton/resources-*.tsv.
+Configs near each listed one that compile without a fault (offline.py) are timed through the same launcher. One takes
+the place of a listed one only if it gives the same result and is faster by MARGIN, in turn with it; what was measured
+goes to benchmarks/tuned/<device>.json. New configs need new tests/triton/resources-*.tsv.
 
 An op joins with a function in its bench_<op>.py: tuning(operands, width, kernel, device) -> the call to time.
 """
