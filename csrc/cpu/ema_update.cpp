@@ -2,11 +2,8 @@
 
 #include <algorithm>
 
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-
 #include "../common/parallel.h"
+#include "vec.h"
 
 namespace sslops::ema_update {
 namespace {
@@ -14,33 +11,17 @@ namespace {
 constexpr int kBlock = 256;                 // elements that are converted at a time: 1024 took a third longer
 constexpr int64_t kThreadElements = 32768;  // below it, a second thread costs more than it brings
 
-void widen(const uint16_t* in, int n, bool bf16, float* out) {
-  int i = 0;
-#ifdef __F16C__
-  for (; !bf16 && i + 8 <= n; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
-#endif
-  if (bf16)
-    for (; i < n; ++i) out[i] = bf16_to_float(in[i]);
-  else
-    for (; i < n; ++i) out[i] = f16_to_float(in[i]);
+void widen(const uint16_t* in, int n, DType dtype, float* out) {
+  for_each_vector(n, [&](int64_t j, int lanes) { store_lanes(out + j, lanes, load_as_float(in, dtype, j, lanes)); });
 }
 
-void narrow(const float* in, int n, bool bf16, uint16_t* out) {
-  int i = 0;
-#ifdef __F16C__
-  for (; !bf16 && i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  if (bf16)
-    for (; i < n; ++i) out[i] = to_bf16(in[i]);
-  else
-    for (; i < n; ++i) out[i] = to_f16(in[i]);
+void narrow(const float* in, int n, DType dtype, uint16_t* out) {
+  for_each_vector(
+      n, [&](int64_t j, int lanes) { store_from_float(out, dtype, j, lanes, load_lanes(in + j, lanes, 0.f)); });
 }
 
 // index: of in[0] in the whole table, a multiple of kGroup.
-void narrow(const float* in, int n, bool bf16, uint16_t* out, uint64_t seed, int64_t index) {
+void narrow(const float* in, int n, DType dtype, uint16_t* out, uint64_t seed, int64_t index) {
   uint32_t words[kBlock / 2];
   for (int g = 0; g < (n + kGroup - 1) / kGroup; ++g) {
     const Random4 r = noise(seed, index / kGroup + g);
@@ -51,7 +32,7 @@ void narrow(const float* in, int n, bool bf16, uint16_t* out, uint64_t seed, int
     random[2 * i] = static_cast<uint16_t>(words[i]);
     random[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
   }
-  if (bf16)
+  if (dtype == DType::bf16)
     for (int i = 0; i < n; ++i) out[i] = to_bf16(in[i], random[i]);
   else
     for (int i = 0; i < n; ++i) out[i] = to_f16(in[i], random[i]);
@@ -66,10 +47,10 @@ const A* read(const void* base, DType dtype, int64_t i, int n, A* buffer) {
   } else if (dtype == DType::f64) {
     for (int k = 0; k < n; ++k) buffer[k] = static_cast<A>(static_cast<const double*>(base)[i + k]);
   } else if constexpr (sizeof(A) == 4) {
-    widen(static_cast<const uint16_t*>(base) + i, n, dtype == DType::bf16, buffer);
+    widen(static_cast<const uint16_t*>(base) + i, n, dtype, buffer);
   } else {
     float narrower[kBlock];
-    widen(static_cast<const uint16_t*>(base) + i, n, dtype == DType::bf16, narrower);
+    widen(static_cast<const uint16_t*>(base) + i, n, dtype, narrower);
     std::copy_n(narrower, n, buffer);
   }
   return buffer;
@@ -82,18 +63,18 @@ void average(A* __restrict target, const A* __restrict source, int64_t n, Blend<
 }
 
 void update_float(const Row& row, int64_t begin, int64_t end, Blend<float> b, const uint64_t* seed) {
-  const bool half = row.target_dtype != DType::f32, bf16 = row.target_dtype == DType::bf16;
+  const DType dtype = row.target_dtype;
   float targets[kBlock], sources[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
     const float* source = read(row.source, row.source_dtype, i, n, sources);
     float* target = const_cast<float*>(read(row.target, row.target_dtype, i, n, targets));
     average(target, source, n, b);
-    if (half) {
+    if (dtype != DType::f32) {
       uint16_t* const out = static_cast<uint16_t*>(row.target) + i;
-      seed ? narrow(target, n, bf16, out, *seed, row.first_chunk * kChunk + i) : narrow(target, n, bf16, out);
+      seed ? narrow(target, n, dtype, out, *seed, row.first_chunk * kChunk + i) : narrow(target, n, dtype, out);
     } else if (row.shadow) {
-      narrow(target, n, row.shadow_dtype == DType::bf16, static_cast<uint16_t*>(row.shadow) + i);
+      narrow(target, n, row.shadow_dtype, static_cast<uint16_t*>(row.shadow) + i);
     }
   }
 }
