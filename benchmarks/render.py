@@ -57,7 +57,7 @@ def rows_of(report: dict, run: str) -> dict[str, list[Row]]:
 
 
 def _order(row: Row) -> list[tuple]:
-    return [(isinstance(value, str), value) for value in facts(row).values()]
+    return [(0, v, "") if isinstance(v, int | float) else (1, 0, str(v)) for v in facts(row).values()]
 
 
 def merge(old: dict, report: dict) -> dict[str, dict]:
@@ -87,18 +87,16 @@ def dump(contents: dict) -> str:
 
 def load(results: Path) -> dict[str, dict[str, dict]]:
     """device -> op -> contents"""
-    return {
-        folder.name: {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
-        for folder in sorted(results.iterdir())
-        if folder.is_dir()
-    }
+    found: dict[str, dict[str, dict]] = {}
+    for file in sorted(results.glob("*/*.json")):
+        found.setdefault(file.parent.name, {})[file.stem] = json.loads(file.read_text())
+    return found
 
 
 def store(report: dict, results: Path = RESULTS) -> None:
     folder = results / report["machine_info"]["device"]
     folder.mkdir(parents=True, exist_ok=True)
-    old = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
-    for op, contents in merge(old, report).items():
+    for op, contents in merge(load(results).get(folder.name, {}), report).items():
         (folder / f"{op}.json").write_text(dump(contents))
 
 
