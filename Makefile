@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PY := $(BIN)/python
 
-.PHONY: build test demo bench lint format clean
+.PHONY: build test sanitize demo bench lint format clean
 
 # torch comes first and pinned: left to pip, it would be the newest one, with gigabytes of CUDA. No build isolation, so
 # that `make build` goes on from the objects of this install.
@@ -20,6 +20,17 @@ build: .venv/installed
 
 test: build
 	$(PY) -m pytest
+
+# Triton kernels under Triton 3.6, the oldest one: every memory access proved in bounds, every kernel compiled.
+.venv-sanitize/installed: tests/triton/requirements-sanitize.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q $(TORCH)
+	$(@D)/bin/python -m pip install -q --no-deps -r $<
+	touch $@
+
+sanitize: build .venv-sanitize/installed
+	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton/sanitize.py
+	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton/offline.py
 
 demo: build
 	$(PY) examples/pretrain.py
@@ -47,4 +58,4 @@ format: .venv/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf .venv build dist *.egg-info sslops/_C.*.so
+	rm -rf .venv .venv-sanitize build dist *.egg-info sslops/_C.*.so
