@@ -5,15 +5,14 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_TRITON = (3, 6)
-FUSED = {
-    "enable_fp_fusion": True
-}  # triton 3.9 warns where this is left open, 3.10 will not fuse
+FUSED = {"enable_fp_fusion": True}  # triton 3.9 warns where this is left open, 3.10 will not fuse
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -60,12 +59,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def configs(op: str) -> dict:
+def configs(op: str) -> dict[str, Any]:
     """`<op>.json`: chip -> tf32, ieee or half -> width -> kernel -> launch config; a chip's own lists are complete"""
     return json.loads(Path(__file__).with_name(f"{op}.json").read_text())
 
 
-def nearest(op: str, device: torch.device, dtype: torch.dtype, width: int) -> dict:
+def nearest(op: str, device: torch.device, dtype: torch.dtype, width: int) -> dict[str, dict[str, int]]:
     """The configs of the smallest listed width that holds `width`, else of the widest; unknown chips: `default`."""
     table = configs(op)
     widths = table.get(chip(device), table["default"])[precision(dtype) if dtype == torch.float32 else "half"]

@@ -10,6 +10,8 @@ to a multiple of 64 columns; forward PANELS x 4 a row (x 8 with the maxima searc
 PROGRAMS blocks of rows more (flash), or D x 4 a row and one W block (panel).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -372,7 +374,7 @@ def _fixed_maximum(temperature: float | Tensor, normalize: bool, rows: int) -> f
     return None
 
 
-def _row_blocks(d: int) -> dict:
+def _row_blocks(d: int) -> dict[str, int]:
     """A launch of about 1024 elements a program for the kernels that go over rows"""
     block_d = min(triton.next_power_of_2(d), 256)
     return {"BLOCK_R": min(1024 // block_d, 128), "BLOCK_D": block_d, "num_warps": 8, **launch.FUSED}
@@ -466,7 +468,7 @@ def backward(
         return dz0, dz1, dots.sum() * (-0.5 / temperature)
 
 
-def _w_z_flash(z: Tensor, rows: tuple, search: bool, precision: str, config: dict) -> Tensor:
+def _w_z_flash(z: Tensor, rows: tuple[Any, ...], search: bool, precision: str, config: dict[str, int]) -> Tensor:
     """[splits, M, stride] whose sum over the splits is W z"""
     m, stride = z.shape
     blocks = triton.cdiv(m, config["BLOCK_M"])
@@ -478,7 +480,7 @@ def _w_z_flash(z: Tensor, rows: tuple, search: bool, precision: str, config: dic
     return dz
 
 
-def _w_z_panels(z: Tensor, rows: tuple, search: bool, precision: str, config: dict) -> Tensor:
+def _w_z_panels(z: Tensor, rows: tuple[Any, ...], search: bool, precision: str, config: dict[str, int]) -> Tensor:
     """[1, M, stride]: W z by blocks of W on and above the diagonal, each also used transposed"""
     m, stride = z.shape
     dz = z.new_zeros((1, m, stride), dtype=torch.float32)
