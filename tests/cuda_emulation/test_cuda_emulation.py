@@ -25,7 +25,17 @@ SANITIZERS = {
 def run(driver: str, sanitizer: str, csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     program = folder / driver
     sources = [HERE / f"{driver}.cpp", *(csrc / source for source in DRIVERS[driver])]
-    flags = "-std=c++20 -O1 -g -pthread -Wall -Wextra -Werror -Wno-psabi -DSSLOPS_ISA=portable".split()
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+        "-DSSLOPS_ISA=portable",
+    ]
     command = [
         "g++",
         *flags,
