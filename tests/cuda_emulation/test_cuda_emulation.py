@@ -25,28 +25,9 @@ SANITIZERS = {
 def run(driver: str, sanitizer: str, csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     program = folder / driver
     sources = [HERE / f"{driver}.cpp", *(csrc / source for source in DRIVERS[driver])]
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-g",
-        "-pthread",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-psabi",
-        "-DSSLOPS_ISA=portable",
-    ]
-    command = [
-        "g++",
-        *flags,
-        *SANITIZERS[sanitizer].split(),
-        f"-I{csrc}",
-        f"-I{HERE}",
-        *map(str, sources),
-        "-ldl",
-        "-o",
-        str(program),
-    ]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    flags = ["-std=c++20", "-O1", "-g", "-pthread", *warnings, "-DSSLOPS_ISA=portable", *SANITIZERS[sanitizer].split()]
+    command = ["g++", *flags, f"-I{csrc}", f"-I{HERE}", *map(str, sources), "-ldl", "-o", str(program)]
     subprocess.run(command, check=True)
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
 
