@@ -120,7 +120,7 @@ class Progress:
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report):
         if report.passed:
-            return report.outcome, "", ""
+            return report.outcome if report.when == "call" else "", "", ""
         return None
 
     def pytest_sessionfinish(self):

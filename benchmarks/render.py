@@ -63,7 +63,7 @@ def _order(row: Row) -> list[tuple]:
 def merge(old: dict, report: dict) -> dict[str, dict]:
     """op -> contents of its results file: `old` (op -> contents), its rows replaced where the report has them"""
     commit, machine = report["commit_info"], report["machine_info"]
-    run = commit["id"][:10] + "+changes" * commit["dirty"]
+    run = (commit["id"][:10] if len(commit["id"]) == 40 else commit["id"]) + "+changes" * commit["dirty"]
     merged = {}
     for op, rows in rows_of(report, run).items():
         before = old.get(op, {"rows": [], "runs": {}})
@@ -144,7 +144,8 @@ def tables(rows: Iterable[Row]) -> str:
                     cells + [_megabytes(row["peak_mb"], name) for name in names]
                     for cells, row in zip(shown, weighed, strict=True)
                 ]
-            text.append(markdown(header, lines))
+            kept = [k for k, column in enumerate(zip(*lines, strict=True)) if any(column)]
+            text.append(markdown([header[k] for k in kept], [[line[k] for k in kept] for line in lines]))
     return "\n\n".join(text)
 
 

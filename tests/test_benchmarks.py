@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import _compare
@@ -32,8 +33,6 @@ class TestInterleave:
         assert all(value["rounds"] == 4 and value["min"] <= value["median"] for value in times.values())
 
     def test_preparation_is_not_timed(self):
-        import time
-
         times = _compare.interleave({"a": (lambda: time.sleep(0.05), lambda _: None)}, rounds=3)
         assert times["a"]["min"] < 25
 
@@ -189,6 +188,25 @@ class TestTuner:
         found = json.loads(file.read_text())["sm_90"][task.operands][task.width]
         assert found[task.kernel] == other
         assert json.loads((tmp_path / "benchmarks/tuned/gpu.json").read_text())[" ".join(task)]["ms"] == 0.5
+
+    def test_the_fastest_config_with_the_same_result_wins(self, tune, monkeypatch):
+        task, listed = tune.listed("nt_xent", "sm_90")[0]
+        milliseconds = {listed["num_stages"]: 8, 7: 4, 8: 2, 9: 0}
+
+        def call(task, device):
+            def run():
+                config = tune.launch.configs(task.op)["sm_90"][task.operands][task.width][task.kernel]
+                time.sleep(milliseconds[config["num_stages"]] / 1e3)
+                return (torch.tensor(2.0 if config["num_stages"] == 9 else 1.0),)
+
+            return run
+
+        monkeypatch.setattr(tune, "call", call)
+        candidates = [listed | {"num_stages": stages} for stages in (7, 8, 9)]
+        found = tune.best(task, "sm_90", listed, iter(candidates), time.monotonic() + 60)
+        assert (found["config"], found["listed"], found["tried"]) == (candidates[1], listed, 2)
+        found = tune.best(task, "sm_90", candidates[1], iter([listed]), time.monotonic() + 60)
+        assert found["config"] == candidates[1]
 
     def test_a_config_that_spills_is_not_tried(self, tune):
         task, config = next(pair for pair in tune.listed("nt_xent", "sm_90") if pair[0][1:] == ("half", "128", "flash"))
