@@ -42,7 +42,7 @@ demo: build
 	touch $@
 
 bench: build .venv/peers
-	$(PY) -m benchmarks --threads $$(nproc) --seconds 2
+	$(PY) -m benchmarks --threads $$(nproc) --seconds 2 --minutes 10
 
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu*' -o -name '*.h')
 

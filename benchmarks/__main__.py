@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--threads", nargs="+", help="on a CPU; default: 1 and all cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--seconds", help="spent on timing a row; each variant runs at least three times")
+    parser.add_argument("--minutes", help="after which no other row is begun")
     parser.add_argument("--save", action="store_true", help="store the rows in benchmarks/results, render RESULTS.md")
     parser.add_argument("--compare", metavar="REV", help="time our kernels of another commit and of this tree in turn")
     arguments = parser.parse_args()
@@ -29,7 +30,9 @@ def main() -> int:
     for name in ("shapes", "dtypes", "parts", "threads"):
         if getattr(arguments, name):
             options.append(f"--{name}={' '.join(getattr(arguments, name))}")
-    options += [f"--{name}={getattr(arguments, name)}" for name in ("device", "seconds") if getattr(arguments, name)]
+    for name in ("device", "seconds", "minutes"):
+        if getattr(arguments, name):
+            options.append(f"--{name}={getattr(arguments, name)}")
     if arguments.compare:
         return compare.main(arguments.compare, arguments.op, options)
     report, failed = compare.measure(options)

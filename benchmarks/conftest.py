@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import resource
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ try:
 except ImportError:  # on a machine with nothing but torch and pytest
     tqdm = None
 
+START = time.monotonic()
 PACKAGES = ("torch", "triton", "lightly", "solo-learn", "timm")
 
 
@@ -35,6 +36,7 @@ def pytest_addoption(parser):
     group.addoption("--dtypes", help="such as 'float32 bfloat16'")
     group.addoption("--threads", help="such as '1 2'; default: 1 and all cores")
     group.addoption("--seconds", type=float, default=settings.seconds, help="spent on timing a row, at least 3 rounds")
+    group.addoption("--minutes", type=float, default=float("inf"), help="after which no other row is begun")
     group.addoption("--only-ours", action="store_true", help="leave the other variants out")
 
 
@@ -44,6 +46,11 @@ def pytest_configure(config):
         # Too large a matrix must end in an error that can be recorded, not in a kill; children inherit the limit.
         limit = int(_memory("MemAvailable") * 0.8)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() - START > 60 * item.config.getoption("--minutes"):
+        pytest.skip("no time left")
 
 
 def pytest_generate_tests(metafunc):
@@ -108,8 +115,11 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 class Progress:
     """A bar in place of pytest's dots"""
 
+    def __init__(self, terminal):
+        self.terminal = terminal
+
     def pytest_collection_finish(self, session):
-        self.bar = tqdm(total=len(session.items), unit="row", dynamic_ncols=True)
+        self.bar = tqdm(total=len(session.items), unit="row", file=self.terminal, dynamic_ncols=True)
 
     def pytest_runtest_logstart(self, nodeid):
         self.bar.set_postfix_str(nodeid.split("::")[-1])
@@ -129,5 +139,7 @@ class Progress:
 
 
 def pytest_sessionstart(session):
-    if tqdm is not None and sys.stderr.isatty():
-        session.config.pluginmanager.register(Progress())
+    with contextlib.suppress(OSError):  # no terminal
+        terminal = Path("/dev/tty").open("w")  # noqa: SIM115, for the session; pytest captures stderr
+        if tqdm is not None:
+            session.config.pluginmanager.register(Progress(terminal))

@@ -46,7 +46,7 @@ def rows_of(report: dict, run: str) -> dict[str, list[Row]]:
     """op -> rows, from pytest-benchmark's JSON"""
     found: dict[str, list[Row]] = {}
     for bench in report["benchmarks"]:
-        file, test = bench["fullname"].split("::")
+        file, *_, test = bench["fullname"].split("::")
         info = dict(bench["extra_info"])
         info.pop("ratios", None)
         for times in filter(None, info.get("times_ms", {}).values()):
