@@ -35,9 +35,10 @@ sanitize: build .venv-sanitize/installed
 demo: build
 	$(PY) examples/pretrain.py
 
-# solo-learn as a whole wants torch 1.9; one file of it is used.
+# $(TORCH) again: torchvision, which lightly needs, would bring the newest. solo-learn as a whole wants torch 1.9; single
+# files of it are used.
 .venv/peers: .venv/installed
-	$(PY) -m pip install -q --no-build-isolation -e ".[bench]"
+	$(PY) -m pip install -q --no-build-isolation $(TORCH) -e ".[bench]"
 	$(PY) -m pip install -q --no-deps solo-learn==1.0.2
 	touch $@
 

@@ -13,8 +13,9 @@ def _installed(package: str) -> bool:
 
 
 def _let_torchvision_load() -> None:
-    """PyPI's torchvision is built for CUDA: without it, it fails to import for want of these two."""
-    if not torch.cuda.is_available() and not hasattr(torch.ops.torchvision, "nms"):
+    """PyPI's torchvision is built for CUDA: beside a torch that is not, it lacks these two and does not import."""
+    cuda_only = "+cpu" not in importlib.metadata.version("torchvision") and torch.version.cuda is None
+    if cuda_only and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "FRAGMENT")
         for op in ("nms", "qnms"):
             library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
