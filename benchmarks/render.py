@@ -5,6 +5,7 @@ others (bench, m, d, dtype, threads, ...), `run`, and what was measured: times_m
 and peak_mb {variant: MB}, null where a variant ran out of memory.
 """
 
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -258,6 +259,9 @@ def plot(rows: list[Row], file: Path) -> None:
 def main() -> None:
     results = load(RESULTS)
     (ROOT / "RESULTS.md").write_text(document(results))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed")
+        return
     for device, contents in results.items():
         for op, content in contents.items():
             if panels(content["rows"]):
