@@ -146,6 +146,7 @@ from bench_nt_xent import losses, variant, views
 z0, z1 = views({m}, {d}, {dtype}, "cpu")
 step = variant(losses({m}, "cpu")[{{!r}}], z0, z1, "both")
 """
-    names = ["sslops"] if settings.only_ours else [name for name in losses(m, device) if not name.startswith("lean")]
+    names = [n for n in ("sslops", "eager", "compile", "lightly") if n in losses(m, device)]
+    names = names[:1] if settings.only_ours else names
     peak_mb = {name: peak_memory(setup.format(name), "step()") for name in names}
     record_memory(benchmark, peak_mb, m=m, d=d, dtype=dtype)

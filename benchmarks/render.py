@@ -48,10 +48,10 @@ def rows_of(report: dict, run: str) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for bench in report["benchmarks"]:
         file, *_, test = bench["fullname"].split("::")
-        info = dict(bench["extra_info"])
-        info.pop("ratios", None)
-        for times in filter(None, info.get("times_ms", {}).values()):
-            del times["min"]
+        info = {name: value for name, value in bench["extra_info"].items() if name != "ratios"}
+        if "times_ms" in info:
+            kept = ("median", "low", "high", "rounds")
+            info["times_ms"] = {n: t and {name: t[name] for name in kept} for n, t in info["times_ms"].items()}
         row = {"bench": test.split("[")[0].removeprefix("test_"), **_rounded(info), "run": run}
         found.setdefault(Path(file).stem.removeprefix("bench_"), []).append(row)
     return found

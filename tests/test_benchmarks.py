@@ -84,6 +84,11 @@ class TestResults:
         render.store(report(4.0, m=16, commit="b" * 40), tmp_path)
         assert set(render.load(tmp_path)["cpu-x"]["nt_xent"]["runs"]) == {"b" * 10}
 
+    def test_a_report_is_not_changed_by_reading_it(self):
+        read = report(1.0)
+        assert render.rows_of(read, "x") == render.rows_of(read, "x")
+        assert read == report(1.0)
+
     def test_losses_and_deaths_show(self, tmp_path):
         render.store(report(1.0), tmp_path)
         text = render.document(render.load(tmp_path), tmp_path)
