@@ -236,16 +236,19 @@ def plot(rows: list[Row], file: Path) -> None:
     shown = panels(rows)
     figure, all_axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 4.5), squeeze=False, layout="constrained")
     for axes, (measure, x, series) in zip(all_axes[0], shown, strict=True):
+        dead: dict[int, list[str]] = {}
         for name in _names(series, measure):
             points = [(row[x], row[measure][name]) for row in series if name in row[measure]]
             alive = [(at, value["median"] if measure == "times_ms" else value) for at, value in points if value]
             style = {"lw": 3} if name == series[0]["ours"] else {"ls": ":"} if name == series[0].get("limit") else {}
             xs, ys = zip(*alive, strict=True) if alive else ((), ())
-            (line,) = axes.plot(xs, ys, marker="o", ms=4, label=name, **style)
+            axes.plot(xs, ys, marker="o", ms=4, label=name, **style)
             for at in (at for at, value in points if value is None):
-                axes.axvline(at, color=line.get_color(), ls="--", lw=0.8)
-                axes.annotate(f"{name}: out of memory", (at, 1), xycoords=("data", "axes fraction"), rotation=90,
-                              ha="right", va="top", fontsize="small", color=line.get_color())  # fmt: skip
+                dead.setdefault(at, []).append(name)
+        for at, names in dead.items():
+            axes.axvline(at, color="gray", ls="--", lw=0.8)
+            axes.annotate(f"{', '.join(names)}: out of memory", (at, 0.98), xycoords=("data", "axes fraction"),
+                          rotation=90, ha="right", va="top", fontsize="small")  # fmt: skip
         rest = {k: v for k, v in facts(series[0]).items() if k not in (x, "bench")}
         axes.set(xscale="log", yscale="log", xlabel=x.upper(), ylabel="ms" if measure == "times_ms" else "peak MB")
         axes.set_xticks([row[x] for row in series], [str(row[x]) for row in series], minor=False)
