@@ -21,6 +21,7 @@ using namespace sslops;
 namespace {
 
 using Address = uintptr_t;
+using NoGil = py::call_guard<py::gil_scoped_release>;
 
 template <typename T>
 T* at(Address address) {
@@ -45,91 +46,133 @@ py::dict build_info() {
 void bind_gemm(py::module_& m) {
   m.attr("GEMM_BLOCK") = gemm::kBlock;
   m.def("has_bf16_gemm", [] { return gemm::table().matmul != nullptr; });
-  m.def("gemm_pack", [](Address x, int64_t rows, int64_t cols, Address as_is, Address transposed) {
-    gemm::table().pack(at<uint16_t>(x), rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed));
-  });
-  m.def("gemm_matmul", [](Address a, int64_t lda, Address b, int64_t n_step, int64_t k_step, int64_t rows, int64_t n,
-                          int64_t k, Address c, int64_t ldc, bool accumulate) {
-    gemm::table().matmul(at<uint16_t>(a), lda, {at<uint16_t>(b), n_step, k_step}, rows, n, k, at<float>(c), ldc,
-                         accumulate);
-  });
-  m.def("gemm_round_both",
-        [](Address x, int64_t ld, int64_t rows, int64_t cols, Address as_is, Address transposed, int64_t ld_out) {
-          gemm::table().round_both(at<float>(x), ld, rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed), ld_out);
-        });
+  m.def(
+      "gemm_pack",
+      [](Address x, int64_t rows, int64_t cols, Address as_is, Address transposed) {
+        gemm::table().pack(at<uint16_t>(x), rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed));
+      },
+      NoGil());
+  m.def(
+      "gemm_matmul",
+      [](Address a, int64_t lda, Address b, int64_t n_step, int64_t k_step, int64_t rows, int64_t n, int64_t k,
+         Address c, int64_t ldc, bool accumulate) {
+        gemm::table().matmul(at<uint16_t>(a), lda, {at<uint16_t>(b), n_step, k_step}, rows, n, k, at<float>(c), ldc,
+                             accumulate);
+      },
+      NoGil());
+  m.def(
+      "gemm_round_both",
+      [](Address x, int64_t ld, int64_t rows, int64_t cols, Address as_is, Address transposed, int64_t ld_out) {
+        gemm::table().round_both(at<float>(x), ld, rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed), ld_out);
+      },
+      NoGil());
 }
 
 void bind_columns(py::module_& m) {
   using namespace columns;
-  m.def("columns_normalize", [](Address x, int dtype, int64_t n, int64_t d, int64_t first, int64_t p, bool scaled,
-                                double eps, int operand, Address a, Address mean, Address var) {
-    table().normalize(at<void>(x), DType(dtype), {n, d, first, p}, scaled, eps, DType(operand), at<float>(a),
-                      at<float>(mean), at<float>(var));
-  });
-  m.def("columns_diagonal", [](Address a, Address b, int64_t n, int64_t p, Address c) {
-    table().diagonal(at<float>(a), at<float>(b), n, p, at<float>(c));
-  });
-  m.def("columns_inner",
-        [](Address x, Address y, int64_t size) { return table().inner(at<float>(x), at<float>(y), size); });
-  m.def("columns_normalize_backward",
-        [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, Address var, double eps,
-           double grad, int64_t n, int64_t d, int64_t first, int64_t p, int dtype, Address dx) {
-          table().normalize_backward(at<float>(t), ld, weight, at<float>(b), at<float>(slope), at<float>(a),
-                                     at<float>(var), eps, grad, {n, d, first, p}, DType(dtype), at<void>(dx));
-        });
+  m.def(
+      "columns_normalize",
+      [](Address x, int dtype, int64_t n, int64_t d, int64_t first, int64_t p, bool scaled, double eps, Address a,
+         Address mean, Address var) {
+        table().normalize(at<void>(x), DType(dtype), {n, d, first, p}, scaled, eps, at<float>(a), at<float>(mean),
+                          at<float>(var));
+      },
+      NoGil());
+  m.def(
+      "columns_diagonal",
+      [](Address a, Address b, int64_t n, int64_t p, Address c) {
+        table().diagonal(at<float>(a), at<float>(b), n, p, at<float>(c));
+      },
+      NoGil());
+  m.def(
+      "columns_inner",
+      [](Address x, Address y, int64_t size) { return table().inner(at<float>(x), at<float>(y), size); }, NoGil());
+  m.def(
+      "columns_normalize_backward",
+      [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, Address var, double eps,
+         double grad, int64_t n, int64_t d, int64_t first, int64_t p, int dtype, Address dx) {
+        table().normalize_backward(at<float>(t), ld, weight, at<float>(b), at<float>(slope), at<float>(a),
+                                   at<float>(var), eps, grad, {n, d, first, p}, DType(dtype), at<void>(dx));
+      },
+      NoGil());
 }
 
 void bind_barlow_twins(py::module_& m) {
-  m.def("barlow_twins_panel", [](Address s, int64_t n, int64_t d, int64_t first, int64_t p, double lambd) {
-    return barlow_twins::table().panel(at<float>(s), {n, d, first, p}, lambd);
-  });
+  m.def(
+      "barlow_twins_panel",
+      [](Address s, int64_t n, int64_t d, int64_t first, int64_t p, double lambd) {
+        return barlow_twins::table().panel(at<float>(s), {n, d, first, p}, lambd);
+      },
+      NoGil());
 }
 
 void bind_vicreg(py::module_& m) {
   using namespace vicreg;
-  m.def("vicreg_off_diagonal", [](Address s, int64_t n, int64_t d, int64_t first, int64_t p) {
-    return table().off_diagonal(at<float>(s), {n, d, first, p});
-  });
-  m.def("vicreg_squared_distance", [](Address x, Address y, int dtype, int64_t n, int64_t d) {
-    return table().squared_distance(at<void>(x), at<void>(y), DType(dtype), n, d);
-  });
-  m.def("vicreg_finish", [](Address t, int64_t ld, double weight, Address a, Address diagonal, Address x, Address mean,
-                            Address spread, Address other, double pull, double grad, int64_t n, int64_t d,
-                            int64_t first, int64_t p, int dtype, Address dx) {
-    table().finish(at<float>(t), ld, weight, at<float>(a), at<float>(diagonal), at<void>(x), at<float>(mean),
-                   at<float>(spread), at<void>(other), pull, grad, {n, d, first, p}, DType(dtype), at<void>(dx));
-  });
+  m.def(
+      "vicreg_off_diagonal",
+      [](Address s, int64_t n, int64_t d, int64_t first, int64_t p) {
+        return table().off_diagonal(at<float>(s), {n, d, first, p});
+      },
+      NoGil());
+  m.def(
+      "vicreg_squared_distance",
+      [](Address x, Address y, int dtype, int64_t n, int64_t d) {
+        return table().squared_distance(at<void>(x), at<void>(y), DType(dtype), n, d);
+      },
+      NoGil());
+  m.def(
+      "vicreg_finish",
+      [](Address t, int64_t ld, double weight, Address a, Address diagonal, Address x, Address mean, Address spread,
+         Address other, double pull, double grad, int64_t n, int64_t d, int64_t first, int64_t p, int dtype,
+         Address dx) {
+        table().finish(at<float>(t), ld, weight, at<float>(a), at<float>(diagonal), at<void>(x), at<float>(mean),
+                       at<float>(spread), at<void>(other), pull, grad, {n, d, first, p}, DType(dtype), at<void>(dx));
+      },
+      NoGil());
 }
 
 void bind_nt_xent(py::module_& m) {
   using namespace nt_xent;
   m.attr("MAX_TILE") = kMaxTile;
-  m.def("nt_xent_normalize", [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, int operand,
-                                Address z, Address inv_norm) {
-    table().normalize(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, DType(operand), at<float>(z),
-                      at<float>(inv_norm));
-  });
-  m.def("nt_xent_forward_tile", [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n,
-                                   double tau, bool fixed, Address max, Address r, Address s_pos) {
-    table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(r),
-                         at<float>(s_pos));
-  });
-  m.def("nt_xent_finish_forward",
-        [](int64_t n, double tau, bool fixed, Address max, Address r, Address s_pos, Address losses, Address stats) {
-          table().finish_forward(n, tau, fixed, at<float>(max), at<float>(r), at<float>(s_pos), at<float>(losses),
-                                 at<float>(stats));
-        });
-  m.def("nt_xent_backward_tile", [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0,
-                                    int64_t n, double tau, bool fixed, Address max, Address a) {
-    table().backward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(a));
-  });
-  m.def("nt_xent_finish_backward",
-        [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, double tau, Address grad, Address z,
-           Address inv_norm, Address stats, Address dz, int64_t ld, Address dz0, Address dz1, Address dots) {
-          table().finish_backward(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, tau, at<float>(grad),
-                                  at<float>(z), at<float>(inv_norm), at<float>(stats), at<float>(dz), ld, at<void>(dz0),
-                                  at<void>(dz1), at<float>(dots));
-        });
+  m.def(
+      "nt_xent_normalize",
+      [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, int operand, Address z,
+         Address inv_norm) {
+        table().normalize(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, DType(operand), at<float>(z),
+                          at<float>(inv_norm));
+      },
+      NoGil());
+  m.def(
+      "nt_xent_forward_tile",
+      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n, double tau, bool fixed,
+         Address max, Address r, Address s_pos) {
+        table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(r),
+                             at<float>(s_pos));
+      },
+      NoGil());
+  m.def(
+      "nt_xent_finish_forward",
+      [](int64_t n, double tau, bool fixed, Address max, Address r, Address s_pos, Address losses, Address stats) {
+        table().finish_forward(n, tau, fixed, at<float>(max), at<float>(r), at<float>(s_pos), at<float>(losses),
+                               at<float>(stats));
+      },
+      NoGil());
+  m.def(
+      "nt_xent_backward_tile",
+      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n, double tau, bool fixed,
+         Address max, Address a) {
+        table().backward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(a));
+      },
+      NoGil());
+  m.def(
+      "nt_xent_finish_backward",
+      [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, double tau, Address grad, Address z,
+         Address inv_norm, Address stats, Address dz, int64_t ld, Address dz0, Address dz1, Address dots) {
+        table().finish_backward(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, tau, at<float>(grad),
+                                at<float>(z), at<float>(inv_norm), at<float>(stats), at<float>(dz), ld, at<void>(dz0),
+                                at<void>(dz1), at<float>(dots));
+      },
+      NoGil());
 }
 
 // Where the implementations of a list of tensors are; TypeError if one is no tensor. The property is looked up once: it

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from . import _C, __version__
-from .backend import BACKENDS, ops, refusal, resolve
+from .backend import BACKENDS, choice, ops, refusal
 
 
 def _triton_version() -> str:
@@ -51,7 +51,9 @@ def main() -> None:
     for device in devices:
         print(f"\nfloat32 on {device}")
         for op in ops():
-            taken = resolve(op, device, torch.float32, None)
+            taken, trouble = choice(op, device, torch.float32)
+            if trouble:
+                print(f"  {trouble}")
             for backend in BACKENDS:
                 state = "taken" if backend == taken else refusal(backend, op, device, torch.float32) or "available"
                 print(f"  {op:<20}{backend:<8}{state}")

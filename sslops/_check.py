@@ -4,6 +4,7 @@ TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueErr
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -26,12 +27,19 @@ def choice(op: str, argument: str, value: str, choices: Sequence[str]) -> None:
         bad_value(op, argument, "one of " + ", ".join(choices), repr(value))
 
 
+def flag(op: str, argument: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        bad_type(op, argument, "True or False", repr(value))
+
+
 def embeddings(op: str, **tensors: Tensor) -> None:
     """Floating-point [N, D] tensors of one shape, dtype and device."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             bad_type(op, name, "a tensor [N, D]", type(x).__name__)
+        if x.layout != torch.strided:
+            bad_type(op, name, "a dense tensor", x.layout)
         if x.dtype not in FLOAT_DTYPES:
             bad_type(op, name, "a floating-point tensor", x.dtype)
         if x.dim() != 2:
@@ -81,11 +89,11 @@ def positive(op: str, **numbers: float) -> None:
 
 
 def _number(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         bad_type(op, name, "a number", type(value).__name__)
 
 
 def batch(op: str, argument: str, x: Tensor) -> None:
-    """At least two rows."""
-    if x.shape[0] < 2:
-        bad_value(op, argument, "at least 2 rows, to have a variance", list(x.shape))
+    """At least two rows, and a column."""
+    if x.shape[0] < 2 or x.shape[1] < 1:
+        bad_value(op, argument, "at least 2 rows, to have a variance, and a column", list(x.shape))

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "explain", "kernel", "ops", "resolve"]
+__all__ = ["BACKENDS", "choice", "explain", "kernel", "ops", "refusal", "resolve"]
 
 # Per device type, fastest first.
 _ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -73,11 +73,23 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | Non
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that cannot run.
     """
-    return _choose(op, device, dtype, wanted or os.environ.get("SSLOPS_BACKEND") or None)
+    if wanted is not None and not isinstance(wanted, str):
+        raise TypeError(f"{op}: backend: wanted a name or None, got {wanted!r}")
+    if wanted is None:
+        wanted = os.environ.get("SSLOPS_BACKEND") or None
+    return _choose(op, device, dtype, wanted)
 
 
 # torch.compiler.assume_constant_result without its import of torch._dynamo: a trace takes the answer, not the search.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choice(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]:
+    """The backend that a call without `backend=` takes; or None and what is wrong with $SSLOPS_BACKEND."""
+    try:
+        return resolve(op, device, dtype, None), ""
+    except (RuntimeError, ValueError) as error:
+        return None, f"SSLOPS_BACKEND={os.environ['SSLOPS_BACKEND']}: {error}"
 
 
 def explain(op: str, *tensors: Tensor) -> str:
@@ -87,15 +99,19 @@ def explain(op: str, *tensors: Tensor) -> str:
     """
     if op not in ops():
         raise ValueError(f"explain: op: wanted one of {', '.join(ops())}, got {op!r}")
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"explain: tensors: wanted tensors, got {type(x).__name__}")
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = tensors[0].dtype if tensors else torch.float32
     lines = [f"{op} on {device}, {dtype}:"]
-    try:
-        chosen = resolve(op, device, dtype, None)
-    except (RuntimeError, ValueError) as error:
-        chosen = None
-        lines.append(f"  SSLOPS_BACKEND={os.environ['SSLOPS_BACKEND']}: {error}")
+    chosen, trouble = choice(op, device, dtype)
+    if trouble:
+        lines.append(f"  {trouble}")
     for backend in BACKENDS:
         reason = refusal(backend, op, device, dtype)
         lines.append(f"  {backend:<8}{'taken' if backend == chosen else reason or 'available'}")
+    route = getattr(importlib.import_module(f"sslops.ops.{op}"), "cheaper_route", None)
+    if route and tensors and tensors[0].dim() == 2:
+        lines.append(f"  route   {route(*tensors[0].shape)}, the cheaper one for [N, D] = {list(tensors[0].shape)}")
     return "\n".join(lines)

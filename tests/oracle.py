@@ -76,7 +76,7 @@ def evaluate(
     **kwargs: object,
 ) -> list[Tensor]:
     """op's output and the gradients of its inputs under a fixed random cotangent, in `dtype` if given."""
-    leaves = [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in inputs]
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]  # strides and all
     out = op(*leaves, backend=backend, **kwargs)
     cotangent = torch.rand(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]

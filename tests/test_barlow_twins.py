@@ -94,10 +94,11 @@ def test_gradients_of_the_reference():
 
 
 @pytest.mark.parametrize(("n", "d", "route"), [(64, 86, "gram"), (64, 85, "panels"), (256, 8192, "gram")])
-def test_route_by_cost(monkeypatch, n, d, route):
+def test_route_by_cost(n, d, route):
     from sslops.ops import barlow_twins as module
 
-    assert module._route(n, d) == route
+    assert module.cheaper_route(n, d) == route
+    assert f"route   {route}" in sslops.explain("barlow_twins", torch.empty(n, d))
 
 
 @each_target
@@ -196,3 +197,47 @@ def test_bad_input_to_the_registered_op():
     for bad in ((loss[None], diagonal, kept), (loss, diagonal[1:], kept), (loss, diagonal, kept[:1])):
         with pytest.raises(ValueError, match=r"barlow_twins: (grad|diagonal|kept)"):
             torch.ops.sslops.barlow_twins_backward(bad[0], *arguments, *bad[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype):
+    for route in ("gram", "panels"):
+        oracle.check(sslops.barlow_twins, views(70, 90, dtype=dtype), "cpu", route=route)
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_under_another_default_dtype(device, backend, route, default):
+    inputs = list(views(40, 60, device=device).values())
+    expected = oracle.evaluate(sslops.barlow_twins, inputs, backend, route=route)
+    torch.set_default_dtype(default)
+    try:
+        assert all(map(torch.equal, expected, oracle.evaluate(sslops.barlow_twins, inputs, backend, route=route)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spiky_columns(device, backend, route, dtype):
+    """A few rows hold most of a column: its normalised entries are large, and rounding them would show."""
+    inputs = views(128, 300, dtype=dtype, device=device)
+    for z in inputs.values():
+        z[2:] *= 0.01
+    oracle.check(sslops.barlow_twins, inputs, backend, route=route)
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize(("n", "live"), [(64, 10), (64, 32), (256, 64)])
+def test_few_live_columns(device, backend, route, n, live):
+    """The other columns are constant, and C is the identity on the live ones: nearly nothing off the diagonal."""
+    basis = torch.linalg.qr(torch.randn(n, live, generator=torch.Generator().manual_seed(0))).Q
+    inputs = {}
+    for k, name in enumerate(("z_a", "z_b")):
+        z = torch.full((n, 1000), 0.5)
+        z[:, :live] = basis + 1e-3 * torch.randn(n, live, generator=torch.Generator().manual_seed(k + 1))
+        inputs[name] = z.to(device)
+    oracle.check(sslops.barlow_twins, inputs, backend, route=route)

@@ -201,3 +201,42 @@ def test_bad_input_to_the_registered_op():
     for bad in ((loss[None], moments, kept), (loss, moments[1:], kept), (loss, moments, kept[:1])):
         with pytest.raises(ValueError, match=r"vicreg: (grad|moments|kept)"):
             torch.ops.sslops.vicreg_backward(bad[0], *arguments, *bad[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype):
+    for route in ("gram", "panels"):
+        oracle.check(sslops.vicreg, views(70, 90, dtype=dtype), "cpu", route=route)
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_under_another_default_dtype(device, backend, route, default):
+    inputs = list(views(40, 60, device=device).values())
+    expected = oracle.evaluate(sslops.vicreg, inputs, backend, route=route)
+    torch.set_default_dtype(default)
+    try:
+        assert all(map(torch.equal, expected, oracle.evaluate(sslops.vicreg, inputs, backend, route=route)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_way_by_gram_matrices_is_taken_where_it_keeps_its_digits(monkeypatch):
+    from sslops.kernels.cpu import vicreg as kernel
+
+    by_panels, calls = kernel._by_panels, []
+    monkeypatch.setattr(kernel, "_by_panels", lambda *args: calls.append(args) or by_panels(*args))
+    inputs = views(64, 200)
+    oracle.evaluate(sslops.vicreg, list(inputs.values()), "cpu", route="gram")
+    assert not calls
+    inputs["z_a"][:, 3:7] *= 1000
+    oracle.evaluate(sslops.vicreg, list(inputs.values()), "cpu", route="gram")
+    assert len(calls) == 2  # forward and backward of the one view
+
+
+@each_target
+@each_route
+def test_a_tie_at_the_hinge(device, backend, route):
+    z = {"z_a": torch.tensor([[-1.0, 2.0], [0.0, 0.5], [1.0, 1.0]], device=device)}
+    oracle.check(functools.partial(sslops.vicreg, eps=0.0), z, backend, route=route)

@@ -19,8 +19,7 @@ void for_each_strip(int64_t p, Fn&& fn) {
 
 SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
 
-void normalize(const void* x, DType dtype, Panel c, bool scaled, double eps, DType operand, float* a, float* means,
-               float* vars) {
+void normalize(const void* x, DType dtype, Panel c, bool scaled, double eps, float* a, float* means, float* vars) {
   const double inv_n = 1. / static_cast<double>(c.n);
   for_each_strip(c.p, [&](int64_t strip, int64_t width) {
     D mean[kStrip / kLanes]{}, var[kStrip / kLanes]{};
@@ -47,7 +46,7 @@ void normalize(const void* x, DType dtype, Panel c, bool scaled, double eps, DTy
     });
     down([&](int64_t i, int64_t j, int lanes, D v) {
       const F centred = __builtin_convertvector(v - mean[j / kLanes], F);
-      store_lanes(a + i * c.p + strip + j, lanes, round_to(operand, centred * scale[j / kLanes]));
+      store_lanes(a + i * c.p + strip + j, lanes, centred * scale[j / kLanes]);
     });
   });
 }

@@ -13,10 +13,9 @@ struct Panel {
 };
 
 struct Table {
-  // mean [P], var [P] (biased) of x [N, D], and a [N, P]: x - mean, over sqrt(var + eps) if scaled, rounded to the
-  // operand's dtype.
-  void (*normalize)(const void* x, DType dtype, Panel panel, bool scaled, double eps, DType operand, float* a,
-                    float* mean, float* var);
+  // mean [P], var [P] (biased) of x [N, D], and a [N, P]: x - mean, over sqrt(var + eps) if scaled.
+  void (*normalize)(const void* x, DType dtype, Panel panel, bool scaled, double eps, float* a, float* mean,
+                    float* var);
   // c [P] = sum over rows of a b / N
   void (*diagonal)(const float* a, const float* b, int64_t n, int64_t p, float* c);
   // sum of x y

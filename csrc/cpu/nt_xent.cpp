@@ -2,8 +2,6 @@
 
 #include <math.h>
 
-#include <limits>
-
 #include "../common/parallel.h"
 #include "vec.h"
 
@@ -12,9 +10,15 @@ namespace {
 
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr float kEps = 1e-12f;
-constexpr float kInf = std::numeric_limits<float>::infinity(), kLowest = std::numeric_limits<float>::lowest();
+constexpr float kInf = __builtin_inff(), kLowest = -__FLT_MAX__;
 constexpr int64_t kChunk = 32;  // rows of a tile that one thread takes; fixed, so that sums do not depend on threads
 constexpr int64_t kMaxChunks = (kMaxTile + kChunk - 1) / kChunk;
+
+// exp(s / tau) = 2^(s scale). Never 0: at an infinite temperature all pairs weigh the same, but -inf stays -inf.
+float log2_scale(double tau) {
+  const double scale = kLog2e / tau;
+  return static_cast<float>(scale < __FLT_MIN__ ? __FLT_MIN__ : scale);
+}
 
 struct View {
   const void *z0, *z1;
@@ -138,7 +142,7 @@ void forward_tile_as(const Tile& t, float scale, const float* m, float* r, float
 }
 
 void forward_tile(Tile t, double tau, bool fixed, float* m, float* r, float* s_pos) {
-  const float scale = static_cast<float>(kLog2e / tau);
+  const float scale = log2_scale(tau);
   if (fixed) return forward_tile_as<true>(t, scale, m, r, s_pos);
   raise_maximum(t, scale, m, r, s_pos);
   forward_tile_as<false>(t, scale, m, r, s_pos);
@@ -146,7 +150,7 @@ void forward_tile(Tile t, double tau, bool fixed, float* m, float* r, float* s_p
 
 void finish_forward(int64_t n, double tau, bool fixed, const float* m, const float* r, const float* s_pos,
                     float* losses, float* stats) {
-  const float scale = static_cast<float>(kLog2e / tau);
+  const float scale = log2_scale(tau);
   const int64_t rows = 2 * n;
   for (int64_t i = 0; i < rows; ++i) {
     const float s = s_pos[i < n ? i : i - n], m_neg = fixed ? 1.f : m[i], top = fixed ? 1.f : max(s, m_neg);
@@ -181,7 +185,7 @@ void backward_tile_as(const Tile& t, float scale, const float* m, const float* a
 }
 
 void backward_tile(Tile t, double tau, bool fixed, const float* m, const float* a) {
-  const float scale = static_cast<float>(kLog2e / tau);
+  const float scale = log2_scale(tau);
   fixed ? backward_tile_as<true>(t, scale, m, a) : backward_tile_as<false>(t, scale, m, a);
 }
 

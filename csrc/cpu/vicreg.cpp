@@ -1,25 +1,10 @@
 #include "vicreg.h"
 
-#include "../common/parallel.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace sslops::vicreg {
 namespace {
-
-// Rows add up one by one, in double: the order does not depend on the threads.
-template <typename Row>
-double sum_rows(int64_t rows, Row&& row) {
-  constexpr int64_t kBatch = 1024;
-  double part[kBatch], total = 0.;
-  for (int64_t first = 0; first < rows; first += kBatch) {
-    const int64_t batch = rows - first < kBatch ? rows - first : kBatch;
-    parallel_for(batch, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) part[i] = row(first + i);
-    });
-    for (int64_t i = 0; i < batch; ++i) total += part[i];
-  }
-  return total;
-}
 
 double off_diagonal(float* s, columns::Panel c) {
   return sum_rows(c.p, [&](int64_t i) {

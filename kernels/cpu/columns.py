@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .tiles import DTYPE_CODES
+from .tiles import DTYPE_CODES, FLOAT32
 
 PANEL = 512  # columns: [256, 512] in float32 is 512 kB, a quarter of a core's cache
 
@@ -18,23 +18,26 @@ def panels(d: int) -> Iterator[tuple[int, int]]:
         yield first, min(PANEL, d - first)
 
 
-def centre(
-    x: Tensor, first: int, p: int, operand: torch.dtype, *, scale_eps: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def centre(x: Tensor, first: int, p: int, *, scale_eps: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """a [N, P] float32, mean [P], var [P] (biased): a = x - mean, over sqrt(var + scale_eps) if that is given"""
     n, d = x.shape
-    a, mean, var = torch.empty(n, p), torch.empty(p), torch.empty(p)
+    a, mean, var = torch.empty(n, p, **FLOAT32), torch.empty(p, **FLOAT32), torch.empty(p, **FLOAT32)
     _C.columns_normalize(
         x.data_ptr(), DTYPE_CODES[x.dtype], n, d, first, p, scale_eps is not None, scale_eps or 0.0,
-        DTYPE_CODES[operand], a.data_ptr(), mean.data_ptr(), var.data_ptr(),
+        a.data_ptr(), mean.data_ptr(), var.data_ptr(),
     )  # fmt: skip
     return a, mean, var
+
+
+def rounded(a: Tensor, operand: torch.dtype) -> Tensor:
+    """a, in float32, as the operand of a matmul in `operand` holds it"""
+    return a if operand == torch.float32 else a.to(operand).float()
 
 
 def diagonal(a: Tensor, b: Tensor) -> Tensor:
     """[P]: mean over the rows of a b, panels [N, P]"""
     n, p = a.shape
-    c = torch.empty(p)
+    c = torch.empty(p, **FLOAT32)
     _C.columns_diagonal(a.data_ptr(), b.data_ptr(), n, p, c.data_ptr())
     return c
 

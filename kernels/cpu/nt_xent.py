@@ -10,16 +10,17 @@ from torch import Tensor
 
 from sslops import _C
 
-from .tiles import DTYPE_CODES, refuses, tiles_for, upper_tiles  # noqa: F401
+from .tiles import DTYPE_CODES, FLOAT32, refuses, tiles_for, upper_tiles  # noqa: F401
 
-# Below this temperature exp((s - 1) / tau) of a unit-length pair can leave float32's normal range (2 / tau > 86; the
-# margin is for operands rounded to bf16): the maximum is then tracked, which costs a second exponential per pair.
-LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 86
+# Below this temperature the maximum is tracked, which costs a second exponential per pair. Above it, with 1 for the
+# maximum, no sum of exp((s - 1) / tau) is below exp(-43): half of float32's range, the other half being for grad / r.
+# (|s| is at most 1.01, whatever rounding did to unit rows.)
+LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 43
 
 
 def _normalize(z0: Tensor, z1: Tensor, normalize: bool, operand: torch.dtype) -> tuple[Tensor, Tensor]:
     n, d = z0.shape
-    z, inv_norm = torch.empty(2 * n, d), torch.empty(2 * n)
+    z, inv_norm = torch.empty(2 * n, d, **FLOAT32), torch.empty(2 * n, **FLOAT32)
     _C.nt_xent_normalize(
         z0.data_ptr(), z1.data_ptr(), DTYPE_CODES[z0.dtype], n, d, normalize, DTYPE_CODES[operand],
         z.data_ptr(), inv_norm.data_ptr(),
@@ -40,7 +41,8 @@ def forward(
     n = len(z0)
     tau, fixed = _scale(temperature, normalize)
     z, inv_norm = _normalize(z0, z1, normalize, compute_dtype)
-    maximum, r, s_pos = torch.full((2 * n,), torch.finfo(torch.float32).min), torch.zeros(2 * n), torch.empty(n)
+    maximum = torch.full((2 * n,), torch.finfo(torch.float32).min, **FLOAT32)
+    r, s_pos = torch.zeros(2 * n, **FLOAT32), torch.empty(n, **FLOAT32)
     tiles = tiles_for(z, compute_dtype)
     for i, j in upper_tiles(2 * n):
         s = tiles.logits(i, j)
@@ -48,7 +50,7 @@ def forward(
             s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, tau, fixed,
             maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(),
         )  # fmt: skip
-    losses, stats = torch.empty(2 * n), torch.empty(3, 2 * n)
+    losses, stats = torch.empty(2 * n, **FLOAT32), torch.empty(3, 2 * n, **FLOAT32)
     _C.nt_xent_finish_forward(
         n, tau, fixed, maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(), losses.data_ptr(), stats.data_ptr()
     )
@@ -78,7 +80,7 @@ def backward(
             s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, tau, fixed, maximum.data_ptr(), weights.data_ptr()
         )
         tiles.add_symmetric(dz, i, j, s)
-    dz0, dz1, dots = torch.empty_like(z0), torch.empty_like(z1), torch.empty(2 * n)
+    dz0, dz1, dots = torch.empty_like(z0), torch.empty_like(z1), torch.empty(2 * n, **FLOAT32)
     _C.nt_xent_finish_backward(
         z0.data_ptr(), z1.data_ptr(), DTYPE_CODES[z0.dtype], n, d, normalize, tau,
         grad.data_ptr(), z.data_ptr(), inv_norm.data_ptr(), stats.data_ptr(), dz.data_ptr(), dz.stride(0),

@@ -1,6 +1,7 @@
 """Tiles of A B^T and the products that go back from them: torch.mm, or AMX where bf16 results must stay float32."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from sslops import _C
 
 TILE: int = _C.MAX_TILE
+# Not what the user may have set as defaults: the native core reads these through pointers.
+FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -29,7 +32,8 @@ def upper_tiles(rows: int) -> Iterator[tuple[slice, slice]]:
 class Float32Tiles:
     """Z Z^T in float32 tiles, and W Z accumulated from symmetric W.
 
-    z: [M, D] float32. Half-precision operands come as the float32 numbers that they are: their products are exact.
+    z: [M, D] float32. Half-precision operands come as the float32 numbers that they are, and are multiplied as torch's
+    float32 matmul precision says: exactly, unless it was lowered.
     """
 
     def __init__(self, z: Tensor) -> None:
@@ -61,12 +65,12 @@ class Bf16Tiles:
 
     def __init__(self, z: Tensor) -> None:
         m, d = (_padded(size) for size in z.shape)
-        self._z = torch.zeros(m, d, dtype=torch.bfloat16)
+        self._z = torch.zeros(m, d, dtype=torch.bfloat16, device="cpu")
         self._z[: z.shape[0], : z.shape[1]] = z
         self._as_right, self._transposed_as_right = self._z.new_empty(2, m, d)
         _C.gemm_pack(self._z.data_ptr(), m, d, self._as_right.data_ptr(), self._transposed_as_right.data_ptr())
         side = min(TILE, m)
-        self._tile = torch.empty(side, side)
+        self._tile = torch.empty(side, side, **FLOAT32)
         self._w, self._w_transposed = self._z.new_empty(
             2, side, side + _C.GEMM_BLOCK
         )  # rows that miss each other's cache sets
@@ -80,7 +84,7 @@ class Bf16Tiles:
         return self._tile[:rows, :cols]
 
     def zeros(self) -> Tensor:
-        return torch.zeros(self._z.shape)
+        return torch.zeros(self._z.shape, **FLOAT32)
 
     def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor) -> None:
         rows, cols = w.shape

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sslops import _C
 
-from .columns import PANEL, centre, diagonal, inner, panels
-from .tiles import DTYPE_CODES, refuses  # noqa: F401
+from .columns import PANEL, centre, diagonal, inner, panels, rounded
+from .tiles import DTYPE_CODES, FLOAT32, refuses  # noqa: F401
 
 # Of ||S||^2: above it the difference loses more than a digit.
 LARGEST_DIAGONAL_SHARE = 0.9
@@ -21,7 +21,8 @@ def _gram(z: Tensor, operand: torch.dtype, moments: Tensor, gram: Tensor) -> Non
     """Z Z^T into gram [N, N]; mean, biased variance and diagonal of S into moments [3, D]"""
     n, d = z.shape
     for first, p in panels(d):
-        a, mean, var = centre(z, first, p, operand)
+        a, mean, var = centre(z, first, p)
+        a = rounded(a, operand)
         for row, values in zip(moments, (mean, var, diagonal(a, a) * n), strict=True):
             row[first : first + p] = values
         gram.addmm_(a, a.t())
@@ -36,9 +37,10 @@ def _off_diagonal_by_gram(moments: Tensor, gram: Tensor) -> float | None:
 def _by_panels(z: Tensor, operand: torch.dtype, moments: Tensor, t: Tensor | None) -> float:
     """Sum of S_ij^2 off the diagonal; Z times that part of S into t [N, D]; moments as _gram, 0 for the diagonal"""
     n, d = z.shape
-    a, moments[0], moments[1] = centre(z, 0, d, operand)
+    a, moments[0], moments[1] = centre(z, 0, d)
+    a = rounded(a, operand)
     moments[2] = 0
-    s, total = torch.empty(min(PANEL, d), d), 0.0
+    s, total = torch.empty(min(PANEL, d), d, **FLOAT32), 0.0
     for first, p in panels(d):
         rows = torch.mm(a[:, first : first + p].t(), a, out=s[:p])
         total += _C.vicreg_off_diagonal(rows.data_ptr(), n, d, first, p)
@@ -66,15 +68,15 @@ def forward(
     """loss []; moments [V, 3, D] of the V views; Grams [V, N, N] or products with S [V, N, D]"""
     n, d = z_a.shape
     views = [z_a] if z_b is None else [z_a, z_b]
-    moments = torch.empty(len(views), 3, d)
-    kept = torch.zeros(len(views), n, n if route == "gram" else d) if needs_grad or route == "gram" else None
+    moments = torch.empty(len(views), 3, d, **FLOAT32)
+    kept = torch.zeros(len(views), n, n if route == "gram" else d, **FLOAT32) if needs_grad or route == "gram" else None
     off = 0.0
     for k, z in enumerate(views):
         if route == "gram":
             assert kept is not None
             _gram(z, operand, moments[k], kept[k])
             by_gram = _off_diagonal_by_gram(moments[k], kept[k])
-            off += _by_panels(z, operand, torch.empty(3, d), None) if by_gram is None else by_gram
+            off += _by_panels(z, operand, torch.empty(3, d, **FLOAT32), None) if by_gram is None else by_gram
         else:
             off += _by_panels(z, operand, moments[k], None if kept is None else kept[k])
     hinge = (1 - _std(moments, n, eps)).clamp(min=0).sum()
@@ -82,7 +84,7 @@ def forward(
     if z_b is not None:
         code = DTYPE_CODES[z_a.dtype]
         loss += invariance * _C.vicreg_squared_distance(z_a.data_ptr(), z_b.data_ptr(), code, n, d) / (n * d)
-    return loss.float(), moments, kept if needs_grad and kept is not None else torch.empty(0)
+    return loss.float(), moments, kept if needs_grad and kept is not None else torch.empty(0, **FLOAT32)
 
 
 def backward(
@@ -108,12 +110,12 @@ def backward(
         t = kept[k]
         by_gram = route == "gram" and _off_diagonal_by_gram(moments[k], t) is not None
         if route == "gram" and not by_gram:
-            t = torch.empty(n, d)
-            _by_panels(z, operand, torch.empty(3, d), t)
+            t = torch.empty(n, d, **FLOAT32)
+            _by_panels(z, operand, torch.empty(3, d, **FLOAT32), t)
         out = torch.empty_like(z)
         other = views[1 - k].data_ptr() if len(views) == 2 else 0
         for first, p in panels(d):
-            a = centre(z, first, p, operand)[0] if by_gram else None
+            a = rounded(centre(z, first, p)[0], operand) if by_gram else None
             columns = t[:, first : first + p] if a is None else torch.mm(t, a)
             _C.vicreg_finish(
                 columns.data_ptr(), columns.stride(0), 4 * covariance / (d * (n - 1) ** 2),

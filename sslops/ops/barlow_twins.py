@@ -9,6 +9,8 @@ from .._library import register
 from .._precision import compute_dtype
 from ..backend import kernel, resolve
 
+ROUTES = ("gram", "panels")
+
 
 def reference(z_a: Tensor, z_b: Tensor, lambd: float, eps: float, operand_dtype: torch.dtype) -> Tensor:
     """loss [], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
@@ -20,7 +22,7 @@ def reference(z_a: Tensor, z_b: Tensor, lambd: float, eps: float, operand_dtype:
     return (1 - diagonal).square().sum() + lambd * off_diagonal.square().sum()
 
 
-def _route(n: int, d: int) -> str:
+def cheaper_route(n: int, d: int) -> str:
     """The cheaper of two exact ways: 8 N^2 D FLOP by Gram matrices, 6 N D^2 by panels of C."""
     return "gram" if 4 * n < 3 * d else "panels"
 
@@ -36,6 +38,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check.embeddings("barlow_twins", z_a=z_a, z_b=z_b)
+    _check.batch("barlow_twins", "z_a", z_a)
+    _check.choice("barlow_twins", "route", route, ROUTES)
     outputs: tuple[Tensor, Tensor, Tensor] = kernel(backend, "barlow_twins").forward(
         z_a.contiguous(), z_b.contiguous(), lambd, eps, operand_dtype, route, needs_grad
     )
@@ -127,7 +131,7 @@ def barlow_twins(
         scale: factor of the whole loss (0.024 in the authors' code, 0.1 or 0.025 in others).
         eps: added to the variances, as F.batch_norm does; positive.
         route: "gram" goes by two [N, N] matrices, 8 N^2 D FLOP; "panels" by rows of C, 6 N D^2 FLOP. The cheaper if
-            None. With N above D, "gram" loses digits as C nears the identity: the off-diagonal is a difference there.
+            None. Where the diagonal holds nearly all of C (few columns alive), "gram" goes by panels after all.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
@@ -145,8 +149,8 @@ def barlow_twins(
     _check.non_negative("barlow_twins", lambd=lambd, scale=scale)
     _check.positive("barlow_twins", eps=eps)
     if route is None:
-        route = _route(*z_a.shape)
-    _check.choice("barlow_twins", "route", route, ("gram", "panels"))
+        route = cheaper_route(*z_a.shape)
+    _check.choice("barlow_twins", "route", route, ROUTES)
     operand_dtype = compute_dtype(z_a)
     backend = resolve("barlow_twins", z_a.device, z_a.dtype, backend)
     if backend == "eager":

@@ -19,6 +19,7 @@ def reference(z_a: Tensor, z_b: Tensor, eps: float, operand_dtype: torch.dtype) 
 
 def _forward(z_a: Tensor, z_b: Tensor, eps: float, operand_dtype: torch.dtype, backend: str) -> Tensor:
     _check.embeddings("cross_correlation", z_a=z_a, z_b=z_b)
+    _check.batch("cross_correlation", "z_a", z_a)
     c: Tensor = kernel(backend, "cross_correlation").forward(z_a.contiguous(), z_b.contiguous(), eps, operand_dtype)
     return c
 

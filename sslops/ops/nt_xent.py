@@ -15,12 +15,12 @@ def reference(
 ) -> Tensor:
     """losses [2N], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
     n = len(z0)
-    z = torch.cat([z0, z1])
-    z = z if z.dtype == torch.float64 else z.float()
+    wide = torch.promote_types(z0.dtype, torch.float32)
+    z = torch.cat([z0.to(wide), z1.to(wide)])
     if normalize:
         z = F.normalize(z)
     operand = z.to(operand_dtype)
-    logits = (operand @ operand.t()).to(z.dtype) / temperature
+    logits = (operand @ operand.t()).to(wide) / temperature
     logits.fill_diagonal_(float("-inf"))
     positives = torch.arange(2 * n, device=z.device).roll(n)
     return F.cross_entropy(logits, positives, reduction="none")
@@ -108,9 +108,9 @@ def nt_xent(
     Args:
         z0, z1: two views, [N, D] each, row k of one being the positive of row k of the other; float32, float16,
             bfloat16 or float64 (float64 runs the eager reference). Under autocast the matmul operands have its dtype.
-        temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient and
-            is not checked (NaN if it is not positive). A schedule inside a compiled step should be a tensor: a number
-            that changes recompiles.
+        temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient and is not
+            checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step should be a
+            tensor: a number that changes recompiles.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the 2N rows, or "none": the losses [2N], rows of z0 first.
         backend: "cpu", "cuda", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
@@ -126,6 +126,7 @@ def nt_xent(
     """
     _check.embeddings("nt_xent", z0=z0, z1=z1)
     _check.temperature("nt_xent", temperature, z0.device)
+    _check.flag("nt_xent", "normalize", normalize)
     _check.choice("nt_xent", "reduction", reduction, ("mean", "sum", "none"))
     operand_dtype = compute_dtype(z0)
     backend = resolve("nt_xent", z0.device, z0.dtype, backend)

@@ -1,12 +1,15 @@
 """VICReg: views that agree, columns that vary, and columns that do not covary."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
 from .._library import register
 from .._precision import compute_dtype
 from ..backend import kernel, resolve
+
+ROUTES = ("gram", "panels")
 
 
 def reference(
@@ -25,7 +28,7 @@ def reference(
     loss = views[0].new_zeros(())
     for z in views:
         centred = z - z.mean(0)
-        hinge = (1 - (z.var(0) + eps).sqrt()).clamp(min=0)
+        hinge = F.relu(1 - (z.var(0) + eps).sqrt())
         operand = centred.to(operand_dtype)
         cov = (operand.t() @ operand).to(wide) / (n - 1)
         off_diagonal = cov - torch.diag(cov.diagonal())
@@ -35,7 +38,7 @@ def reference(
     return loss
 
 
-def _route(n: int, d: int) -> str:
+def cheaper_route(n: int, d: int) -> str:
     """The cheaper of two exact ways, for each view: 4 N^2 D FLOP by a Gram matrix, 4 N D^2 by panels of Z^T Z."""
     return "gram" if n < d else "panels"
 
@@ -60,6 +63,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_views(z_a, z_b)
+    _check.batch("vicreg", "z_a", z_a)
+    _check.choice("vicreg", "route", route, ROUTES)
     outputs: tuple[Tensor, Tensor, Tensor] = kernel(backend, "vicreg").forward(
         z_a.contiguous(), None if z_b is None else z_b.contiguous(),
         invariance, variance, covariance, eps, operand_dtype, route, needs_grad,
@@ -173,8 +178,8 @@ def vicreg(
     _check.batch("vicreg", "z_a", z_a)
     _check.non_negative("vicreg", invariance=invariance, variance=variance, covariance=covariance, eps=eps)
     if route is None:
-        route = _route(*z_a.shape)
-    _check.choice("vicreg", "route", route, ("gram", "panels"))
+        route = cheaper_route(*z_a.shape)
+    _check.choice("vicreg", "route", route, ROUTES)
     operand_dtype = compute_dtype(z_a)
     backend = resolve("vicreg", z_a.device, z_a.dtype, backend)
     weights = (invariance, variance, covariance, eps)
