@@ -109,29 +109,39 @@ void raise_maximum(const Tile& t, float scale, float* m, float* r, float* s_pos)
   }
 }
 
+// Adds kRows rows to their own sums in r and, where there are columns, to theirs.
+template <bool kFixed, int kRows>
+SSLOPS_INLINE void add_rows(const Tile& t, int64_t row, float scale, const float* m, float* r, float* columns) {
+  F totals[kRows]{};
+  for_each_vector(t.cols, [&](int64_t j, int lanes) {
+    F down{};
+    for (int k = 0; k < kRows; ++k) {
+      const F v = load_lanes(t.s + (row + k) * t.ld + j, lanes, -kInf);
+      const F e = exp2_nonpositive((v - (kFixed ? 1.f : m[t.i0 + row + k])) * scale);
+      totals[k] += e;
+      if (kFixed)
+        down += e;
+      else if (columns)
+        down += exp2_nonpositive((v - load_lanes(m + t.j0 + j, lanes, 0.f)) * scale);
+    }
+    if (columns) store_lanes(columns + j, lanes, load_lanes(columns + j, lanes, 0.f) + down);
+  });
+  for (int k = 0; k < kRows; ++k) r[t.i0 + row + k] += sum(totals[k]);
+}
+
 template <bool kFixed>
 void forward_tile_as(const Tile& t, float scale, const float* m, float* r, float* s_pos) {
   float column_sum[kMaxChunks][kMaxTile];
   const bool mirrored = t.i0 != t.j0;
   for_each_chunk(t, [&](int64_t chunk, int64_t begin, int64_t end) {
-    float* columns = column_sum[chunk];
-    for (int64_t j = 0; j < t.cols; ++j) columns[j] = 0.f;
-    for (int64_t row = begin; row < end; ++row) {
-      if (kFixed) take_positive(t, row, s_pos);
-      const float* s = t.s + row * t.ld;
-      const float top = kFixed ? 1.f : m[t.i0 + row];
-      F total{};
-      for_each_vector(t.cols, [&](int64_t j, int lanes) {
-        const F v = load_lanes(s + j, lanes, -kInf);
-        const F e = exp2_nonpositive((v - top) * scale);
-        total += e;
-        if (mirrored) {
-          const F mirror = kFixed ? e : exp2_nonpositive((v - load_lanes(m + t.j0 + j, lanes, 0.f)) * scale);
-          store_lanes(columns + j, lanes, load_lanes(columns + j, lanes, 0.f) + mirror);
-        }
-      });
-      r[t.i0 + row] += sum(total);
-    }
+    float* columns = mirrored ? column_sum[chunk] : nullptr;
+    if (mirrored)
+      for (int64_t j = 0; j < t.cols; ++j) columns[j] = 0.f;
+    if (kFixed)
+      for (int64_t row = begin; row < end; ++row) take_positive(t, row, s_pos);
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) add_rows<kFixed, 4>(t, row, scale, m, r, columns);
+    for (; row < end; ++row) add_rows<kFixed, 1>(t, row, scale, m, r, columns);
   });
   if (!mirrored) return;
   for (int64_t j = 0; j < t.cols; ++j) {
@@ -190,7 +200,7 @@ void backward_tile(Tile t, double tau, bool fixed, const float* m, const float* 
 }
 
 void finish_backward(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, double tau,
-                     const float* grad, const float* z, const float* inv_norm, const float* stats, const float* dz,
+                     const float* grad, const float* z, const float* inv_norm, const float* stats, float* dz,
                      int64_t ld, void* dz0, void* dz1, float* dots) {
   const View x{z0, z1, dtype, n, d};
   const float* negative_share = stats + 4 * n;
@@ -200,21 +210,22 @@ void finish_backward(const void* z0, const void* z1, DType dtype, int64_t n, int
       const int64_t positive = i < n ? i + n : i - n;
       const float inv = inv_norm[i];
       const float pull = grad[i] * negative_share[i] + grad[positive] * negative_share[positive];
-      const auto gradient = [&](int64_t j, int lanes) {
-        return (load_lanes(dz + i * ld + j, lanes, 0.f) - pull * load_lanes(z + positive * d + j, lanes, 0.f)) *
-               inv_tau;
-      };
+      float* g = dz + i * ld;
       F product{};
-      for_each_vector(d, [&](int64_t j, int lanes) { product += x.at(i, j, lanes) * inv * gradient(j, lanes); });
+      for_each_vector(d, [&](int64_t j, int lanes) {
+        const F v = (load_lanes(g + j, lanes, 0.f) - pull * load_lanes(z + positive * d + j, lanes, 0.f)) * inv_tau;
+        store_lanes(g + j, lanes, v);
+        product += x.at(i, j, lanes) * inv * v;
+      });
       const float dot = sum(product);
       dots[i] = dot;
       // At a clamped norm F.normalize is a plain scaling: nothing to project out.
       const bool project = normalize && inv < 1.f / kEps;
       void* out = i < n ? dz0 : dz1;
       for_each_vector(d, [&](int64_t j, int lanes) {
-        F g = gradient(j, lanes);
-        if (project) g -= x.at(i, j, lanes) * (inv * dot);
-        store_from_float(out, dtype, (i < n ? i : i - n) * d + j, lanes, g * inv);
+        F v = load_lanes(g + j, lanes, 0.f);
+        if (project) v -= x.at(i, j, lanes) * (inv * dot);
+        store_from_float(out, dtype, (i < n ? i : i - n) * d + j, lanes, v * inv);
       });
     }
   });

@@ -28,9 +28,10 @@ struct Table {
                          float* losses, float* stats);
   // S becomes W: W_ij = p_ij grad_i + p_ji grad_j, zero at positives and on the diagonal; a = grad / r, m from stats.
   void (*backward_tile)(Tile tile, double tau, bool fixed, const float* m, const float* a);
-  // dz = W z [2N, D], row stride ld, becomes dz0, dz1 [N, D]: positives, 1 / tau, normalisation; dots [2N] = <z, dz>.
+  // dz = W z [2N, D], row stride ld (used up), becomes dz0, dz1 [N, D]: positives, 1 / tau, normalisation; dots [2N] =
+  // <z, dz>.
   void (*finish_backward)(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, double tau,
-                          const float* grad, const float* z, const float* inv_norm, const float* stats, const float* dz,
+                          const float* grad, const float* z, const float* inv_norm, const float* stats, float* dz,
                           int64_t ld, void* dz0, void* dz1, float* dots);
 };
 

@@ -39,11 +39,20 @@ class Float32Tiles:
     def __init__(self, z: Tensor) -> None:
         self._z = z
         self._tile = z.new_empty(min(TILE, len(z)), min(TILE, len(z)))
+        self._blocks: dict[int, Tensor] = {}  # rows of z by their first: slicing costs as much as a small matmul
+
+    def _rows(self, i: slice) -> Tensor:
+        block = self._blocks.get(i.start)
+        if block is None:
+            block = self._blocks[i.start] = self._z[i]
+        return block
 
     def logits(self, i: slice, j: slice) -> Tensor:
         """z[i] z[j]^T in the scratch tile, which the next call overwrites."""
-        tile = self._tile[: i.stop - i.start, : j.stop - j.start]
-        return torch.mm(self._z[i], self._z[j].t(), out=tile)
+        left, right = self._rows(i), self._rows(j)
+        shape = (len(left), len(right))
+        tile = self._tile if self._tile.shape == shape else self._tile[: shape[0], : shape[1]]
+        return torch.mm(left, right.t(), out=tile)
 
     def zeros(self) -> Tensor:
         """[M, D] to accumulate into; the row stride is its own."""
@@ -51,9 +60,9 @@ class Float32Tiles:
 
     def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor) -> None:
         """out[i] += w z[j], and for a tile off the diagonal out[j] += w^T z[i]."""
-        out[i].addmm_(w, self._z[j])
+        out[i].addmm_(w, self._rows(j))
         if i != j:
-            out[j].addmm_(w.t(), self._z[i])
+            out[j].addmm_(w.t(), self._rows(i))
 
 
 def _padded(size: int) -> int:
