@@ -22,15 +22,15 @@ test: build
 	$(PY) -m pytest
 
 # Triton kernels under Triton 3.6, the oldest one: every memory access proved in bounds, every kernel compiled.
-.venv-sanitize/installed: tests/triton/requirements-sanitize.txt
+.venv-sanitize/installed: tests/triton_kernels/requirements-sanitize.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q $(TORCH)
 	$(@D)/bin/python -m pip install -q --no-deps -r $<
 	touch $@
 
 sanitize: build .venv-sanitize/installed
-	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton/sanitize.py
-	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton/offline.py
+	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton_kernels/sanitize.py
+	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton_kernels/offline.py
 
 demo: build
 	$(PY) examples/pretrain.py

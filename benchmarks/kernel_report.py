@@ -1,6 +1,6 @@
 """What the compilers make of the GPU kernels, on a machine without a GPU: kernels.tsv, and a part of RESULTS.md.
 
-Every Triton kernel with every config of its chip (by tests/triton/offline.py) and every CUDA kernel (by nvcc):
+Every Triton kernel with every config of its chip (by tests/triton_kernels/offline.py) and every CUDA kernel (by nvcc):
 registers, spills, shared memory, occupancy, and how many instructions multiply matrices, take exponentials, load 16
 bytes and load less. As a script it prints what differs from kernels.tsv; with --write it writes it.
 
@@ -140,7 +140,7 @@ def _triton_row(index: int) -> Row:
 def triton_rows() -> list[Row]:
     """Every kernel that a launcher launches on a chip that has configs of its own"""
     global _works
-    sys.path[:0] = [str(ROOT / "tests/triton"), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT / "tests/triton_kernels"), str(ROOT / "tests")]
     import offline
 
     _works = offline.works(CHIPS)  # inherited by the forked workers: a Launch cannot be pickled

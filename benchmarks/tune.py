@@ -2,7 +2,7 @@
 
 Configs near each listed one that compile without a fault (offline.py) are timed through the same launcher. One takes
 the place of a listed one only if it gives the same result and is faster by MARGIN, in turn with it; what was measured
-goes to benchmarks/tuned/<device>.json. New configs need new tests/triton/resources-*.tsv.
+goes to benchmarks/tuned/<device>.json. New configs need new tests/triton_kernels/resources-*.tsv.
 
 An op joins with a function in its bench_<op>.py: tuning(operands, width, kernel, device) -> the call to time.
 """
@@ -27,7 +27,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests/triton"))
+sys.path.insert(0, str(ROOT / "tests/triton_kernels"))
 
 import offline  # noqa: E402
 from _compare import interleave  # noqa: E402

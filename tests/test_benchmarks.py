@@ -167,7 +167,7 @@ class TestTuner:
     @pytest.fixture
     def tune(self, monkeypatch):
         pytest.importorskip("triton")
-        monkeypatch.syspath_prepend(ROOT / "tests/triton")
+        monkeypatch.syspath_prepend(ROOT / "tests/triton_kernels")
         import tune
 
         return tune
@@ -241,7 +241,7 @@ class TestKernelReport:
         """test_offline.py compiles them; this holds the two tables together."""
         compilers, listed = kernel_report.read()
         version = compilers.split()[1]
-        lines = (ROOT / f"tests/triton/resources-{version}.tsv").read_text().splitlines()[1:]
+        lines = (ROOT / f"tests/triton_kernels/resources-{version}.tsv").read_text().splitlines()[1:]
         golden = [line.split("\t")[:8] for line in lines if "default on" not in line]
         found = [list(map(str, row[:8])) for row in listed if row.call != "CUDA"]
         assert found == golden, "run benchmarks/kernel_report.py --write"

@@ -1,7 +1,7 @@
 """Compiles what the launchers would launch for chips that are not there, and reads what came out.
 
 As a script, with the triton of its environment: checks every kernel and compares with resources-<version>.tsv, which
---write writes first. `tests/triton/<op>.py` says what an op can launch on a chip.
+--write writes first. `tests/triton_kernels/<op>.py` says what an op can launch on a chip.
 """
 
 import contextlib

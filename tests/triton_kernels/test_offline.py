@@ -14,7 +14,7 @@ def test_every_kernel_on_every_chip() -> None:
     assert not faults
     if offline.golden().exists():
         assert offline.table(rows) == offline.golden().read_text(), (
-            "run tests/triton/offline.py --write, and look at it"
+            "run tests/triton_kernels/offline.py --write, and look at it"
         )
 
 
