@@ -1,4 +1,4 @@
-// Codes of the element types that Python passes in, and conversions to and from float32.
+// Codes of the element types, as Python passes them in.
 #pragma once
 #include <cstdint>
 

@@ -1,24 +1,14 @@
 #include "parallel.h"
 
-#include <dlfcn.h>
+#include "torch_symbol.h"
 
 namespace sslops {
 namespace {
 
 using TorchParallelFor = int32_t (*)(int64_t, int64_t, int64_t, RangeFn, void*);
 
-TorchParallelFor find_torch() {
-#ifdef __APPLE__
-  void* lib = dlopen("libtorch_cpu.dylib", RTLD_LAZY | RTLD_NOLOAD);
-#else
-  void* lib = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-#endif
-  return lib ? reinterpret_cast<TorchParallelFor>(dlsym(lib, "torch_parallel_for")) : nullptr;
-}
-
-// Looked up on first use: `import sslops` imports torch before the core.
 TorchParallelFor torch_pool() {
-  static const TorchParallelFor found = find_torch();
+  static const TorchParallelFor found = reinterpret_cast<TorchParallelFor>(torch_symbol("torch_parallel_for"));
   return found;
 }
 
