@@ -1,4 +1,5 @@
 // Bindings, nothing else. Tensors come as addresses; Python has checked dtypes, shapes, contiguity and devices.
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -178,7 +179,11 @@ void bind_nt_xent(py::module_& m) {
 // Where the implementations of a list of tensors are; TypeError if one is no tensor. The property is looked up once: it
 // is half the price.
 std::vector<uintptr_t> implementations(const py::list& tensors) {
-  static PyObject* const cdata = py::object(py::module_::import("torch").attr("Tensor").attr("_cdata")).release().ptr();
+  static py::gil_safe_call_once_and_store<py::object> stored;
+  PyObject* const cdata =
+      stored.call_once_and_store_result([] { return py::module_::import("torch").attr("Tensor").attr("_cdata"); })
+          .get_stored()
+          .ptr();
   std::vector<uintptr_t> found;
   found.reserve(tensors.size());
   for (const py::handle tensor : tensors) {
@@ -192,30 +197,31 @@ std::vector<uintptr_t> implementations(const py::list& tensors) {
 
 void bind_ema_update(py::module_& m) {
   using namespace ema_update;
-  py::class_<Pairs>(m, "EmaPairs", "What a momentum update reads and writes.")
+  py::class_<Work, std::shared_ptr<Work>>(m, "EmaWork", "Where a momentum update reads and writes.")
+      .def_property_readonly("nbytes", [](const Work& work) { return work.rows.size() * sizeof(Row); });
+  py::class_<Pairs>(m, "EmaPairs", "Targets and their sources, as they were when they were read.")
       .def(py::init<>())
       .def("read",
-           [](Pairs& pairs, const py::list& targets, const py::list& sources, const py::list& shadows,
-              int64_t first_chunk) {
+           [](Pairs& pairs, const py::list& targets, const py::list& sources, const py::list& shadows, bool copied) {
              const Problem p =
-                 pairs.read(implementations(targets), implementations(sources), implementations(shadows), first_chunk);
+                 pairs.read(implementations(targets), implementations(sources), implementations(shadows), copied);
              return std::tuple(p.what, p.list, p.index, p.other_list, p.other_index);
            })
+      .def_readonly("work", &Pairs::work)
+      .def_readonly("updated", &Pairs::updated)
       .def_readonly("strided", &Pairs::strided)
-      .def_readonly("chunks", &Pairs::chunks)
-      .def_readonly("version", &Pairs::version)
-      .def_property_readonly("nbytes", [](const Pairs& pairs) { return pairs.rows.size() * sizeof(Row); });
-  m.def("ema_update", [](const Pairs& pairs, double momentum, std::optional<uint64_t> seed) {
+      .def_readonly("single", &Pairs::single);
+  m.def("ema_update", [](std::shared_ptr<Work> work, double momentum, std::optional<uint64_t> seed) {
     const py::gil_scoped_release others_may_run;
-    table().update(pairs, momentum, seed ? &*seed : nullptr);
+    table().update(*work, momentum, seed ? &*seed : nullptr);
   });
 #ifdef SSLOPS_CUDA
-  m.def("cuda_ema_upload", [](const Pairs& pairs, Address device_rows, Address stream) {
-    cuda_upload(pairs, at<Row>(device_rows), at<void>(stream));
+  m.def("cuda_ema_upload", [](const Work& work, Address device_rows, Address stream) {
+    cuda_upload(work, at<Row>(device_rows), at<void>(stream));
   });
-  m.def("cuda_ema_update", [](const Pairs& pairs, Address device_rows, double momentum, Address device_momentum,
+  m.def("cuda_ema_update", [](const Work& work, Address device_rows, double momentum, Address device_momentum,
                               bool is_double, bool stochastic, uint64_t seed, Address device_seed, Address stream) {
-    cuda_update(pairs, at<Row>(device_rows), {momentum, at<void>(device_momentum), is_double},
+    cuda_update(work, at<Row>(device_rows), {momentum, at<void>(device_momentum), is_double},
                 {stochastic, seed, at<uint64_t>(device_seed)}, at<void>(stream));
   });
 #endif

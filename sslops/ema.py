@@ -1,16 +1,17 @@
 """EMA: a model that is the moving average of another, kept by one native call per step."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _check
-from .ops.ema_update import Pairs, check_momentum
+from .ops.ema_update import Pairs, check_momentum, check_seed
 
 __all__ = ["EMA", "cosine_momentum"]
 
@@ -20,11 +21,14 @@ def cosine_momentum(steps: int, start: float = 0.996, end: float = 1.0) -> Calla
 
     Source: Grill et al., Bootstrap Your Own Latent, arXiv:2006.07733, Section 3.2.
     """
+    _check.positive("cosine_momentum", steps=steps)
+    for value in (start, end):
+        check_momentum("cosine_momentum", value, None)
+    return functools.partial(_cosine, steps, start, end)
 
-    def momentum(step: int) -> float:
-        return end - (end - start) * (math.cos(math.pi * min(step / steps, 1.0)) + 1) / 2
 
-    return momentum
+def _cosine(steps: int, start: float, end: float, step: int) -> float:  # of the module, for pickle
+    return end - (end - start) * (math.cos(math.pi * min(step / steps, 1.0)) + 1) / 2
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -37,6 +41,9 @@ def _unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+_WRAPPERS = ("", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
 class _Members:
     """A module's parameters and persistent buffers by name, and whether they are still the same objects."""
 
@@ -45,7 +52,7 @@ class _Members:
         self.buffers: dict[str, Tensor] = {}
         self._dicts: list[dict[str, Any]] = []
         for path, part in _unwrap(module).named_modules(remove_duplicate=False):
-            prefix = [word for word in path.split(".") if word not in ("", "_orig_mod", "_fsdp_wrapped_module")]
+            prefix = [word for word in path.split(".") if word not in _WRAPPERS]
             for found, members in ((self.parameters, part._parameters), (self.buffers, part._buffers)):
                 for name, x in members.items():
                     if x is not None and name not in part._non_persistent_buffers_set:
@@ -61,19 +68,43 @@ class _Members:
         return same_number and all(map(operator.is_, self._current(), self._objects))
 
 
+def _kinds(tensors: list[Tensor]) -> list[tuple[torch.dtype, torch.device, torch.Size]]:
+    return [(x.dtype, x.device, x.shape) for x in tensors]
+
+
+class _Plan(NamedTuple):
+    """What a step does, while the models have the same tensors of the same kinds."""
+
+    members: tuple[_Members, _Members]
+    targets: list[Tensor]
+    kinds: list[tuple[torch.dtype, torch.device, torch.Size]]
+    averaged: list[Pairs]
+    copied: Pairs
+    rounded: bool
+
+    def holds(self) -> bool:
+        """Reads all tensors, too."""
+        if not all(members.unchanged() for members in self.members):
+            return False
+        changed = [pairs.read() for pairs in (*self.averaged, self.copied)]
+        return not any(changed) or _kinds(self.targets) == self.kinds
+
+
 class EMA:
     """Keeps `target` the exponential moving average of `online`: target <- m target + (1 - m) online at each `step()`.
 
     Parameters and persistent buffers are paired by name, once, and again when either module gets new ones. Each must
-    exist in `online`, which may have more of them (BYOL's predictor). Shared parameters are updated once. DDP, FSDP and
-    torch.compile wrappers on either side do not matter. Start from a copy: `target = copy.deepcopy(online)`.
+    exist in `online`, which may have more of them (BYOL's predictor). Shared parameters are updated once. DDP,
+    FullyShardedDataParallel, checkpoint and torch.compile wrappers on either side do not matter; fully_shard's DTensors
+    are refused (`ema_update_` takes their to_local()). Start from a copy: `target = copy.deepcopy(online)`.
 
     Args:
         target: the average; changed in place, under no_grad, whether or not it requires grad.
         online: the model that is trained.
         momentum: a number in [0, 1]; a callable that gives it for the step's number, from 0 on (see `cosine_momentum`);
             or a 0-d float32 or float64 tensor on the model's device, read there at each step (CUDA graphs).
-        buffers: what happens to floating-point buffers, "average" or "copy". Integer buffers are always copied.
+        buffers: what happens to floating-point buffers, "average" or "copy". Others are always copied.
+            A copied buffer has the same dtype on both sides, or two floating-point ones.
         half: how float16 and bfloat16 targets are kept. "stochastic": rounded up or down at random, right on average,
             no extra memory. "master": averaged in float32 inside this object, and rounded to nearest into the target;
             what others write to the target is overwritten. "nearest": rounded to nearest, which near momentum 1 keeps
@@ -107,49 +138,73 @@ class EMA:
             check_momentum("EMA", momentum, None)
         _check.choice("EMA", "buffers", buffers, ("average", "copy"))
         _check.choice("EMA", "half", half, ("stochastic", "master", "nearest"))
-        self.target, self.online, self.momentum, self.steps = target, online, momentum, 0
+        if isinstance(seed, Tensor) or seed is None:
+            _check.bad_type("EMA", "seed", "an int", type(seed).__name__)
+        check_seed("EMA", seed, None)
+        self._target, self._online, self.momentum, self.steps = target, online, momentum, 0
         self._buffers, self._half, self._backend = buffers, half, backend
         self._seed = torch.tensor(seed, dtype=torch.int64)
         self._masters: dict[str, Tensor] = {}
         self._pair()
-        with torch.no_grad():
-            for pairs in self._groups:
-                pairs.check()
+        self._validate()
+
+    @property
+    def target(self) -> nn.Module:
+        return self._target
+
+    @property
+    def online(self) -> nn.Module:
+        return self._online
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pair()
 
     def _pair(self) -> None:
-        self._members = target, online = _Members(self.target), _Members(self.online)
+        """Sets the plan, or leaves all as it was and raises."""
+        members = target, online = _Members(self._target), _Members(self._online)
         averaged: dict[tuple[int, int], tuple[str, Tensor, Tensor]] = {}  # shared parameters once
-        self._copied: tuple[list[Tensor], list[Tensor]] = [], []
+        copied: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
         for kind in ("parameters", "buffers"):
             sources = getattr(online, kind)
             for name, x in getattr(target, kind).items():
                 if name not in sources:
                     _check.bad_value("EMA", f"online.{name}", f"one of target's {kind}", "none of that name")
-                source = sources[name]
                 if kind == "parameters" or (x.is_floating_point() and self._buffers == "average"):
-                    averaged.setdefault((id(x), id(source)), (name, x, source))
-                    continue
-                if x.shape != source.shape:
-                    _check.bad_value("EMA", f"online.{name}", f"target's shape, {list(x.shape)}", list(source.shape))
-                self._copied[0].append(x)
-                self._copied[1].append(source)
-        self._first = next((x for _, x, _ in averaged.values()), None)
-        device = self._seed.device if self._first is None else self._first.device
-        self._seed = self._seed.to(device)
-        self._rounded = False
+                    averaged.setdefault((id(x), id(sources[name])), (name, x, sources[name]))
+                else:
+                    copied[0].append(x)
+                    copied[1].append(sources[name])
+        targets = [x for _, x, _ in averaged.values()]
+        device = targets[0].device if targets else self._seed.device
+        masters: dict[str, Tensor] = {}
+        rounded = False
         direct: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
         mastered: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
         for name, x, source in averaged.values():
             is_half = x.dtype in (torch.float16, torch.bfloat16)
             if is_half and self._half == "master":
-                self._masters[name] = self._masters.get(name, x.detach()).to(device, torch.float32)
-                for tensors, member in zip(mastered, (self._masters[name], source, x), strict=True):
+                kept = self._masters.get(name)
+                start = x.detach() if kept is None or kept.shape != x.shape else kept
+                masters[name] = start.to(device, torch.float32)
+                for tensors, member in zip(mastered, (masters[name], source, x), strict=True):
                     tensors.append(member)
             else:
                 direct[0].append(x)
                 direct[1].append(source)
-                self._rounded |= is_half and self._half == "stochastic"
-        self._groups = [Pairs("EMA", lists) for lists in (direct, mastered) if lists[0]]
+                rounded |= is_half and self._half == "stochastic"
+        pairs = [Pairs("EMA", lists) for lists in (direct, mastered) if lists[0]]
+        plan = _Plan(members, targets, _kinds(targets), pairs, Pairs("EMA", copied, copied=True), rounded)
+        plan.holds()
+        self._plan, self._masters, self._seed = plan, masters, self._seed.to(device)
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        for pairs in (*self._plan.averaged, self._plan.copied):
+            pairs.check()
 
     def step(self, momentum: float | Tensor | None = None) -> None:
         """One update; `momentum` instead of the usual one, this time. 0 makes the target a copy of `online`.
@@ -163,19 +218,16 @@ class EMA:
 
     @torch.no_grad()
     def _step(self, momentum: float | Tensor | None) -> None:
-        moved = self._first is not None and self._first.device != self._seed.device
-        if moved or not all(members.unchanged() for members in self._members):
+        if not self._plan.holds():
             self._pair()
         if momentum is None:
             momentum = self.momentum(self.steps) if callable(self.momentum) else self.momentum
         check_momentum("EMA", momentum, self._seed.device)
-        for pairs in self._groups:
-            pairs.check()
-        for pairs in self._groups:
-            pairs.update(momentum, self._seed if self._rounded else None, self._backend)
-        if self._copied[0]:
-            torch._foreach_copy_(*self._copied)
-        if self._rounded:
+        self._validate()
+        for pairs in self._plan.averaged:
+            pairs.update(momentum, self._seed if self._plan.rounded else None, self._backend)
+        self._plan.copied.update(0.0, None, self._backend)
+        if self._plan.rounded:
             self._seed += 1
         self.steps += 1
 
@@ -185,7 +237,11 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what state_dict() gave; the momentum, its schedule and the options are not part of it."""
-        masters = state["masters"]
+        steps, seed, masters = state["steps"], state["seed"], state["masters"]
+        for name, value in (("steps", steps), ("seed", seed)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                _check.bad_type("EMA", f"state[{name!r}]", "an int", type(value).__name__)
+        check_seed("EMA", seed, None)
         if masters.keys() != self._masters.keys():
             names = sorted(masters.keys() ^ self._masters.keys())
             _check.bad_value("EMA", "state['masters']", "the names of this model's half-precision tensors", names)
@@ -195,5 +251,5 @@ class EMA:
                 _check.bad_value("EMA", f"state['masters'][{name!r}]", wanted, list(masters[name].shape))
         for name, master in self._masters.items():
             master.copy_(masters[name])
-        self.steps = state["steps"]
-        self._seed.fill_(state["seed"])
+        self.steps = steps
+        self._seed.fill_(seed)

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import pickle
+import threading
 
 import pytest
 import torch
@@ -292,57 +294,143 @@ def test_inference_tensors() -> None:
         assert (target == 0.5).all()
 
 
-T, S, HALF, BASE = torch.zeros(2), torch.zeros(2), torch.zeros(2).half(), torch.zeros(20)
-BAD: dict[str, tuple] = {
-    "length": ([T, T.clone()], [S], 0.9, {}, ValueError, r"sources: wanted one for each of the 3 targets, got 2"),
-    "shape": ([T, torch.zeros(2, 3)], [S, torch.zeros(6)], 0.9, {}, ValueError,
-              r"sources\[1\]: wanted the shape of targets\[1\], \[2, 3\], got \[6\]"),
-    "integer target": ([T, S.long()], [S, S], 0.9, {}, TypeError, r"targets\[1\]: wanted a floating-point .*int64"),
-    "integer source": ([T], [S.int()], 0.9, {}, TypeError, r"sources\[0\].*int32"),
-    "complex": ([T], [S * 1j], 0.9, {}, TypeError, r"sources\[0\].*complex64"),
-    "no tensor": ([T], [3.0], 0.9, {}, TypeError, r"sources\[0\]: wanted a tensor, got float"),
-    "storage": ([T], [S.untyped_storage()], 0.9, {}, TypeError, r"sources\[0\]: wanted a tensor, got UntypedStorage"),
-    "device": ([T], [S.to("meta")], 0.9, {}, ValueError,
-               r"sources\[0\]: wanted the device of targets\[0\], cpu, got meta"),
-    "sparse": ([T], [S.to_sparse()], 0.9, {}, ValueError, r"sources\[0\].*sparse"),
-    "requires grad": ([T, T.clone().requires_grad_()], [S, S], 0.9, {}, ValueError,
-                      r"targets\[1\]: wanted torch.no_grad\(\) around the call"),
-    "above one": ([T], [S], 1.01, {}, ValueError, r"momentum: wanted a number in \[0, 1\], got 1.01"),
-    "negative": ([T], [S], -0.1, {}, ValueError, "momentum"),
-    "nan": ([T], [S], math.nan, {}, ValueError, "momentum"),
-    "bool": ([T], [S], True, {}, TypeError, "momentum"),
-    "momentum's dtype": ([T], [S], torch.tensor(0.999).bfloat16(), {}, TypeError, "momentum"),
-    "momentum's shape": ([T], [S], torch.zeros(1), {}, ValueError, "momentum"),
-    "momentum's device": ([T], [S], torch.zeros((), device="meta"), {}, ValueError, "momentum"),
-    "seed": ([T], [S], 0.9, {"seed": 0.5}, TypeError, "seed"),
-    "seed's dtype": ([T], [S], 0.9, {"seed": torch.tensor(1.0)}, TypeError, "seed"),
-    "shadow's dtype": ([T], [S], 0.9, {"shadows": [BASE[:2]]}, TypeError, r"shadows\[0\]: wanted float16 or bfloat16"),
-    "shadowed dtype": ([HALF], [S], 0.9, {"shadows": [HALF.clone()]}, TypeError, r"targets\[0\]: wanted float32"),
-    "shadows' number": ([T, T.clone()], [S, S], 0.9, {"shadows": [HALF]}, ValueError, "shadows: wanted one for each"),
-    "itself": ([BASE], [BASE], 0.9, {}, ValueError, r"targets\[0\]: wanted memory that no other .*sources\[0\]"),
-    "overlap": ([BASE[:10], BASE[9:]], [torch.ones(10), torch.ones(11)], 0.9, {}, ValueError,
-                r"targets\[0\]: .*overlaps targets\[1\]"),
-    "overlapping strides": ([BASE[::2]], [BASE[10:]], 0.9, {}, ValueError, "overlaps"),
-    "expanded target": ([BASE[:1].expand(4)], [torch.ones(4)], 0.9, {}, ValueError, r"targets\[0\].*strides \[0\]"),
-    "backend": ([T], [S], 0.9, {"backend": "tpu"}, ValueError, "backend"),
-}  # fmt: skip
+def bad_input() -> dict[str, tuple]:
+    T, S, HALF, BASE = torch.zeros(2), torch.ones(2), torch.zeros(2).half(), torch.arange(20.0)
+    return {
+        "length": ([T, T.clone()], [S], 0.9, {}, ValueError, r"sources: wanted one for each of the 4 targets, got 3"),
+        "shape": ([T, torch.zeros(2, 3)], [S, torch.zeros(6)], 0.9, {}, ValueError,
+                  r"sources\[2\]: wanted the shape of targets\[2\], \[2, 3\], got \[6\]"),
+        "integer target": ([T, T.long()], [S, S], 0.9, {}, TypeError, r"targets\[2\]: wanted a floating-point .*int64"),
+        "integer source": ([T], [S.int()], 0.9, {}, TypeError, r"sources\[1\].*int32"),
+        "complex": ([T], [S * 1j], 0.9, {}, TypeError, r"sources\[1\].*complex64"),
+        "no tensor": ([T], [3.0], 0.9, {}, TypeError, r"sources\[1\]: wanted a tensor, got float"),
+        "storage": ([T], [S.untyped_storage()], 0.9, {}, TypeError, r"sources\[1\].*got UntypedStorage"),
+        "device": ([T], [S.to("meta")], 0.9, {}, ValueError,
+                   r"sources\[1\]: wanted the device of targets\[0\], cpu, got meta"),
+        "sparse": ([T], [S.to_sparse()], 0.9, {}, ValueError, r"sources\[1\].*sparse"),
+        "requires grad": ([T, T.clone().requires_grad_()], [S, S], 0.9, {}, ValueError,
+                          r"targets\[2\]: wanted torch.no_grad\(\) around the call"),
+        "above one": ([T], [S], 1.01, {}, ValueError, r"momentum: wanted a number in \[0, 1\], got 1.01"),
+        "negative": ([T], [S], -0.1, {}, ValueError, "momentum"),
+        "nan": ([T], [S], math.nan, {}, ValueError, "momentum"),
+        "bool": ([T], [S], True, {}, TypeError, "momentum"),
+        "momentum's dtype": ([T], [S], torch.tensor(0.999).bfloat16(), {}, TypeError, "momentum"),
+        "momentum's shape": ([T], [S], torch.zeros(1), {}, ValueError, "momentum"),
+        "momentum's device": ([T], [S], torch.zeros((), device="meta"), {}, ValueError, "momentum"),
+        "seed": ([T], [S], 0.9, {"seed": 0.5}, TypeError, "seed"),
+        "seed's dtype": ([T], [S], 0.9, {"seed": torch.tensor(1.0)}, TypeError, "seed"),
+        "shadow's dtype": ([T], [S], 0.9, {"shadows": [BASE[:2]]}, TypeError, r"shadows\[1\]: wanted float16"),
+        "shadowed dtype": ([HALF], [S], 0.9, {"shadows": [HALF.clone()]}, TypeError, r"targets\[1\]: wanted float32"),
+        "shadows' number": ([T, T.clone()], [S, S], 0.9, {"shadows": [HALF]}, ValueError, "shadows: wanted one"),
+        "itself": ([BASE], [BASE], 0.9, {}, ValueError, r"targets\[1\]: wanted memory that no other .*sources\[1\]"),
+        "overlap": ([BASE[:10], BASE[9:]], [torch.ones(10), torch.ones(11)], 0.9, {}, ValueError,
+                    r"targets\[1\]: .*overlaps targets\[2\]"),
+        "overlapping strides": ([BASE[::2]], [BASE[10:]], 0.9, {}, ValueError, "overlaps"),
+        "expanded target": ([BASE[:1].expand(4)], [torch.ones(4)], 0.9, {}, ValueError, r"targets\[1\].*strides \[0\]"),
+        "backend": ([T], [S], 0.9, {"backend": "tpu"}, ValueError, "backend"),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", bad_input())
 def test_bad_input_changes_nothing(case: str) -> None:
-    targets, sources, momentum, options, error, message = BAD[case]
-    good = torch.zeros(3)
-    shadows = {"shadows": [*options["shadows"], good.half()]} if "shadows" in options else {}
+    targets, sources, momentum, options, error, message = bad_input()[case]
+    targets, sources = [torch.zeros(3), *targets, torch.zeros(3)], [torch.ones(3), *sources, torch.ones(3)]
+    if "shadows" in options:
+        shadows = [torch.zeros(3).half(), *options["shadows"], torch.zeros(3).half()]
+        if case == "shadows' number":
+            shadows.pop()
+        options = {**options, "shadows": shadows}
+    written = [*targets, *options.get("shadows", [])]
+    before = copy.deepcopy(written)
     with pytest.raises(error, match=message) as raised:
-        ema_update_([*targets, good], [*sources, torch.ones(3)], momentum, **{**options, **shadows})
+        ema_update_(targets, sources, momentum, **options)
     assert str(raised.value).startswith("ema_update")
-    assert all((x == 0).all() for x in [*targets, good])
+    assert all(map(torch.equal, written, before))
 
 
 def test_a_backend_that_cannot_run_says_so() -> None:
     with pytest.raises(RuntimeError, match="does not run on cpu"):
         ema_update_([torch.zeros(2)], [torch.zeros(2)], 0.9, backend="cuda")
     assert "taken" in sslops.explain("ema_update")
+
+
+@pytest.mark.parametrize(
+    ("momentum", "value", "seed", "error"),
+    [
+        (None, 7.0, None, ValueError),
+        (None, math.nan, None, ValueError),
+        (torch.tensor([0.5, 0.5]), 0.0, None, ValueError),
+        (torch.tensor(0.5).bfloat16(), 0.0, None, TypeError),
+        (None, 0.5, torch.tensor(1.0), TypeError),
+    ],
+)
+def test_the_registered_op_checks_too(momentum, value: float, seed, error) -> None:
+    target = torch.zeros(2)
+    with pytest.raises(error, match=r"ema_update_: (momentum|seed)"):
+        torch.ops.sslops.ema_update_([target], [torch.ones(2)], [], momentum, value, seed, None, "")
+    assert (target == 0).all()
+
+
+@pytest.mark.parametrize("negated", ["target", "source"])
+def test_negated_views(negated: str) -> None:
+    """The imaginary part of a conjugate is a view, its sign flipped when it is read; of one element, it is dense."""
+    for n in (1, 3):
+        whole = torch.full((n,), 1 + 1j).conj().imag
+        target, source = (whole, torch.ones(n)) if negated == "target" else (torch.ones(n), whole)
+        ema_update_([target], [source], 0.75)
+        assert torch.equal(target, torch.full((n,), -0.5 if negated == "target" else 0.5))
+
+
+def test_cuda_is_refused_where_the_binary_has_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslops.kernels.cuda.ema_update import refuses
+
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_80,sm_90,compute_90"})
+    for capability, runs in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        reason = refuses(torch.device("cuda"), torch.float32)
+        assert runs == (reason is None)
+        assert runs or "sm_75" in reason
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_80,compute_80"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert refuses(torch.device("cuda"), torch.float32) is None
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_80"})
+    assert "sm_90" in refuses(torch.device("cuda"), torch.float32)
+
+
+def test_cuda_table_is_kept_for_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from sslops.kernels.cuda.ema_update import forward
+
+    uploads, used = [], []
+    stream = SimpleNamespace(cuda_stream=1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(_C, "cuda_ema_upload", lambda *arguments: uploads.append(arguments[1:]), raising=False)
+    monkeypatch.setattr(_C, "cuda_ema_update", lambda *a: used.append((a[1], a[-1])), raising=False)
+    work, memory = _C.EmaPairs().work, {}
+    for stream.cuda_stream in (1, 1, 2, 2):
+        forward(work, torch.device("cpu"), 0.5, None, memory)
+    forward(_C.EmaPairs().work, torch.device("cpu"), 0.5, None, memory)
+    assert [at for _, at in uploads] == [1, 2, 2]
+    assert used == [uploads[k] for k in (0, 0, 1, 1, 2)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traces_record_the_update_or_raise() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def step(target: Tensor, source: Tensor) -> Tensor:
+        ema_update_([target], [source], 0.5)
+        return target + 0
+
+    for mode in ("real", "fake"):
+        graph = make_fx(step, tracing_mode=mode)(torch.zeros(3), torch.ones(3))
+        assert (graph(torch.zeros(3), torch.ones(3)) == 0.5).all()
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would not record it"):
+        torch.jit.trace(step, (torch.zeros(3), torch.ones(3)))
 
 
 def test_compiled_step() -> None:
@@ -481,6 +569,131 @@ def test_ema_follows_its_tensors(change, side: str) -> None:
     assert same_bits(list(target.parameters()), list(expected.parameters()))
 
 
+@pytest.mark.parametrize("half", ["stochastic", "master"])
+def test_ema_of_a_model_that_is_cast_later(half: str) -> None:
+    """Module.to keeps the parameters and gives them other data; no buffer is there to be replaced."""
+    online = nn.Linear(50, 50)
+    target = copy.deepcopy(online)
+    nn.init.constant_(target.weight, 1)
+    nn.init.constant_(online.weight, 1.25)
+    ema = EMA(target, online, 0.999, half=half)
+    target.bfloat16()
+    for _ in range(300):
+        ema.step()
+    truth = 1.25 - 0.25 * 0.999**300
+    assert target.weight.double().mean().item() == pytest.approx(truth, abs=2**-8)
+    target.float()
+    nn.init.constant_(target.weight, 1)
+    ema.step()
+    assert target.weight.mean().item() == pytest.approx(1.00025, abs=1e-6)
+    target.bfloat16()  # a master of before would bring the old average back
+    ema.step(1.0)
+    assert (target.weight == 1).all()
+
+
+def test_masters_follow_a_parameter_of_another_shape() -> None:
+    online = nn.Linear(3, 4).bfloat16()
+    target = copy.deepcopy(online)
+    ema = EMA(target, online, 0.5, half="master")
+    ema.step()
+    for module in (target, online):
+        module.weight = nn.Parameter(torch.ones(5, 3).bfloat16())
+    ema.step()
+    assert (target.weight == 1).all()
+
+
+def test_a_failed_pairing_fails_again() -> None:
+    target, online = pair()
+    ema = EMA(target, online, 0.5)
+    before = clones(list(target.parameters()))
+    nn.utils.parametrizations.weight_norm(online.first)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="none of that name"):
+            ema.step()
+    assert same_bits(before, list(target.parameters()))
+    assert ema.steps == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.untyped_storage().resize_(0), "memory of its own"),
+        (lambda x: setattr(x, "data", torch.zeros(1, dtype=torch.long)), "the shape of"),
+        (lambda x: setattr(x, "data", torch.zeros(4)), "the dtype of"),
+    ],
+    ids=["freed", "shape", "dtype"],
+)
+def test_ema_checks_copied_buffers_first(change, message: str, backend: str) -> None:
+    online = nn.Linear(3, 3)
+    online.register_buffer("count", torch.arange(4))
+    target = copy.deepcopy(online)
+    with torch.no_grad():
+        online.weight += 1
+    ema = EMA(target, online, 0.5, backend=backend)
+    before = target.weight.clone()
+    change(online.count)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ema.step()
+    assert torch.equal(target.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_ema_copies_other_buffers(dtype: torch.dtype) -> None:
+    target, online = nn.Module(), nn.Module()
+    target.register_buffer("flat", torch.zeros(70001, dtype=dtype))
+    online.register_buffer("flat", torch.randint(0, 2, (70001,)).to(dtype))
+    target.register_buffer("strided", torch.zeros(5, 3, dtype=dtype))
+    online.register_buffer("strided", torch.randint(0, 2, (3, 5)).to(dtype).t())
+    EMA(target, online, buffers="copy").step()
+    for name, x in online.named_buffers():
+        assert torch.equal(getattr(target, name).to(torch.complex64), x.to(torch.complex64))
+
+
+def test_copies_convert_floats_to_nearest() -> None:
+    target, online = nn.BatchNorm1d(1000).bfloat16(), nn.BatchNorm1d(1000)
+    nn.init.normal_(online.running_mean)
+    EMA(target, online, 0.5, buffers="copy").step()
+    assert torch.equal(target.running_mean, online.running_mean.bfloat16())
+
+
+def test_two_threads_step_one_ema() -> None:
+    """What a thread works through must not change when another reads the tensors anew."""
+    online = nn.ParameterList([nn.Parameter(torch.randn(3000)) for _ in range(200)])
+    ema = EMA(copy.deepcopy(online), online, 0.9)
+    errors: list[Exception] = []
+    keep = []
+
+    def run() -> None:
+        try:
+            for k in range(150):
+                keep.append(online[k].data)  # its memory stays
+                online[k].data = torch.randn(3000)
+                ema.step()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_ema_is_copied_and_pickled() -> None:
+    target, online = (module.bfloat16() for module in pair())
+    both = online, EMA(target, online, cosine_momentum(10, 0.5), half="master")
+    both[1].step()
+    for other_online, other in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
+        assert other.online is other_online
+        other.step()
+        expected = copy.deepcopy(both)[1]
+        expected.step()
+        assert same_bits(list(other.target.parameters()), list(expected.target.parameters()))
+        assert other.steps == 2
+
+
 def test_ema_storage_that_was_freed() -> None:
     """FSDP resizes storages: a tensor without memory is an error, and its return with other memory is noticed."""
     target, online = pair()
@@ -606,6 +819,16 @@ def test_ema_refuses() -> None:
         EMA(target, online, half="up")
     with pytest.raises(ValueError, match="momentum"):
         EMA(target, online, 1.5)
+    for seed, error in ((0.5, TypeError), (None, TypeError), (2**63, ValueError)):
+        with pytest.raises(error, match="EMA: seed"):
+            EMA(target, online, seed=seed)
+    with pytest.raises(AttributeError):
+        EMA(target, online).online = online
+    ema = EMA(target, online)
+    for bad in ({"seed": None}, {"steps": 1.5}):
+        with pytest.raises(TypeError, match="EMA: state"):
+            ema.load_state_dict({"steps": 9, "seed": 9, "masters": {}} | bad)
+    assert ema.state_dict() == {"steps": 0, "seed": 0, "masters": {}}
     online.predictor = nn.Linear(3, 3)
     before = clones(list(target.parameters()))
     with pytest.raises(ValueError, match="momentum"):
@@ -621,6 +844,9 @@ def test_cosine_momentum() -> None:
     assert momentum(50) == pytest.approx(0.998, abs=1e-12)
     assert momentum(100) == momentum(1000) == 1
     assert all(momentum(k) <= momentum(k + 1) for k in range(100))
+    for arguments in ((0,), (math.nan,), (10, 1.1), (10, 0.9, math.nan)):
+        with pytest.raises(ValueError, match="cosine_momentum"):
+            cosine_momentum(*arguments)
 
 
 @needs_cuda

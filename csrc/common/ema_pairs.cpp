@@ -12,9 +12,10 @@ struct Entry {
   Tensor x;
   int list;
   int64_t index;
-  bool dense;
+  bool distinct;            // its strides prove that no two elements share memory
   const char *begin, *end;  // the bytes it spans
 
+  bool dense() const { return distinct && end - begin == x.numel * x.item_size; }
   bool written() const { return list != kSources; }
 };
 
@@ -43,100 +44,80 @@ bool contiguous(const Tensor& x) {
   return true;
 }
 
-// Without holes or overlaps, in some order of the dimensions.
-bool dense(const Tensor& x) {
-  if (x.numel == 0 || contiguous(x)) return true;
-  std::vector<int64_t> dims(x.dim);
-  std::iota(dims.begin(), dims.end(), 0);
-  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return x.strides[a] < x.strides[b]; });
-  int64_t stride = 1;
-  for (int64_t d : dims)
-    if (x.sizes[d] != 1) {
-      if (x.strides[d] != stride) return false;
-      stride *= x.sizes[d];
-    }
-  return true;
-}
-
 Entry entry(const Tensor& x, int list, int64_t index) {
-  int64_t last = 0;
-  for (int64_t d = 0; d < x.dim; ++d) last += (x.sizes[d] - 1) * x.strides[d];
-  return {x, list, index, dense(x), x.data, x.data + (last + 1) * x.item_size()};
+  int64_t last = 0;  // of the offsets, so far
+  bool distinct = true;
+  if (contiguous(x)) {
+    last = x.numel - 1;
+  } else {
+    std::vector<int64_t> dims(x.dim);
+    std::iota(dims.begin(), dims.end(), 0);
+    std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return x.strides[a] < x.strides[b]; });
+    for (int64_t d : dims)
+      if (x.sizes[d] != 1) {
+        distinct = distinct && x.strides[d] > last;
+        last += (x.sizes[d] - 1) * x.strides[d];
+      }
+  }
+  return {x, list, index, distinct, x.data, x.data + (last + 1) * x.item_size};
 }
 
-// visit(address) of every element until it returns false.
-template <typename Visit>
-bool each_element(const Tensor& x, Visit visit) {
+std::vector<const char*> sorted_addresses(const Tensor& x) {
+  std::vector<const char*> addresses(x.numel);
   std::vector<int64_t> at(x.dim);
   const char* p = x.data;
-  for (int64_t k = 0; k < x.numel; ++k) {
-    if (!visit(p)) return false;
+  for (const char*& address : addresses) {
+    address = p;
     for (int64_t d = x.dim - 1; d >= 0; --d) {
-      p += x.strides[d] * x.item_size();
+      p += x.strides[d] * x.item_size;
       if (++at[d] < x.sizes[d]) break;
-      p -= x.sizes[d] * x.strides[d] * x.item_size();
+      p -= x.sizes[d] * x.strides[d] * x.item_size;
       at[d] = 0;
     }
   }
-  return true;
-}
-
-// Marks e's bytes in [begin, begin + taken.size()); false if one was marked already.
-bool mark(const Entry& e, const char* begin, std::vector<bool>& taken) {
-  const int64_t size = taken.size();
-  return each_element(e.x, [&](const char* p) {
-    for (int64_t k = p - begin, end = k + e.x.item_size(); k < end; ++k) {
-      if (k < 0 || k >= size) continue;
-      if (taken[k]) return false;
-      taken[k] = true;
-    }
-    return true;
-  });
+  std::sort(addresses.begin(), addresses.end());
+  return addresses;
 }
 
 bool overlaps_itself(const Entry& e) {
-  std::vector<bool> taken(e.end - e.begin);
-  return !mark(e, e.begin, taken);
+  if (e.distinct) return false;
+  const auto addresses = sorted_addresses(e.x);
+  return std::adjacent_find(addresses.begin(), addresses.end()) != addresses.end();
 }
 
 // Of two whose spans overlap: interleaved views share none of their elements.
 bool share_memory(const Entry& a, const Entry& b) {
-  if (a.dense && b.dense) return true;
-  std::vector<bool> taken(a.end - a.begin);
-  if (a.written()) {
-    mark(a, a.begin, taken);
-  } else {  // a source may be expanded
-    each_element(a.x, [&](const char* p) {
-      std::fill_n(taken.begin() + (p - a.begin), a.x.item_size(), true);
+  if (a.dense() && b.dense()) return true;
+  const auto in_a = sorted_addresses(a.x), in_b = sorted_addresses(b.x);
+  for (auto p = in_a.begin(), q = in_b.begin(); p != in_a.end() && q != in_b.end();) {
+    if (*p + a.x.item_size <= *q)
+      ++p;
+    else if (*q + b.x.item_size <= *p)
+      ++q;
+    else
       return true;
-    });
   }
-  const int64_t size = taken.size();
-  return !each_element(b.x, [&](const char* p) {
-    for (int64_t k = p - a.begin, end = k + b.x.item_size(); k < end; ++k)
-      if (k >= 0 && k < size && taken[k]) return false;
-    return true;
-  });
+  return false;
 }
 
 bool same_memory(const Tensor& a, const Tensor& b) {
-  return a.data == b.data && a.dtype == b.dtype && same_sizes(a, b) && same_order(a, b);
+  return a.data == b.data && a.torch_dtype == b.torch_dtype && same_sizes(a, b) && same_order(a, b);
 }
 
 }  // namespace
 
 Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,
-                    const std::vector<uintptr_t>& shadows, int64_t first) {
+                    const std::vector<uintptr_t>& shadows, bool copied) {
   std::vector<Tensor> lists[3];
-  std::vector<int64_t> layout{first, static_cast<int64_t>(targets.size()), static_cast<int64_t>(shadows.size())};
+  std::vector<int64_t> layout{static_cast<int64_t>(targets.size()), static_cast<int64_t>(shadows.size())};
   layout.reserve(layout_.size());
   for (int list : {kTargets, kSources, kShadows}) {
     const auto& impls = list == kTargets ? targets : list == kSources ? sources : shadows;
     lists[list].reserve(impls.size());
     for (uintptr_t impl : impls) {
       const Tensor& x = lists[list].emplace_back(read_tensor(impl));
-      layout.insert(layout.end(), {reinterpret_cast<int64_t>(x.data), x.floating ? static_cast<int64_t>(x.dtype) : -1,
-                                   x.device_type, x.device_index, x.dim, x.strides != nullptr});
+      layout.insert(layout.end(), {reinterpret_cast<int64_t>(x.data), x.torch_dtype, x.device_type, x.device_index,
+                                   x.dim, x.strides != nullptr});
       layout.insert(layout.end(), x.sizes, x.sizes + x.dim);
       if (x.strides) layout.insert(layout.end(), x.strides, x.strides + x.dim);
     }
@@ -151,16 +132,17 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
   for (int64_t k = 0; k < count; ++k)
     for (int list = 0; list < used; ++list) {
       const Tensor& x = lists[list][k];
-      if (!x.floating) return {"dtype", list, k};
+      if (copied && x.torch_dtype != lists[kTargets][k].torch_dtype && !(x.floating && lists[kTargets][k].floating))
+        return {"other dtype", list, k};
+      if (!copied && !x.floating) return {"dtype", list, k};
       if (!same_sizes(x, lists[kTargets][k])) return {"shape", list, k};
       if (!same_device(x, lists[kTargets][0])) return {"device", list, k};
       if (!x.strides || (x.numel && !x.data)) return {"memory", list, k};
       if (list == kShadows && lists[kTargets][k].dtype != DType::f32) return {"shadowed", kTargets, k};
-      if (list == kShadows && x.item_size() != 2) return {"shadow", list, k};
+      if (list == kShadows && x.item_size != 2) return {"shadow", list, k};
       if (x.numel == 0) continue;
       entries.push_back(entry(x, list, k));
-      if (entries.back().written() && !entries.back().dense && overlaps_itself(entries.back()))
-        return {"itself", list, k};
+      if (entries.back().written() && overlaps_itself(entries.back())) return {"itself", list, k};
     }
 
   // A sweep over the spans in memory. The same target may come twice (shared parameters): it is updated once.
@@ -183,15 +165,23 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
     open.push_back(e);
   }
 
-  rows.clear();
+  auto found = std::make_shared<Work>();
+  updated.clear();
   strided.clear();
-  first_chunk = chunks = first;
-  elements = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const Tensor &t = lists[kTargets][k], &s = lists[kSources][k];
-    if (t.numel == 0 || repeated[k]) continue;
-    bool flat = dense(t) && same_order(t, s);
-    Row row{t.data, s.data, nullptr, t.numel, chunks, t.dtype, s.dtype, DType::f32};
+  single.clear();
+  for (size_t at = 0; at < entries.size(); at += used) {
+    const Entry& target = entries[at];
+    const int64_t k = target.index;
+    const Tensor &t = target.x, &s = lists[kSources][k];
+    if (repeated[k]) continue;
+    updated.push_back(k);
+    if (t.numel == 1) single.push_back(k);
+    bool flat = target.dense() && same_order(t, s);
+    Row row{t.data, s.data, nullptr, t.numel, found->chunks, t.dtype, s.dtype, DType::f32, false};
+    if (copied && t.torch_dtype == s.torch_dtype) {
+      row.copied = true;
+      row.numel *= t.item_size;
+    }
     if (used == 3) {
       const Tensor& shadow = lists[kShadows][k];
       flat = flat && same_order(t, shadow);
@@ -202,11 +192,11 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
       strided.push_back(k);
       continue;
     }
-    rows.push_back(row);
-    chunks += ema_update::chunks(row);
-    elements += row.numel;
+    found->rows.push_back(row);
+    found->chunks += chunks(row);
+    found->elements += row.numel;
   }
-  ++version;
+  work = std::move(found);
   layout_ = std::move(layout);
   return {};
 }

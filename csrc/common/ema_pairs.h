@@ -1,6 +1,7 @@
 // Which memory a momentum update reads and writes: checked once, kept between steps, read anew when a tensor has moved.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "ema_update.h"
@@ -19,19 +20,28 @@ struct Problem {
   int64_t other_index = 0;
 };
 
+// What a kernel gets.
+struct Work {
+  std::vector<Row> rows;
+  int64_t chunks = 0, elements = 0;
+};
+
 class Pairs {
  public:
-  // Tensors as the addresses of their implementations (`_cdata`), lists of one length; shadows may be empty. Cheap
-  // where nothing has changed since the last time. Chunks count from first_chunk: it sets which random numbers are
-  // drawn.
+  // Tensors as the addresses of their implementations (`_cdata`), lists of one length; shadows may be empty. If
+  // `copied`, sources replace targets, and any dtype will do that both have. Cheap where nothing has changed since the
+  // last time.
   Problem read(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,
-               const std::vector<uintptr_t>& shadows, int64_t first_chunk);
+               const std::vector<uintptr_t>& shadows, bool copied);
 
-  std::vector<Row> rows;
-  // Pairs whose elements are not in the same order in memory, or not dense: to be updated through contiguous copies.
+  // Another object after each change: kernels that run in other threads keep theirs.
+  std::shared_ptr<Work> work = std::make_shared<Work>();
+  std::vector<int64_t> updated;  // the pairs that have elements, those that come twice once
+  // Those whose elements are not in the same order in memory, or not dense. They are not in `work`: it has to be read
+  // from lists that hold contiguous copies in their places.
   std::vector<int64_t> strided;
-  int64_t first_chunk = 0, chunks = 0, elements = 0;
-  int64_t version = 0;  // counts the changes
+  std::vector<int64_t>
+      single;  // those of one element, the only dense ones that can be negated views (of z.conj().imag)
 
  private:
   std::vector<int64_t> layout_;

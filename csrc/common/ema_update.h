@@ -7,9 +7,6 @@
 #include "dtype.h"
 #include "host_device.h"
 #include "philox.h"
-#ifdef __CUDACC__
-#include <cuda_fp16.h>
-#endif
 
 namespace sslops::ema_update {
 
@@ -23,6 +20,7 @@ struct Row {
   void* shadow;  // gets the new target in shadow_dtype too, or null
   int64_t numel, first_chunk;
   DType target_dtype, source_dtype, shadow_dtype;
+  bool copied;  // whatever the momentum: `numel` bytes of the source replace the target's
 };
 
 SSLOPS_HOST_DEVICE int64_t chunks(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
@@ -70,29 +68,6 @@ SSLOPS_HOST_DEVICE float from_bits(uint32_t b) {
   memcpy(&x, &b, sizeof x);
   return x;
 }
-
-SSLOPS_HOST_DEVICE float bf16_to_float(uint16_t h) { return from_bits(uint32_t{h} << 16); }
-
-#ifdef __CUDACC__
-SSLOPS_HOST_DEVICE float f16_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
-SSLOPS_HOST_DEVICE uint16_t to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
-#else
-// In integers, as csrc/cpu/vec.h: the compilers' own type is missing in some of them.
-SSLOPS_HOST_DEVICE float f16_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13, normal = magnitude + (112u << 23);
-  const float tiny = from_bits(magnitude + (113u << 23)) - from_bits(113u << 23);
-  return from_bits(sign | (magnitude >= 0xf800000u  ? normal + (112u << 23)
-                           : magnitude < (1u << 23) ? bits(tiny)
-                                                    : normal));
-}
-SSLOPS_HOST_DEVICE uint16_t to_f16(float x) {
-  const uint32_t sign = bits(x) >> 16 & 0x8000u, magnitude = bits(x) & 0x7fffffffu;
-  const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
-  const uint32_t tiny = bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t finite = magnitude < 0x38800000u ? tiny : normal, large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite));
-}
-#endif
 
 SSLOPS_HOST_DEVICE bool finite(uint32_t b) { return (b & 0x7f800000u) != 0x7f800000u; }
 

@@ -1,9 +1,9 @@
 #include "tensor.h"
 
-#include <dlfcn.h>
-
 #include <stdexcept>
 #include <string>
+
+#include "torch_symbol.h"
 
 namespace sslops {
 namespace {
@@ -21,26 +21,21 @@ struct Torch {
   int32_t (*dim)(Handle, int64_t*);
   int32_t (*sizes)(Handle, int64_t**);
   int32_t (*strides)(Handle, int64_t**);
+  size_t (*element_size)(int32_t dtype);
   int32_t strided, f32, f16, bf16, f64;
 };
 
-void* find(const char* name) {
-#ifdef __APPLE__
-  static void* const lib = dlopen("libtorch_cpu.dylib", RTLD_LAZY | RTLD_NOLOAD);
-#else
-  static void* const lib = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-#endif
-  void* const symbol = lib ? dlsym(lib, name) : nullptr;
-  if (!symbol) throw std::runtime_error(std::string("torch's library has no ") + name);
-  return symbol;
-}
-
 template <typename Fn>
 void find(const char* name, Fn& fn) {
-  fn = reinterpret_cast<Fn>(find(name));
+  fn = reinterpret_cast<Fn>(torch_symbol(name));
+  if (!fn) throw std::runtime_error(std::string("torch's library has no ") + name);
 }
 
-int32_t constant(const char* name) { return reinterpret_cast<int32_t (*)()>(find(name))(); }
+int32_t constant(const char* name) {
+  int32_t (*get)();
+  find(name, get);
+  return get();
+}
 
 Torch find_torch() {
   Torch t;
@@ -53,6 +48,7 @@ Torch find_torch() {
   find("aoti_torch_get_dim", t.dim);
   find("aoti_torch_get_sizes", t.sizes);
   find("aoti_torch_get_strides", t.strides);
+  find("aoti_torch_dtype_element_size", t.element_size);
   t.strided = constant("aoti_torch_layout_strided");
   t.f32 = constant("aoti_torch_dtype_float32");
   t.f16 = constant("aoti_torch_dtype_float16");
@@ -70,8 +66,8 @@ void check(int32_t error) {
 Tensor read_tensor(uintptr_t impl) {
   static const Torch torch = find_torch();
   Tensor x{};
-  int32_t dtype, layout;
-  check(torch.dtype(&impl, &dtype));
+  int32_t layout;
+  check(torch.dtype(&impl, &x.torch_dtype));
   check(torch.layout(&impl, &layout));
   check(torch.device_type(&impl, &x.device_type));
   check(torch.device_index(&impl, &x.device_index));
@@ -87,14 +83,15 @@ Tensor read_tensor(uintptr_t impl) {
     check(torch.data_ptr(&impl, &data));
     x.data = static_cast<char*>(data);
   }
+  x.item_size = torch.element_size(x.torch_dtype);
   x.floating = true;
-  if (dtype == torch.f32)
+  if (x.torch_dtype == torch.f32)
     x.dtype = DType::f32;
-  else if (dtype == torch.f16)
+  else if (x.torch_dtype == torch.f16)
     x.dtype = DType::f16;
-  else if (dtype == torch.bf16)
+  else if (x.torch_dtype == torch.bf16)
     x.dtype = DType::bf16;
-  else if (dtype == torch.f64)
+  else if (x.torch_dtype == torch.f64)
     x.dtype = DType::f64;
   else
     x.floating = false;

@@ -11,11 +11,10 @@ struct Tensor {
   char* data;  // null for tensors without memory of their own: empty, meta, fake, sparse
   int64_t numel, dim;
   const int64_t *sizes, *strides;  // [dim], torch's own: valid until the tensor changes
-  int32_t device_type, device_index;
+  int64_t item_size;
+  int32_t device_type, device_index, torch_dtype;
   DType dtype;
   bool floating;  // dtype is meant
-
-  int64_t item_size() const { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 };
 
 // impl: the tensor's `_cdata` in Python. Throws std::runtime_error where libtorch lacks the interface.

@@ -22,7 +22,7 @@ void narrow(const float* in, int n, DType dtype, uint16_t* out) {
 
 // index: of in[0] in the whole table, a multiple of kGroup.
 void narrow(const float* in, int n, DType dtype, uint16_t* out, uint64_t seed, int64_t index) {
-  uint32_t words[kBlock / 2];
+  uint32_t words[kBlock / 2] = {};
   for (int g = 0; g < (n + kGroup - 1) / kGroup; ++g) {
     const Random4 r = noise(seed, index / kGroup + g);
     for (int k = 0; k < 4; ++k) words[4 * g + k] = r.word[k];
@@ -87,20 +87,21 @@ void update_double(const Row& row, int64_t begin, int64_t end, Blend<double> b) 
   }
 }
 
-void update(const Pairs& pairs, double momentum, const uint64_t* seed) {
+void update(const Work& work, double momentum, const uint64_t* seed) {
   const Blend<float> b = blend<float>(momentum);
   const Blend<double> b64 = blend<double>(momentum);
-  const int64_t count = pairs.chunks - pairs.first_chunk;
-  const int64_t grain = std::max<int64_t>(1, kThreadElements * count / std::max<int64_t>(1, pairs.elements));
-  parallel_for(count, grain, [&](int64_t first, int64_t last) {
-    first += pairs.first_chunk, last += pairs.first_chunk;
-    auto row = std::upper_bound(pairs.rows.begin(), pairs.rows.end(), first,
+  const int64_t grain = std::max<int64_t>(1, kThreadElements * work.chunks / std::max<int64_t>(1, work.elements));
+  parallel_for(work.chunks, grain, [&](int64_t first, int64_t last) {
+    auto row = std::upper_bound(work.rows.begin(), work.rows.end(), first,
                                 [](int64_t chunk, const Row& r) { return chunk < r.first_chunk; }) -
                1;
-    for (; row != pairs.rows.end() && row->first_chunk < last; ++row) {
+    for (; row != work.rows.end() && row->first_chunk < last; ++row) {
       const int64_t begin = std::max<int64_t>(0, first - row->first_chunk) * kChunk;
       const int64_t end = std::min(row->numel, (last - row->first_chunk) * kChunk);
-      if (row->target_dtype == DType::f64)
+      if (row->copied)
+        std::copy_n(static_cast<const char*>(row->source) + begin, end - begin,
+                    static_cast<char*>(row->target) + begin);
+      else if (row->target_dtype == DType::f64)
         update_double(*row, begin, end, b64);
       else
         update_float(*row, begin, end, b, seed);

@@ -9,7 +9,7 @@ namespace sslops::ema_update {
 
 struct Table {
   // seed: half-precision targets are rounded stochastically with it, or to nearest if it is null.
-  void (*update)(const Pairs& pairs, double momentum, const uint64_t* seed);
+  void (*update)(const Work& work, double momentum, const uint64_t* seed);
 };
 
 SSLOPS_DECLARE_TABLE

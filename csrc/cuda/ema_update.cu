@@ -1,3 +1,7 @@
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#endif
+
 #include <algorithm>
 #include <type_traits>
 
@@ -5,6 +9,11 @@
 #include "launch.cuh"
 
 namespace sslops::ema_update {
+
+static __device__ float bf16_to_float(uint16_t h) { return from_bits(uint32_t{h} << 16); }
+static __device__ float f16_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+static __device__ uint16_t to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
 namespace {
 
 constexpr unsigned kThreads = 256;
@@ -121,12 +130,22 @@ __device__ void update_chunk(const Row& row, int64_t begin, double momentum, con
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    update(const Row* rows, int64_t count, int64_t first_chunk, Momentum momentum, Seed seed) {
+__device__ void copy_chunk(const Row& row, int64_t begin) {
+  constexpr int size = 16;
+  const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
+  for (int64_t i = begin + size * threadIdx.x; i < end; i += size * blockDim.x) {
+    const int n = static_cast<int>(end - i < size ? end - i : size);
+    unsigned char bytes[size];
+    load(row.source, i, n, bytes);
+    store(row.target, i, n, bytes);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) update(const Row* rows, int64_t count, Momentum momentum, Seed seed) {
   // One thread finds its row to hold this block's chunk: two steps, where a search by halves waits for memory ten
   // times.
   __shared__ int64_t found;
-  const int64_t chunk = first_chunk + blockIdx.x;
+  const int64_t chunk = blockIdx.x;
   for (int64_t r = threadIdx.x; r < count; r += blockDim.x) {
     const int64_t behind = chunk - rows[r].first_chunk;
     if (behind >= 0 && behind < chunks(rows[r])) found = r;
@@ -138,7 +157,9 @@ __global__ void __launch_bounds__(kThreads)
     m = momentum.is_double ? *static_cast<const double*>(momentum.device) : *static_cast<const float*>(momentum.device);
   if (seed.device) seed.value = *seed.device;
   const int64_t begin = (chunk - row.first_chunk) * kChunk;
-  if (row.target_dtype == DType::f64)
+  if (row.copied)
+    copy_chunk(row, begin);
+  else if (row.target_dtype == DType::f64)
     update_chunk<double, 4>(row, begin, m, seed);
   else if (row.target_dtype == DType::f32)
     update_chunk<float, 4>(row, begin, m, seed);
@@ -148,19 +169,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void cuda_upload(const Pairs& pairs, Row* device_rows, void* stream) {
-  for (size_t at = 0; at < pairs.rows.size(); at += kPacketRows) {
+void cuda_upload(const Work& work, Row* device_rows, void* stream) {
+  for (size_t at = 0; at < work.rows.size(); at += kPacketRows) {
     Packet packet{};
-    const int count = static_cast<int>(std::min<size_t>(kPacketRows, pairs.rows.size() - at));
-    std::copy_n(pairs.rows.begin() + at, count, packet.rows);
+    const int count = static_cast<int>(std::min<size_t>(kPacketRows, work.rows.size() - at));
+    std::copy_n(work.rows.begin() + at, count, packet.rows);
     launch(put, 1, kPacketRows, stream, packet, count, device_rows + at);
   }
 }
 
-void cuda_update(const Pairs& pairs, const Row* device_rows, Momentum momentum, Seed seed, void* stream) {
-  if (pairs.rows.empty()) return;
-  launch(update, static_cast<unsigned>(pairs.chunks - pairs.first_chunk), kThreads, stream, device_rows,
-         static_cast<int64_t>(pairs.rows.size()), pairs.first_chunk, momentum, seed);
+void cuda_update(const Work& work, const Row* device_rows, Momentum momentum, Seed seed, void* stream) {
+  if (work.rows.empty()) return;
+  launch(update, static_cast<unsigned>(work.chunks), kThreads, stream, device_rows,
+         static_cast<int64_t>(work.rows.size()), momentum, seed);
 }
 
 }  // namespace sslops::ema_update

@@ -1,4 +1,5 @@
-// The momentum update on a CUDA device: one launch for all tensors, a block for each chunk.
+// The momentum update on a CUDA device: one launch for all tensors, a block for each chunk. The table of the tensors is
+// uploaded before, once for as long as none moves.
 #pragma once
 #include <cstdint>
 
@@ -22,9 +23,9 @@ struct Seed {
 
 // The rows to device memory, on the stream. They travel as kernel arguments: nothing on the host has to outlive the
 // call, and it can be captured in a graph.
-void cuda_upload(const Pairs& pairs, Row* device_rows, void* stream);
+void cuda_upload(const Work& work, Row* device_rows, void* stream);
 
 // Throws std::runtime_error with CUDA's reason where a launch fails.
-void cuda_update(const Pairs& pairs, const Row* device_rows, Momentum momentum, Seed seed, void* stream);
+void cuda_update(const Work& work, const Row* device_rows, Momentum momentum, Seed seed, void* stream);
 
 }  // namespace sslops::ema_update

@@ -11,11 +11,11 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def forward(
-    pairs: _C.EmaPairs,
+    work: _C.EmaWork,
     device: torch.device,
     momentum: float | Tensor,
     seed: int | Tensor | None,
     memory: dict[str, object],
 ) -> None:
-    """Updates the targets of `pairs`. `memory` is for what a backend keeps from step to step: nothing here."""
-    _C.ema_update(pairs, float(momentum), None if seed is None else int(seed) % 2**64)
+    """Updates the targets of `work`. `memory` is for what a backend keeps from step to step: nothing here."""
+    _C.ema_update(work, float(momentum), None if seed is None else int(seed) % 2**64)

@@ -69,6 +69,8 @@ def _refuse(op: str, lists: Sequence[Sequence[Tensor]], problem: tuple[str, int,
     x, name = lists[which][k], f"{_LISTS[which]}[{k}]"
     if what == "dtype":
         _check.bad_type(op, name, "a floating-point tensor: float32, float16, bfloat16 or float64", x.dtype)
+    elif what == "other dtype":
+        _check.bad_type(op, name, f"the dtype of targets[{k}], {lists[0][k].dtype}", x.dtype)
     elif what == "shape":
         _check.bad_value(op, name, f"the shape of targets[{k}], {list(lists[0][k].shape)}", list(x.shape))
     elif what == "device":
@@ -88,58 +90,86 @@ def _refuse(op: str, lists: Sequence[Sequence[Tensor]], problem: tuple[str, int,
 class Pairs:
     """Targets and their sources as the kernels take them; another update is cheap while no tensor has moved."""
 
-    def __init__(self, op: str, lists: Sequence[list[Tensor]], first_chunk: int = 0) -> None:
-        """lists: targets, sources and shadows; the last may be empty. op: what errors name."""
+    def __init__(self, op: str, lists: Sequence[list[Tensor]], *, copied: bool = False) -> None:
+        """lists: targets, sources and shadows; the last may be empty. op: what errors name.
+
+        copied: an update copies, whatever the momentum; any dtype will do that a target and its source share.
+        """
         for name, tensors in zip(_LISTS[1:], lists[1:], strict=True):
             if len(tensors) != len(lists[0]) and (tensors or name == "sources"):
                 _check.bad_value(op, name, f"one for each of the {len(lists[0])} targets", len(tensors))
-        self._op, self._lists, self._first_chunk = op, lists, first_chunk
+        self._op, self._lists, self._copied = op, lists, copied
         self._native = _C.EmaPairs()
+        self._work: object = None
         self._memory: dict[str, Any] = {}
 
-    def check(self) -> None:
-        """Raises for tensors that cannot be updated; to be called before each update."""
+    def read(self) -> bool:
+        """Looks where the tensors are now, to be called before each update; False if nothing has changed."""
         try:
-            problem = self._native.read(*self._lists, self._first_chunk)
+            self._problem = self._native.read(*self._lists, self._copied)
         except TypeError:
             for name, tensors in zip(_LISTS, self._lists, strict=True):
                 for k, x in enumerate(tensors):
                     if not isinstance(x, Tensor):
                         _check.bad_type(self._op, f"{name}[{k}]", "a tensor", type(x).__name__)
             raise
+        before, self._work = self._work, self._native.work
+        return bool(self._problem[0]) or self._work is not before
+
+    def check(self) -> None:
+        """Raises for tensors, as they were read, that cannot be updated."""
         if torch.is_grad_enabled():
             for name, tensors in (("targets", self._lists[0]), ("shadows", self._lists[2])):
                 for k, x in enumerate(tensors):
                     if x.requires_grad:
                         wanted = "torch.no_grad() around the call"
                         _check.bad_value(self._op, f"{name}[{k}]", wanted, "a tensor that requires grad")
-        if problem[0]:
-            _refuse(self._op, self._lists, problem)
+        if self._problem[0]:
+            _refuse(self._op, self._lists, self._problem)
 
     @torch.no_grad()
     def update(self, momentum: float | Tensor, seed: int | Tensor | None, backend: str | None) -> None:
+        if torch._C._is_tracing():
+            raise RuntimeError(f"{self._op}: torch.jit.trace would not record it")
         targets, _, shadows = self._lists
         if not targets:
             return
         chosen = resolve("ema_update", targets[0].device, targets[0].dtype, backend)
         if chosen == "eager":
-            once = {t.data_ptr(): k for k, t in enumerate(targets) if t.numel()}.values()
-            reference(*self._part(once), momentum, seed)
+            updated = self._part(self._native.updated)
+            if self._copied:
+                torch._foreach_copy_(*updated[:2])
+            else:
+                reference(*updated, momentum, seed)
             return
-        kernel(chosen, "ema_update").forward(self._native, targets[0].device, momentum, seed, self._memory)
+        negated = (k for k in self._native.single if any(x.is_neg() for part in self._part([k]) for x in part))
+        if copied := {*self._native.strided, *negated}:
+            self._update_copies(copied, momentum, seed, chosen)
+            return
+        kernel(chosen, "ema_update").forward(self._work, targets[0].device, momentum, seed, self._memory)
         torch.autograd.graph.increment_version([*targets, *shadows])
-        if self._native.strided:
-            parts = self._part(self._native.strided)
-            copies = [[x.contiguous() for x in part] for part in parts]
-            inner = Pairs(self._op, copies, first_chunk=self._native.chunks)
-            inner.check()
-            inner.update(momentum, seed, chosen)
-            for k in (0, 2):
-                for x, copy in zip(parts[k], copies[k], strict=True):
-                    if copy is not x:
-                        x.copy_(copy)
 
-    def _part(self, indices: Iterable[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _update_copies(
+        self, copied: set[int], momentum: float | Tensor, seed: int | Tensor | None, backend: str
+    ) -> None:
+        """With contiguous copies in the places of those: a tensor's place decides on its random numbers."""
+        updated = self._native.updated
+        lists = self._part(updated)
+        copies = [list(part) for part in lists]
+        for place, k in enumerate(updated):
+            if k in copied:
+                for part in filter(None, copies):
+                    part[place] = part[place].contiguous().resolve_neg()
+        inner = Pairs(self._op, copies, copied=self._copied)
+        inner.read()
+        inner.check()
+        inner.update(momentum, seed, backend)
+        for k in (0, 2):
+            for x, copy in zip(lists[k], copies[k], strict=True):
+                if copy is not x:
+                    x.copy_(copy)
+
+    def _part(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         targets, sources, shadows = ([x[k] for k in indices] if x else [] for x in self._lists)
         return targets, sources, shadows
 
@@ -169,6 +199,25 @@ def check_seed(op: str, seed: int | Tensor | None, device: torch.device | None) 
             _check.bad_value(op, "seed", f"the targets' device, {device}", seed.device)
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         _check.bad_type(op, "seed", "an int, a 0-d int64 tensor or None", type(seed).__name__)
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        _check.bad_value(op, "seed", "an int of 64 bits", seed)
+
+
+def _update(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    shadows: list[Tensor],
+    momentum: float | Tensor,
+    seed: int | Tensor | None,
+    backend: str | None,
+) -> None:
+    device = targets[0].device if targets and isinstance(targets[0], Tensor) else None
+    check_momentum("ema_update_", momentum, device)
+    check_seed("ema_update_", seed, device)
+    pairs = Pairs("ema_update_", (targets, sources, shadows))
+    pairs.read()
+    pairs.check()
+    pairs.update(momentum, seed, backend)
 
 
 def _impl(
@@ -181,9 +230,10 @@ def _impl(
     seed_value: int | None,
     backend: str,
 ) -> None:
-    pairs = Pairs("ema_update_", (targets, sources, shadows))
-    pairs.check()
-    pairs.update(momentum_value if momentum is None else momentum, seed_value if seed is None else seed, backend)
+    _update(
+        targets, sources, shadows, momentum_value if momentum is None else momentum,
+        seed_value if seed is None else seed, backend,
+    )  # fmt: skip
 
 
 _LIBRARY.define(
@@ -220,25 +270,22 @@ def ema_update_(
         shadows: for each target, then float32, a float16 or bfloat16 tensor that receives the new value, rounded.
         seed: None rounds float16 and bfloat16 targets to nearest. Near momentum 1 they then stop moving, as a step is
             less than half a unit in the last place. With an int, or a 0-d int64 tensor on the targets' device, they are
-            rounded up or down at random so as to be right on average. The choice is a function of the seed and the
-            element's place in the lists, the same on every device and for every number of threads; each step needs
-            another seed.
+            rounded up or down at random so as to be right on average. The choice is a function of the seed, the
+            tensor's place in the lists and the element's place in it (in memory, if a target and its source are laid
+            out alike), the same on every device and for every number of threads; each step needs another seed.
         backend: "cpu", "cuda" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Raises:
         TypeError, ValueError: lists of unequal length, other shapes, dtypes or devices than these, a momentum outside
             [0, 1], a target that requires grad outside torch.no_grad(), a target that shares memory with another
-            tensor. Nothing has been written then.
-        RuntimeError: the backend that was asked for cannot run here.
+            tensor. Nothing has been written then. (A compiled call does not see that a target requires grad.)
+        RuntimeError: the backend that was asked for cannot run here; inside torch.jit.trace, which would not record it.
 
     Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722, Eq. 2.
     """
     targets, sources, shadows = list(targets), list(sources), list(shadows or ())
-    device = targets[0].device if targets and isinstance(targets[0], Tensor) else None
-    check_momentum("ema_update_", momentum, device)
-    check_seed("ema_update_", seed, device)
-    if torch.compiler.is_compiling() and device is not None:
-        backend = resolve("ema_update", device, targets[0].dtype, backend)
+    if targets and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+        backend = resolve("ema_update", targets[0].device, targets[0].dtype, backend)
         with torch.no_grad():
             torch.ops.sslops.ema_update_(
                 targets, sources, shadows,
@@ -246,6 +293,4 @@ def ema_update_(
                 seed if isinstance(seed, Tensor) else None, None if isinstance(seed, Tensor) else seed, backend,
             )  # fmt: skip
         return
-    pairs = Pairs("ema_update_", (targets, sources, shadows))
-    pairs.check()
-    pairs.update(momentum, seed, backend)
+    _update(targets, sources, shadows, momentum, seed, backend)

@@ -2,7 +2,11 @@
 // under sanitizers. One std::thread per CUDA thread; blocks one after another, so __shared__ may be static. All threads
 // of a block must reach every __syncthreads().
 #pragma once
+#include <algorithm>
 #include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -20,6 +24,29 @@ struct __attribute__((aligned(8), may_alias)) uint2 {
 struct __attribute__((aligned(16), may_alias)) uint4 {
   unsigned x, y, z, w;
 };
+
+// cuda_fp16.h's. The compilers' own type is missing in some of them.
+using __half = uint16_t;
+inline __half __ushort_as_half(uint16_t bits) { return bits; }
+inline uint16_t __half_as_ushort(__half x) { return x; }
+inline float __half2float(__half x) {
+  const int exponent = x >> 10 & 31, mantissa = x & 1023;
+  const float magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                          : exponent == 0 ? std::ldexp(mantissa, -24)
+                                          : std::ldexp(1024 + mantissa, exponent - 25);
+  return x & 0x8000 ? -magnitude : magnitude;
+}
+inline __half __float2half_rn(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (std::isnan(x)) return 0x7e00 | sign;
+  if (std::isinf(x) || x == 0) return sign | (x == 0 ? 0 : 0x7c00);
+  const int exponent = std::max(std::ilogb(x), -14);
+  // Units of the last place; a carry goes into the exponent, and from the largest number to infinity.
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(std::fabs(x), 10 - std::min(exponent, 16))));
+  const int bits = units + ((std::min(exponent, 16) + 14) << 10);
+  return sign | static_cast<uint16_t>(std::min(bits, 0x7c00));
+}
+
 inline thread_local CudaIndex threadIdx, blockIdx;
 inline CudaIndex blockDim, gridDim;
 

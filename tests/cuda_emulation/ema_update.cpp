@@ -44,36 +44,37 @@ struct Case {
   DType target_dtype, source_dtype, shadow_dtype;
   int64_t n;
   Buffer target, source;
+  bool copied;
   std::unique_ptr<Buffer> shadow;
 };
 
-Pairs pairs_of(std::vector<Case>& cases) {
-  Pairs pairs;
-  pairs.first_chunk = pairs.chunks = 3;
+Work work_of(std::vector<Case>& cases) {
+  Work work;
   for (Case& c : cases) {
-    pairs.rows.push_back({c.target.data(), c.source.data(), c.shadow ? c.shadow->data() : nullptr, c.n, pairs.chunks,
-                          c.target_dtype, c.source_dtype, c.shadow_dtype});
-    pairs.chunks += chunks(pairs.rows.back());
-    pairs.elements += c.n;
+    const int64_t numel = c.copied ? static_cast<int64_t>(c.target.size - c.target.offset) : c.n;
+    work.rows.push_back({c.target.data(), c.source.data(), c.shadow ? c.shadow->data() : nullptr, numel, work.chunks,
+                         c.target_dtype, c.source_dtype, c.shadow_dtype, c.copied});
+    work.chunks += chunks(work.rows.back());
+    work.elements += numel;
   }
-  return pairs;
+  return work;
 }
 
 std::vector<Case> copy(const std::vector<Case>& cases) {
   std::vector<Case> copies;
   for (const Case& c : cases)
-    copies.push_back({c.target_dtype, c.source_dtype, c.shadow_dtype, c.n, c.target, c.source,
+    copies.push_back({c.target_dtype, c.source_dtype, c.shadow_dtype, c.n, c.target, c.source, c.copied,
                       c.shadow ? std::make_unique<Buffer>(*c.shadow) : nullptr});
   return copies;
 }
 
 int compare(std::vector<Case>& cases, double m, Momentum momentum, Seed seed, uint64_t key) {
   std::vector<Case> on_cpu = copy(cases), on_cuda = copy(cases);
-  const Pairs cpu_pairs = pairs_of(on_cpu), cuda_pairs = pairs_of(on_cuda);
-  portable::table.update(cpu_pairs, m, seed.stochastic ? &key : nullptr);
-  std::vector<Row> rows(cuda_pairs.rows.size());
-  cuda_upload(cuda_pairs, rows.data(), nullptr);
-  cuda_update(cuda_pairs, rows.data(), momentum, seed, nullptr);
+  const Work cpu_work = work_of(on_cpu), cuda_work = work_of(on_cuda);
+  portable::table.update(cpu_work, m, seed.stochastic ? &key : nullptr);
+  std::vector<Row> rows(cuda_work.rows.size());
+  cuda_upload(cuda_work, rows.data(), nullptr);
+  cuda_update(cuda_work, rows.data(), momentum, seed, nullptr);
   int wrong = 0;
   for (size_t k = 0; k < cases.size(); ++k) {
     const Case &a = on_cpu[k], &b = on_cuda[k];
@@ -90,7 +91,7 @@ int run() {
   std::vector<Case> cases;
   const auto add = [&](DType target, DType source, int64_t n, bool unaligned, bool shadow, DType shadow_dtype) {
     cases.push_back({target, source, shadow_dtype, n, Buffer(target, n, unaligned, random),
-                     Buffer(source, n, false, random), nullptr});
+                     Buffer(source, n, false, random), false, nullptr});
     if (shadow) cases.back().shadow = std::make_unique<Buffer>(shadow_dtype, n, unaligned, random);
   };
   const DType all[] = {DType::f32, DType::f16, DType::bf16, DType::f64};
@@ -101,6 +102,15 @@ int run() {
     for (int64_t n : {7, 100}) add(DType::f32, DType::bf16, n, n == 100, true, shadow);
   add(DType::bf16, DType::f32, kChunk, false, false, DType::f32);
   add(DType::f32, DType::f32, 2 * kChunk + 1, false, false, DType::f32);
+  for (int64_t n : {3, 5000}) {
+    add(DType::f64, DType::f64, n, n == 3, false, DType::f32);
+    cases.back().copied = true;
+  }
+  // More rows than travel in one packet, and than a block has threads to search them.
+  std::vector<Case> many;
+  cases.swap(many);
+  for (int64_t k = 0; k < 300; ++k) add(DType::f32, DType::bf16, 1 + k % 3, false, false, DType::f32);
+  cases.swap(many);
 
   const float m32 = 0.996f, above = 1.5f;
   const double m64 = 0.25;
@@ -108,6 +118,7 @@ int run() {
   int wrong = compare(cases, 0.999, {0.999, nullptr, false}, {false, 0, nullptr}, 0);
   wrong += compare(cases, m32, {0, &m32, false}, {true, key, nullptr}, key);
   wrong += compare(cases, m64, {0, &m64, true}, {true, 0, &key}, key);
+  wrong += compare(many, 0.999, {0.999, nullptr, false}, {false, 0, nullptr}, 0);
   wrong += compare(cases, 1, {0, &above, false}, {false, 0, nullptr}, 0);
   return wrong;
 }

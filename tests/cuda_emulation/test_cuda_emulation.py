@@ -45,8 +45,16 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         ("threads", "__syncthreads();", "", "data race"),
         ("memory", "out[k] = k < n ? p[k] : T{};", "out[k] = p[k];", "heap-buffer-overflow"),
         ("plain", "seed.value, group)", "seed.value, group + 1)", "differs"),
+        ("memory", "count, device_rows + at)", "count, device_rows)", "AddressSanitizer"),
+        ("plain", "r < count; r += blockDim.x)", "r < count; r += count)", "differs"),
     ],
-    ids=["a missing barrier", "a read past the end", "other random numbers"],
+    ids=[
+        "a missing barrier",
+        "a read past the end",
+        "other random numbers",
+        "packets over one another",
+        "rows not searched",
+    ],
 )
 def test_a_planted_fault_is_found(sanitizer: str, right: str, wrong: str, report: str, tmp_path: Path) -> None:
     csrc = tmp_path / "csrc"
