@@ -114,7 +114,10 @@ class Pairs:
                         _check.bad_type(self._op, f"{name}[{k}]", "a tensor", type(x).__name__)
             raise
         before, self._work = self._work, self._native.work
-        return bool(self._problem[0]) or self._work is not before
+        if changed := bool(self._problem[0]) or self._work is not before:
+            negated = (k for k in self._native.single if any(x[k].is_neg() for x in self._lists if x))
+            self._by_copy = {*self._native.strided, *negated}
+        return changed
 
     def check(self) -> None:
         """Raises for tensors, as they were read, that cannot be updated."""
@@ -142,22 +145,19 @@ class Pairs:
             else:
                 reference(*updated, momentum, seed)
             return
-        negated = (k for k in self._native.single if any(x.is_neg() for part in self._part([k]) for x in part))
-        if copied := {*self._native.strided, *negated}:
-            self._update_copies(copied, momentum, seed, chosen)
+        if self._by_copy:
+            self._update_copies(momentum, seed, chosen)
             return
         kernel(chosen, "ema_update").forward(self._work, targets[0].device, momentum, seed, self._memory)
         torch.autograd.graph.increment_version([*targets, *shadows])
 
-    def _update_copies(
-        self, copied: set[int], momentum: float | Tensor, seed: int | Tensor | None, backend: str
-    ) -> None:
+    def _update_copies(self, momentum: float | Tensor, seed: int | Tensor | None, backend: str) -> None:
         """With contiguous copies in the places of those: a tensor's place decides on its random numbers."""
         updated = self._native.updated
         lists = self._part(updated)
         copies = [list(part) for part in lists]
         for place, k in enumerate(updated):
-            if k in copied:
+            if k in self._by_copy:
                 for part in filter(None, copies):
                     part[place] = part[place].contiguous().resolve_neg()
         inner = Pairs(self._op, copies, copied=self._copied)
