@@ -22,11 +22,18 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def upper_tiles(rows: int) -> Iterator[tuple[slice, slice]]:
-    """Row and column ranges of the tiles on and above the diagonal of a [rows, rows] matrix."""
-    side = TILE if rows > 2 * TILE else TILE // 2  # tiles on the diagonal save nothing by symmetry: let them be small
+    """Row and column ranges of the tiles on and above the diagonal of a [rows, rows] matrix.
+
+    Symmetry saves nothing in the tiles on the diagonal: they are half as large, and a small matrix has no larger ones.
+    """
+    half = TILE // 2
+    side = TILE if rows > 2 * TILE else half
     for i in range(0, rows, side):
-        for j in range(i, rows, side):
-            yield slice(i, min(i + side, rows)), slice(j, min(j + side, rows))
+        for a in range(i, min(i + side, rows), half):
+            for b in range(a, min(i + side, rows), half):
+                yield slice(a, min(a + half, rows)), slice(b, min(b + half, rows))
+        for j in range(i + side, rows, side):
+            yield slice(i, i + side), slice(j, min(j + side, rows))
 
 
 class Float32Tiles:
@@ -39,12 +46,12 @@ class Float32Tiles:
     def __init__(self, z: Tensor) -> None:
         self._z = z
         self._tile = z.new_empty(min(TILE, len(z)), min(TILE, len(z)))
-        self._blocks: dict[int, Tensor] = {}  # rows of z by their first: slicing costs as much as a small matmul
+        self._blocks: dict[tuple[int, int], Tensor] = {}  # of rows, sliced once for many tiles
 
     def _rows(self, i: slice) -> Tensor:
-        block = self._blocks.get(i.start)
+        block = self._blocks.get((i.start, i.stop))
         if block is None:
-            block = self._blocks[i.start] = self._z[i]
+            block = self._blocks[i.start, i.stop] = self._z[i]
         return block
 
     def logits(self, i: slice, j: slice) -> Tensor:
