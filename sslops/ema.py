@@ -209,7 +209,7 @@ class EMA:
     def step(self, momentum: float | Tensor | None = None) -> None:
         """One update; `momentum` instead of the usual one, this time. 0 makes the target a copy of `online`.
 
-        Inside torch.compile it is a graph break; `ema_update_` is not.
+        Inside torch.compile it is a graph break, and an error under make_fx; `ema_update_` is neither.
         """
         if torch.compiler.is_compiling():  # not as a decorator, which would import torch._dynamo for all
             torch.compiler.disable(self._step)(momentum)

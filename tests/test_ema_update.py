@@ -410,6 +410,11 @@ def test_negated_views(negated: str) -> None:
         assert torch.equal(target, torch.full((n,), -0.5 if negated == "target" else 0.5))
 
 
+def test_tensors_without_memory_are_named() -> None:
+    with pytest.raises(ValueError, match=r"ema_update_: targets\[0\]: wanted a tensor with memory of its own"):
+        torch.func.vmap(lambda t, s: ema_update_([t], [s], 0.5))(torch.zeros(2, 3), torch.ones(2, 3))
+
+
 def test_cuda_is_refused_where_the_binary_has_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from sslops.kernels.cuda.ema_update import refuses
 
@@ -458,8 +463,12 @@ def test_traces_record_the_update_or_raise() -> None:
     for mode in ("real", "fake"):
         graph = make_fx(step, tracing_mode=mode)(torch.zeros(3), torch.ones(3))
         assert (graph(torch.zeros(3), torch.ones(3)) == 0.5).all()
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would not record it"):
+    with pytest.raises(RuntimeError, match="ema_update_: the trace would not record it"):
         torch.jit.trace(step, (torch.zeros(3), torch.ones(3)))
+    ema = EMA(*pair(), 0.5)
+    with pytest.raises(RuntimeError, match="EMA: the trace would not record it"):
+        make_fx(lambda x: (ema.step(), x + 1)[1])(torch.zeros(3))
+    assert ema.steps == 0
 
 
 def test_compiled_step() -> None:

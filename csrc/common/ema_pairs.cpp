@@ -132,12 +132,13 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
   for (int64_t k = 0; k < count; ++k)
     for (int list = 0; list < used; ++list) {
       const Tensor& x = lists[list][k];
+      if (!x.strides) return {"memory", list, k};
       if (copied && x.torch_dtype != lists[kTargets][k].torch_dtype && !(x.floating && lists[kTargets][k].floating))
         return {"other dtype", list, k};
       if (!copied && !x.floating) return {"dtype", list, k};
       if (!same_sizes(x, lists[kTargets][k])) return {"shape", list, k};
       if (!same_device(x, lists[kTargets][0])) return {"device", list, k};
-      if (!x.strides || (x.numel && !x.data)) return {"memory", list, k};
+      if (x.numel && !x.data) return {"memory", list, k};
       if (list == kShadows && lists[kTargets][k].dtype != DType::f32) return {"shadowed", kTargets, k};
       if (list == kShadows && x.item_size != 2) return {"shadow", list, k};
       if (x.numel == 0) continue;

@@ -57,30 +57,21 @@ Torch find_torch() {
   return t;
 }
 
-void check(int32_t error) {
-  if (error) throw std::runtime_error("torch's C interface refused a tensor");
-}
-
 }  // namespace
 
 Tensor read_tensor(uintptr_t impl) {
   static const Torch torch = find_torch();
   Tensor x{};
   int32_t layout;
-  check(torch.dtype(&impl, &x.torch_dtype));
-  check(torch.layout(&impl, &layout));
-  check(torch.device_type(&impl, &x.device_type));
-  check(torch.device_index(&impl, &x.device_index));
-  check(torch.numel(&impl, &x.numel));
-  check(torch.dim(&impl, &x.dim));
   int64_t *sizes, *strides;
-  check(torch.sizes(&impl, &sizes));
+  void* data;
+  if (torch.dtype(&impl, &x.torch_dtype) || torch.layout(&impl, &layout) || torch.device_type(&impl, &x.device_type) ||
+      torch.device_index(&impl, &x.device_index) || torch.numel(&impl, &x.numel) || torch.dim(&impl, &x.dim) ||
+      torch.sizes(&impl, &sizes))
+    return {};
   x.sizes = sizes;
-  if (layout == torch.strided) {
-    check(torch.strides(&impl, &strides));
+  if (layout == torch.strided && !torch.strides(&impl, &strides) && !torch.data_ptr(&impl, &data)) {
     x.strides = strides;
-    void* data;
-    check(torch.data_ptr(&impl, &data));
     x.data = static_cast<char*>(data);
   }
   x.item_size = torch.element_size(x.torch_dtype);

@@ -10,7 +10,7 @@ namespace sslops {
 struct Tensor {
   char* data;  // null for tensors without memory of their own: empty, meta, fake, sparse
   int64_t numel, dim;
-  const int64_t *sizes, *strides;  // [dim], torch's own: valid until the tensor changes
+  const int64_t *sizes, *strides;  // [dim], torch's own: valid until the tensor changes; no strides: nothing to read
   int64_t item_size;
   int32_t device_type, device_index, torch_dtype;
   DType dtype;

@@ -97,17 +97,13 @@ __device__ void write_half(void* base, DType dtype, int64_t i, int n, const floa
   store(base, i, n, raw);
 }
 
-__device__ void write(const Row& row, int64_t i, int n, const double (&x)[4], const Seed&) {
-  store(row.target, i, n, x);
-}
-
-__device__ void write(const Row& row, int64_t i, int n, const float (&x)[4], const Seed&) {
-  store(row.target, i, n, x);
-  if (row.shadow) write_half(row.shadow, row.shadow_dtype, i, n, x);
-}
-
-__device__ void write(const Row& row, int64_t i, int n, const float (&x)[kGroup], const Seed& seed) {
-  if (seed.stochastic) {
+template <typename A, int size>
+__device__ void write(const Row& row, int64_t i, int n, const A (&x)[size], const Seed& seed) {
+  if constexpr (size < kGroup) {
+    store(row.target, i, n, x);
+    if constexpr (std::is_same_v<A, float>)
+      if (row.shadow) write_half(row.shadow, row.shadow_dtype, i, n, x);
+  } else if (seed.stochastic) {
     const uint64_t group = static_cast<uint64_t>(row.first_chunk * kChunk + i) / kGroup;
     write_half(row.target, row.target_dtype, i, n, x, noise(seed.value, group));
   } else {

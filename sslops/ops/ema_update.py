@@ -132,8 +132,9 @@ class Pairs:
 
     @torch.no_grad()
     def update(self, momentum: float | Tensor, seed: int | Tensor | None, backend: str | None) -> None:
-        if torch._C._is_tracing():
-            raise RuntimeError(f"{self._op}: torch.jit.trace would not record it")
+        proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # make_fx's
+        if torch._C._is_tracing() or proxies is not None:
+            raise RuntimeError(f"{self._op}: the trace would not record it")
         targets, _, shadows = self._lists
         if not targets:
             return
@@ -279,7 +280,7 @@ def ema_update_(
         TypeError, ValueError: lists of unequal length, other shapes, dtypes or devices than these, a momentum outside
             [0, 1], a target that requires grad outside torch.no_grad(), a target that shares memory with another
             tensor. Nothing has been written then. (A compiled call does not see that a target requires grad.)
-        RuntimeError: the backend that was asked for cannot run here; inside torch.jit.trace, which would not record it.
+        RuntimeError: the backend that was asked for cannot run here; torch.jit.trace is on, which would not record it.
 
     Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722, Eq. 2.
     """
