@@ -79,14 +79,14 @@ class _Plan(NamedTuple):
     targets: list[Tensor]
     kinds: list[tuple[torch.dtype, torch.device, torch.Size]]
     averaged: list[Pairs]
-    copied: Pairs
+    copied: list[Pairs]  # one, or none
     rounded: bool
 
     def holds(self) -> bool:
         """Reads all tensors, too."""
         if not all(members.unchanged() for members in self.members):
             return False
-        changed = [pairs.read() for pairs in (*self.averaged, self.copied)]
+        changed = [pairs.read() for pairs in (*self.averaged, *self.copied)]
         return not any(changed) or _kinds(self.targets) == self.kinds
 
 
@@ -146,7 +146,8 @@ class EMA:
         self._seed = torch.tensor(seed, dtype=torch.int64)
         self._masters: dict[str, Tensor] = {}
         self._pair()
-        self._validate()
+        with torch.no_grad():
+            self._validate()
 
     @property
     def target(self) -> nn.Module:
@@ -197,13 +198,13 @@ class EMA:
                 direct[1].append(source)
                 rounded |= is_half and self._half == "stochastic"
         pairs = [Pairs("EMA", lists) for lists in (direct, mastered) if lists[0]]
-        plan = _Plan(members, targets, _kinds(targets), pairs, Pairs("EMA", copied, copied=True), rounded)
+        copies = [Pairs("EMA", copied, copied=True)] if copied[0] else []
+        plan = _Plan(members, targets, _kinds(targets), pairs, copies, rounded)
         plan.holds()
         self._plan, self._masters, self._seed = plan, masters, self._seed.to(device)
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        for pairs in (*self._plan.averaged, self._plan.copied):
+        for pairs in (*self._plan.averaged, *self._plan.copied):
             pairs.check()
 
     def step(self, momentum: float | Tensor | None = None) -> None:
@@ -226,7 +227,8 @@ class EMA:
         self._validate()
         for pairs in self._plan.averaged:
             pairs.update(momentum, self._seed if self._plan.rounded else None, self._backend)
-        self._plan.copied.update(0.0, None, self._backend)
+        for pairs in self._plan.copied:
+            pairs.update(0.0, None, self._backend)
         if self._plan.rounded:
             self._seed += 1
         self.steps += 1
