@@ -43,9 +43,9 @@ def chip(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def on(device: torch.device) -> Iterator[None]:
-    """Triton launches on the current device's current stream; autocast would round the products that torch makes."""
+    """Triton launches on the current device's current stream."""
     if device.type == "cuda":
-        with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
+        with torch.cuda.device(device):
             yield
     else:
         yield
