@@ -1,7 +1,7 @@
 """Fused ops in torch's library: one pair of ops (forward, backward) each, for eager calls, torch.compile and export."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -11,66 +11,80 @@ from . import _check
 from .backend import BACKENDS, refusal
 
 _LIBRARY = torch.library.Library("sslops", "FRAGMENT")
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    torch.dtype: "ScalarType",
+    bool: "bool",
+    float: "float",
+    int: "int",
+    str: "str",
+}
 
 
-def _guarded(name: str, arguments: list[str], implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(name: str, x: Any, kernel: Callable[[], Any]) -> Any:
     """What holds for every kernel, however it is called: it can take these tensors, and autocast is off.
 
     (Kernels are given the operands' dtype; autocast would round what they multiply on top of that.)
     """
-    x_at, operand_at, backend_at = arguments[0] == "grad", arguments.index("operand_dtype"), arguments.index("backend")
-
-    def run(*values: Any) -> Any:
-        x, operand, backend = values[x_at], values[operand_at], values[backend_at]
-        if backend not in BACKENDS or backend == "eager":
-            _check.bad_value(name, "backend", "a backend with kernels", repr(backend))
-        for dtype in (x.dtype, operand):
-            reason = refusal(backend, name, x.device, dtype)
-            if reason is not None:
-                raise RuntimeError(f"{name}: backend {backend!r} cannot run here: {reason}")
-        if forward_ad._current_level >= 0:
-            raise RuntimeError(f"{name}: fused kernels have no forward-mode derivative; use backend='eager'")
-        with torch.autocast(x.device.type, enabled=False):
-            return implementation(*values)
-
-    return run
+    if x.backend not in BACKENDS or x.backend == "eager":
+        _check.bad_value(name, "backend", "a backend with kernels", repr(x.backend))
+    device = x[0].device
+    for dtype in (x[0].dtype, getattr(x, "operand_dtype", x[0].dtype)):
+        reason = refusal(x.backend, name, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{name}: backend {x.backend!r} cannot run here: {reason}")
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(f"{name}: fused kernels have no forward-mode derivative; use backend='eager'")
+    with torch.autocast(device.type, enabled=False):
+        return kernel()
 
 
 def register(
     name: str,
+    arguments: type[NamedTuple],
     *,
-    arguments: str,
-    saved: str,
-    gradients: Sequence[str],
+    saved: Sequence[str] = (),
+    gradients: Sequence[str] = (),
     forward: Callable[..., Any],
     forward_fake: Callable[..., Any],
-    backward: Callable[..., Any],
-    backward_fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    backward_fake: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers `name(arguments) -> (Tensor, saved)` and `name_backward(Tensor grad, arguments, saved)`.
+    """Registers `name(arguments) -> (result, *saved)` and `name_backward(grad, arguments, *saved)`.
 
-    The first output is the result; the saved ones, if any, are kept for backward and have no gradient. The backward op
-    returns one gradient for each argument named in `gradients`. Differentiating it raises: that is for backend="eager".
-    Among the arguments are operand_dtype and backend, and the first one is the tensor that a backend is chosen by.
+    arguments: a NamedTuple that begins with the tensor a backend is chosen by and has a field `backend`. The functions
+    take one: forward(x), backward(grad, x, *saved), and the fakes alike. The first output is the result; the saved
+    ones, if any, are kept for backward and have no gradient. The backward op returns one gradient for each argument
+    named in `gradients`. Differentiating it raises: that is for backend="eager". Without a backward nothing is
+    differentiable.
     """
-    names = [argument.split()[1] for argument in arguments.split(", ")]
-    outputs = f"(Tensor result, {saved})" if saved else "Tensor"
-    backward_arguments = ", ".join(filter(None, ["Tensor grad", arguments, saved]))
-    gradient_outputs = ", ".join(["Tensor"] * len(gradients))
-    schemas = {
-        name: (f"({arguments}) -> {outputs}", names, forward, forward_fake),
-        f"{name}_backward": (
-            f"({backward_arguments}) -> ({gradient_outputs})",
-            ["grad", *names],
-            backward,
-            backward_fake,
-        ),
-    }
-    for op, (schema, op_names, implementation, fake) in schemas.items():
-        _LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(op, _guarded(name, op_names, implementation), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sslops::{op}", fake, lib=_LIBRARY)
+    fields = get_type_hints(arguments)
+    names, count = list(fields), len(fields)
+    inputs = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in fields.items()]
+    kept_inputs = [f"Tensor {each}" for each in saved]
 
+    def define(op: str, lead: int, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        """lead: how many values come before the arguments"""
+
+        def parts(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return *values[:lead], arguments._make(values[lead : lead + count]), *values[lead + count :]
+
+        def run(*values: Any) -> Any:
+            given = parts(values)
+            return _guarded(name, given[lead], lambda: implementation(*given))
+
+        _LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sslops::{op}", lambda *values: fake(*parts(values)), lib=_LIBRARY)
+
+    outputs = ", ".join(["Tensor result", *kept_inputs])
+    define(name, 0, f"({', '.join(inputs)}) -> ({outputs})", forward, forward_fake)
+    if backward is None or backward_fake is None:
+        return
+    outputs = ", ".join(["Tensor"] * len(gradients))
+    schema = f"({', '.join(['Tensor grad', *inputs, *kept_inputs])}) -> ({outputs})"
+    define(f"{name}_backward", 1, schema, backward, backward_fake)
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

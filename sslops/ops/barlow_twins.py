@@ -1,5 +1,7 @@
 """Barlow Twins: the cross-correlation of two views should be the identity."""
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,80 +29,61 @@ def cheaper_route(n: int, d: int) -> str:
     return "gram" if 4 * n < 3 * d else "panels"
 
 
-def _forward(
-    z_a: Tensor,
-    z_b: Tensor,
-    lambd: float,
-    eps: float,
-    operand_dtype: torch.dtype,
-    route: str,
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check.embeddings("barlow_twins", z_a=z_a, z_b=z_b)
-    _check.batch("barlow_twins", "z_a", z_a)
-    _check.choice("barlow_twins", "route", route, ROUTES)
-    outputs: tuple[Tensor, Tensor, Tensor] = kernel(backend, "barlow_twins").forward(
-        z_a.contiguous(), z_b.contiguous(), lambd, eps, operand_dtype, route, needs_grad
-    )
+class _Arguments(NamedTuple):
+    z_a: Tensor
+    z_b: Tensor
+    lambd: float
+    eps: float
+    operand_dtype: torch.dtype
+    route: str
+    needs_grad: bool
+    backend: str
+
+
+def _kernel_arguments(x: _Arguments) -> tuple[Any, ...]:
+    _check.embeddings("barlow_twins", z_a=x.z_a, z_b=x.z_b)
+    _check.batch("barlow_twins", "z_a", x.z_a)
+    _check.choice("barlow_twins", "route", x.route, ROUTES)
+    return x.z_a.contiguous(), x.z_b.contiguous(), x.lambd, x.eps, x.operand_dtype, x.route
+
+
+def _kept_shapes(x: _Arguments) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what forward keeps for backward: the diagonal of C, and the Grams or the gradients of A and B."""
+    n, d = x.z_a.shape
+    return ((d,), (2, n, n)) if x.route == "gram" else ((0,), (2, n, d))
+
+
+def _forward(x: _Arguments) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = kernel(x.backend, "barlow_twins").forward(*_kernel_arguments(x), x.needs_grad)
     return outputs
 
 
-def _kept_shapes(z_a: Tensor, route: str, needs_grad: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what forward keeps for backward: the diagonal of C, and the Grams or the gradients of A and B."""
-    n, d = z_a.shape
-    if route == "gram":
-        return (d,), (2, n, n) if needs_grad else (0,)
-    return (0,), (2, n, d) if needs_grad else (0,)
+def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
+    loss = x.z_a.new_empty((), dtype=torch.float32)
+    diagonal, kept = _kept_shapes(x)
+    return loss, loss.new_empty(diagonal), loss.new_empty(kept if x.needs_grad else (0,))
 
 
-def _forward_fake(
-    z_a: Tensor,
-    z_b: Tensor,
-    lambd: float,
-    eps: float,
-    operand_dtype: torch.dtype,
-    route: str,
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = z_a.new_empty((), dtype=torch.float32)
-    diagonal, kept = _kept_shapes(z_a, route, needs_grad)
-    return loss, loss.new_empty(diagonal), loss.new_empty(kept)
-
-
-def _backward(
-    grad: Tensor,
-    z_a: Tensor,
-    z_b: Tensor,
-    lambd: float,
-    eps: float,
-    operand_dtype: torch.dtype,
-    route: str,
-    needs_grad: bool,
-    backend: str,
-    diagonal: Tensor,
-    kept: Tensor,
-) -> tuple[Tensor, Tensor]:
-    _check.embeddings("barlow_twins", z_a=z_a, z_b=z_b)
-    shapes = _kept_shapes(z_a, route, True)
-    _check.scratch("barlow_twins", z_a.device, grad=(grad, ()), diagonal=(diagonal, shapes[0]), kept=(kept, shapes[1]))
-    gradients: tuple[Tensor, Tensor] = kernel(backend, "barlow_twins").backward(
-        grad, z_a.contiguous(), z_b.contiguous(), lambd, eps, operand_dtype, route,
-        diagonal.contiguous(), kept.contiguous(),
-    )  # fmt: skip
+def _backward(grad: Tensor, x: _Arguments, diagonal: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+    arguments = _kernel_arguments(x)
+    shapes = _kept_shapes(x)
+    _check.scratch(
+        "barlow_twins", x.z_a.device, grad=(grad, ()), diagonal=(diagonal, shapes[0]), kept=(kept, shapes[1])
+    )
+    gradients: tuple[Tensor, ...] = kernel(x.backend, "barlow_twins").backward(
+        grad, *arguments, diagonal.contiguous(), kept.contiguous()
+    )
     return gradients
 
 
-def _backward_fake(grad: Tensor, z_a: Tensor, z_b: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return z_a.new_empty(z_a.shape), z_b.new_empty(z_b.shape)
+def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...]:
+    return x.z_a.new_empty(x.z_a.shape), x.z_b.new_empty(x.z_b.shape)
 
 
 register(
     "barlow_twins",
-    arguments="Tensor z_a, Tensor z_b, float lambd, float eps, ScalarType operand_dtype, str route, bool needs_grad, "
-    "str backend",
-    saved="Tensor diagonal, Tensor kept",
+    _Arguments,
+    saved=("diagonal", "kept"),
     gradients=("z_a", "z_b"),
     forward=_forward,
     forward_fake=_forward_fake,

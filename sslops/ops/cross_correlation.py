@@ -1,5 +1,7 @@
 """The cross-correlation matrix of two views, to look at or to build a loss on."""
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,37 +19,46 @@ def reference(z_a: Tensor, z_b: Tensor, eps: float, operand_dtype: torch.dtype) 
     return (a.to(operand_dtype).t() @ b.to(operand_dtype)).to(wide) / len(z_a)
 
 
-def _forward(z_a: Tensor, z_b: Tensor, eps: float, operand_dtype: torch.dtype, backend: str) -> Tensor:
-    _check.embeddings("cross_correlation", z_a=z_a, z_b=z_b)
-    _check.batch("cross_correlation", "z_a", z_a)
-    c: Tensor = kernel(backend, "cross_correlation").forward(z_a.contiguous(), z_b.contiguous(), eps, operand_dtype)
+class _Arguments(NamedTuple):
+    z_a: Tensor
+    z_b: Tensor
+    eps: float
+    operand_dtype: torch.dtype
+    backend: str
+
+
+def _kernel_arguments(x: _Arguments) -> tuple[Any, ...]:
+    _check.embeddings("cross_correlation", z_a=x.z_a, z_b=x.z_b)
+    _check.batch("cross_correlation", "z_a", x.z_a)
+    return x.z_a.contiguous(), x.z_b.contiguous(), x.eps, x.operand_dtype
+
+
+def _forward(x: _Arguments) -> Tensor:
+    c: Tensor = kernel(x.backend, "cross_correlation").forward(*_kernel_arguments(x))
     return c
 
 
-def _forward_fake(z_a: Tensor, *_: object) -> Tensor:
-    return z_a.new_empty((z_a.shape[1], z_a.shape[1]), dtype=torch.float32)
+def _forward_fake(x: _Arguments) -> Tensor:
+    d = x.z_a.shape[1]
+    return x.z_a.new_empty((d, d), dtype=torch.float32)
 
 
-def _backward(
-    grad: Tensor, z_a: Tensor, z_b: Tensor, eps: float, operand_dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    d = z_a.shape[1]
-    _check.embeddings("cross_correlation", z_a=z_a, z_b=z_b)
-    _check.scratch("cross_correlation", z_a.device, grad=(grad, (d, d)))
-    gradients: tuple[Tensor, Tensor] = kernel(backend, "cross_correlation").backward(
-        grad.contiguous(), z_a.contiguous(), z_b.contiguous(), eps, operand_dtype
+def _backward(grad: Tensor, x: _Arguments) -> tuple[Tensor, ...]:
+    d = x.z_a.shape[1]
+    _check.scratch("cross_correlation", x.z_a.device, grad=(grad, (d, d)))
+    gradients: tuple[Tensor, ...] = kernel(x.backend, "cross_correlation").backward(
+        grad.contiguous(), *_kernel_arguments(x)
     )
     return gradients
 
 
-def _backward_fake(grad: Tensor, z_a: Tensor, z_b: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return z_a.new_empty(z_a.shape), z_b.new_empty(z_b.shape)
+def _backward_fake(grad: Tensor, x: _Arguments) -> tuple[Tensor, ...]:
+    return x.z_a.new_empty(x.z_a.shape), x.z_b.new_empty(x.z_b.shape)
 
 
 register(
     "cross_correlation",
-    arguments="Tensor z_a, Tensor z_b, float eps, ScalarType operand_dtype, str backend",
-    saved="",
+    _Arguments,
     gradients=("z_a", "z_b"),
     forward=_forward,
     forward_fake=_forward_fake,

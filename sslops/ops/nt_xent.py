@@ -1,5 +1,7 @@
 """NT-Xent, the loss of SimCLR: every embedding must find its other view among all 2N."""
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,63 +28,52 @@ def reference(
     return F.cross_entropy(logits, positives, reduction="none")
 
 
-def _forward(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: Tensor | None,
-    tau: float,
-    normalize: bool,
-    operand_dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check.embeddings("nt_xent", z0=z0, z1=z1)
-    if temperature is not None:
-        _check.scratch("nt_xent", z0.device, temperature=(temperature, ()))
-    outputs: tuple[Tensor, Tensor, Tensor] = kernel(backend, "nt_xent").forward(
-        z0.contiguous(), z1.contiguous(), tau if temperature is None else temperature, normalize, operand_dtype
-    )
+class _Arguments(NamedTuple):
+    z0: Tensor
+    z1: Tensor
+    temperature: Tensor | None
+    tau: float
+    normalize: bool
+    operand_dtype: torch.dtype
+    backend: str
+
+
+def _kernel_arguments(x: _Arguments) -> tuple[Any, ...]:
+    _check.embeddings("nt_xent", z0=x.z0, z1=x.z1)
+    if x.temperature is not None:
+        _check.scratch("nt_xent", x.z0.device, temperature=(x.temperature, ()))
+    tau = x.tau if x.temperature is None else x.temperature
+    return x.z0.contiguous(), x.z1.contiguous(), tau, x.normalize, x.operand_dtype
+
+
+def _forward(x: _Arguments) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = kernel(x.backend, "nt_xent").forward(*_kernel_arguments(x))
     return outputs
 
 
-def _forward_fake(z0: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    m = 2 * z0.shape[0]
-    losses = z0.new_empty(m, dtype=torch.float32)
+def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
+    m = 2 * x.z0.shape[0]
+    losses = x.z0.new_empty(m, dtype=torch.float32)
     return losses, torch.empty_like(losses), losses.new_empty(3, m)
 
 
-def _backward(
-    grad: Tensor,
-    z0: Tensor,
-    z1: Tensor,
-    temperature: Tensor | None,
-    tau: float,
-    normalize: bool,
-    operand_dtype: torch.dtype,
-    backend: str,
-    inv_norm: Tensor,
-    stats: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    m = 2 * len(z0)
-    _check.embeddings("nt_xent", z0=z0, z1=z1)
-    _check.scratch("nt_xent", z0.device, grad=(grad, (m,)), inv_norm=(inv_norm, (m,)), stats=(stats, (3, m)))
-    if temperature is not None:
-        _check.scratch("nt_xent", z0.device, temperature=(temperature, ()))
-    gradients: tuple[Tensor, Tensor, Tensor] = kernel(backend, "nt_xent").backward(
-        grad.contiguous(), z0.contiguous(), z1.contiguous(), tau if temperature is None else temperature,
-        normalize, operand_dtype, inv_norm.contiguous(), stats.contiguous(),
-    )  # fmt: skip
+def _backward(grad: Tensor, x: _Arguments, inv_norm: Tensor, stats: Tensor) -> tuple[Tensor, ...]:
+    m = 2 * len(x.z0)
+    _check.scratch("nt_xent", x.z0.device, grad=(grad, (m,)), inv_norm=(inv_norm, (m,)), stats=(stats, (3, m)))
+    gradients: tuple[Tensor, ...] = kernel(x.backend, "nt_xent").backward(
+        grad.contiguous(), *_kernel_arguments(x), inv_norm.contiguous(), stats.contiguous()
+    )
     return gradients
 
 
-def _backward_fake(grad: Tensor, z0: Tensor, z1: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return z0.new_empty(z0.shape), z1.new_empty(z1.shape), grad.new_empty(())
+def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...]:
+    return x.z0.new_empty(x.z0.shape), x.z1.new_empty(x.z1.shape), grad.new_empty(())
 
 
 register(
     "nt_xent",
-    arguments="Tensor z0, Tensor z1, Tensor? temperature, float tau, bool normalize, ScalarType operand_dtype, "
-    "str backend",
-    saved="Tensor inv_norm, Tensor stats",
+    _Arguments,
+    saved=("inv_norm", "stats"),
     gradients=("z0", "z1", "temperature"),
     forward=_forward,
     forward_fake=_forward_fake,

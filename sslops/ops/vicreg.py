@@ -1,5 +1,7 @@
 """VICReg: views that agree, columns that vary, and columns that do not covary."""
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,86 +52,63 @@ def _check_views(z_a: Tensor, z_b: Tensor | None) -> None:
         _check.embeddings("vicreg", z_a=z_a, z_b=z_b)
 
 
-def _forward(
-    z_a: Tensor,
-    z_b: Tensor | None,
-    invariance: float,
-    variance: float,
-    covariance: float,
-    eps: float,
-    operand_dtype: torch.dtype,
-    route: str,
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_views(z_a, z_b)
-    _check.batch("vicreg", "z_a", z_a)
-    _check.choice("vicreg", "route", route, ROUTES)
-    outputs: tuple[Tensor, Tensor, Tensor] = kernel(backend, "vicreg").forward(
-        z_a.contiguous(), None if z_b is None else z_b.contiguous(),
-        invariance, variance, covariance, eps, operand_dtype, route, needs_grad,
-    )  # fmt: skip
+class _Arguments(NamedTuple):
+    z_a: Tensor
+    z_b: Tensor | None
+    invariance: float
+    variance: float
+    covariance: float
+    eps: float
+    operand_dtype: torch.dtype
+    route: str
+    needs_grad: bool
+    backend: str
+
+
+def _kernel_arguments(x: _Arguments) -> tuple[Any, ...]:
+    _check_views(x.z_a, x.z_b)
+    _check.batch("vicreg", "z_a", x.z_a)
+    _check.choice("vicreg", "route", x.route, ROUTES)
+    z_b = None if x.z_b is None else x.z_b.contiguous()
+    return x.z_a.contiguous(), z_b, x.invariance, x.variance, x.covariance, x.eps, x.operand_dtype, x.route
+
+
+def _saved_shapes(x: _Arguments) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the moments, and of the Grams or the products with S."""
+    n, d = x.z_a.shape
+    views = 1 if x.z_b is None else 2
+    return (views, 3, d), (views, n, n if x.route == "gram" else d)
+
+
+def _forward(x: _Arguments) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = kernel(x.backend, "vicreg").forward(*_kernel_arguments(x), x.needs_grad)
     return outputs
 
 
-def _saved_shapes(z_a: Tensor, z_b: Tensor | None, route: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the moments, and of the Grams or the products with S."""
-    n, d = z_a.shape
-    views = 1 if z_b is None else 2
-    return (views, 3, d), (views, n, n if route == "gram" else d)
+def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
+    loss = x.z_a.new_empty((), dtype=torch.float32)
+    moments, kept = _saved_shapes(x)
+    return loss, loss.new_empty(moments), loss.new_empty(kept if x.needs_grad else (0,))
 
 
-def _forward_fake(
-    z_a: Tensor,
-    z_b: Tensor | None,
-    invariance: float,
-    variance: float,
-    covariance: float,
-    eps: float,
-    operand_dtype: torch.dtype,
-    route: str,
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = z_a.new_empty((), dtype=torch.float32)
-    moments, kept = _saved_shapes(z_a, z_b, route)
-    return loss, loss.new_empty(moments), loss.new_empty(kept if needs_grad else (0,))
-
-
-def _backward(
-    grad: Tensor,
-    z_a: Tensor,
-    z_b: Tensor | None,
-    invariance: float,
-    variance: float,
-    covariance: float,
-    eps: float,
-    operand_dtype: torch.dtype,
-    route: str,
-    needs_grad: bool,
-    backend: str,
-    moments: Tensor,
-    kept: Tensor,
-) -> tuple[Tensor, Tensor]:
-    _check_views(z_a, z_b)
-    shapes = _saved_shapes(z_a, z_b, route)
-    _check.scratch("vicreg", z_a.device, grad=(grad, ()), moments=(moments, shapes[0]), kept=(kept, shapes[1]))
-    gradients: tuple[Tensor, Tensor] = kernel(backend, "vicreg").backward(
-        grad, z_a.contiguous(), None if z_b is None else z_b.contiguous(),
-        invariance, variance, covariance, eps, operand_dtype, route, moments.contiguous(), kept.contiguous(),
-    )  # fmt: skip
+def _backward(grad: Tensor, x: _Arguments, moments: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+    arguments = _kernel_arguments(x)
+    shapes = _saved_shapes(x)
+    _check.scratch("vicreg", x.z_a.device, grad=(grad, ()), moments=(moments, shapes[0]), kept=(kept, shapes[1]))
+    gradients: tuple[Tensor, ...] = kernel(x.backend, "vicreg").backward(
+        grad, *arguments, moments.contiguous(), kept.contiguous()
+    )
     return gradients
 
 
-def _backward_fake(grad: Tensor, z_a: Tensor, z_b: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
-    return z_a.new_empty(z_a.shape), z_a.new_empty(0 if z_b is None else z_b.shape)
+def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...]:
+    return x.z_a.new_empty(x.z_a.shape), x.z_a.new_empty(0 if x.z_b is None else x.z_b.shape)
 
 
 register(
     "vicreg",
-    arguments="Tensor z_a, Tensor? z_b, float invariance, float variance, float covariance, float eps, "
-    "ScalarType operand_dtype, str route, bool needs_grad, str backend",
-    saved="Tensor moments, Tensor kept",
+    _Arguments,
+    saved=("moments", "kept"),
     gradients=("z_a", "z_b"),
     forward=_forward,
     forward_fake=_forward_fake,
