@@ -1,5 +1,6 @@
 """sslops: fused kernels for self-supervised learning in PyTorch."""
 
+from . import nn
 from .backend import explain
 from .ema import EMA, cosine_momentum
 from .ops.barlow_twins import barlow_twins
@@ -9,4 +10,14 @@ from .ops.nt_xent import nt_xent
 from .ops.vicreg import vicreg
 
 __version__ = "0.1.0"
-__all__ = ["EMA", "barlow_twins", "cosine_momentum", "cross_correlation", "ema_update_", "explain", "nt_xent", "vicreg"]
+__all__ = [
+    "EMA",
+    "barlow_twins",
+    "cosine_momentum",
+    "cross_correlation",
+    "ema_update_",
+    "explain",
+    "nn",
+    "nt_xent",
+    "vicreg",
+]

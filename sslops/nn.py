@@ -1,0 +1,61 @@
+"""What training code has as modules."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _check
+
+__all__ = ["MaskedPatchEmbed"]
+
+
+class MaskedPatchEmbed(nn.Module):
+    """Patch embedding, positions and masking in one: only the patches that stay visible are embedded.
+
+    In place of `x = patch_embed(images)`, `x = x + pos_embed` and a gather of the visible tokens, with the same tokens
+    and weight gradients. The weights are those of timm's and MAE's PatchEmbed, under the same names.
+
+    Args:
+        img_size, patch_size: in pixels, a number or (height, width); the patches tile the image.
+        in_chans: channels C of the images.
+        embed_dim: length D of a token.
+        bias: whether the projection has one.
+
+    Shapes:
+        images: [B, C, height, width].
+        ids: [B, K] int64, the visible patches of each image in row-major order of the grid; all patches if None.
+        pos_embed: [L, D] or [1, L, D], added to the tokens of the patches that they belong to, or None.
+        returns: [B, K, D].
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        for side, patch in zip(self.img_size, self.patch_size, strict=True):
+            if patch < 1 or side % patch:
+                wanted = f"a size that divides the image's, {self.img_size}"
+                _check.bad_value("MaskedPatchEmbed", "patch_size", wanted, self.patch_size)
+        self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
+
+    def forward(self, images: Tensor, ids: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
+        wanted = (self.proj.in_channels, *self.img_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
+            _check.bad_value("MaskedPatchEmbed", "images", f"shape [B, {', '.join(map(str, wanted))}]", images.shape)
+        if ids is None:
+            ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
+        height, width = self.patch_size
+        grid = images.unfold(2, height, height).unfold(3, width, width)  # [B, C, rows, columns, height, width]
+        of_image = torch.arange(len(images), device=images.device)[:, None]
+        patches = grid.permute(0, 2, 3, 1, 4, 5)[of_image, ids // self.grid_size[1], ids % self.grid_size[1]].flatten(2)
+        tokens = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return tokens if pos_embed is None else tokens + F.embedding(ids, pos_embed.flatten(0, -2))
