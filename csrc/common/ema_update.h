@@ -2,8 +2,8 @@
 // device.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
+#include "bits.h"
 #include "dtype.h"
 #include "host_device.h"
 #include "philox.h"
@@ -58,28 +58,12 @@ SSLOPS_HOST_DEVICE A apply(Blend<A> b, A target, A source) {
   return b.weight == A{0} ? near : fused(b.weight, far - near, near);
 }
 
-SSLOPS_HOST_DEVICE uint32_t bits(float x) {
-  uint32_t b;
-  memcpy(&b, &x, sizeof b);
-  return b;
-}
-SSLOPS_HOST_DEVICE float from_bits(uint32_t b) {
-  float x;
-  memcpy(&x, &b, sizeof x);
-  return x;
-}
-
 SSLOPS_HOST_DEVICE bool finite(uint32_t b) { return (b & 0x7f800000u) != 0x7f800000u; }
-
-SSLOPS_HOST_DEVICE uint16_t to_bf16(float x) {
-  const uint32_t b = bits(x), rounded = b + 0x7fffu + (b >> 16 & 1u);
-  return static_cast<uint16_t>((x == x ? rounded : b | 0x400000u) >> 16);
-}
 
 // Up with the probability of the part that is cut off, r uniform in [0, 2^16): exact for bf16.
 SSLOPS_HOST_DEVICE uint16_t to_bf16(float x, uint32_t r) {
   const uint32_t b = bits(x);
-  return finite(b) ? static_cast<uint16_t>((b + r) >> 16) : to_bf16(x);
+  return finite(b) ? static_cast<uint16_t>((b + r) >> 16) : sslops::to_bf16(x);
 }
 
 SSLOPS_HOST_DEVICE uint16_t to_f16(float x, uint32_t r) {

@@ -26,7 +26,7 @@ struct Buffer {
     for (int64_t k = 0; k < n; ++k) {
       const double x = normal(random) * std::exp2(static_cast<int>(random() % 40) - 32);
       const float f = static_cast<float>(x);
-      const uint16_t h = dtype == DType::bf16 ? to_bf16(f) : to_f16(f);
+      const uint16_t h = dtype == DType::bf16 ? sslops::to_bf16(f) : sslops::to_f16(f);
       const void* from = dtype == DType::f64   ? static_cast<const void*>(&x)
                          : dtype == DType::f32 ? &f
                                                : static_cast<const void*>(&h);

@@ -40,13 +40,20 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("sanitizer", "right", "wrong", "report"),
+    ("driver", "file", "sanitizer", "right", "wrong", "report"),
     [
-        ("threads", "__syncthreads();", "", "data race"),
-        ("memory", "out[k] = k < n ? p[k] : T{};", "out[k] = p[k];", "heap-buffer-overflow"),
-        ("plain", "seed.value, group)", "seed.value, group + 1)", "differs"),
-        ("memory", "count, device_rows + at)", "count, device_rows)", "AddressSanitizer"),
-        ("plain", "r < count; r += blockDim.x)", "r < count; r += count)", "differs"),
+        ("ema_update", "ema_update.cu", "threads", "__syncthreads();", "", "data race"),
+        ("ema_update", "vector.cuh", "memory", "k < n ? p[k] : T{};", "p[k];", "heap-buffer-overflow"),
+        ("ema_update", "ema_update.cu", "plain", "seed.value, group)", "seed.value, group + 1)", "differs"),
+        (
+            "ema_update",
+            "ema_update.cu",
+            "memory",
+            "count, device_rows + at)",
+            "count, device_rows)",
+            "AddressSanitizer",
+        ),
+        ("ema_update", "ema_update.cu", "plain", "r < count; r += blockDim.x)", "r < count; r += count)", "differs"),
     ],
     ids=[
         "a missing barrier",
@@ -56,14 +63,16 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         "rows not searched",
     ],
 )
-def test_a_planted_fault_is_found(sanitizer: str, right: str, wrong: str, report: str, tmp_path: Path) -> None:
+def test_a_planted_fault_is_found(
+    driver: str, file: str, sanitizer: str, right: str, wrong: str, report: str, tmp_path: Path
+) -> None:
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    source = csrc / "cuda/ema_update.cu"
+    source = csrc / "cuda" / file
     text = source.read_text()
     assert text.count(right) == 1
     source.write_text(text.replace(right, wrong))
-    done = run("ema_update", sanitizer, csrc, tmp_path)
+    done = run(driver, sanitizer, csrc, tmp_path)
     assert done.returncode != 0
     assert report in done.stdout + done.stderr
 
