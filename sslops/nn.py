@@ -1,12 +1,65 @@
-"""What training code has as modules."""
+"""The losses as modules, and what else training code has as modules."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check
+from .ema import EMA
+from .ops.barlow_twins import barlow_twins
+from .ops.nt_xent import nt_xent
+from .ops.vicreg import vicreg
 
-__all__ = ["MaskedPatchEmbed"]
+__all__ = ["EMA", "BarlowTwinsLoss", "MaskedPatchEmbed", "NTXentLoss", "VICRegLoss"]
+
+
+class _Loss(nn.Module):
+    """An op whose tensors are given to forward() and whose other arguments, in their order, to the constructor.
+
+    They are attributes, read at every call: change them at any time. A temperature may be an nn.Parameter.
+    """
+
+    _op: Callable[..., Tensor]
+    __signature__: inspect.Signature
+
+    def __init_subclass__(cls, op: Callable[..., Tensor]) -> None:
+        tensors = (Tensor, Tensor | None)
+        parameters = inspect.signature(op).parameters.values()
+        options = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters if p.annotation not in tensors]
+        cls._op, cls.__signature__ = staticmethod(op), inspect.Signature(options)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self._names = tuple(bound.arguments)
+        for name, value in bound.arguments.items():
+            setattr(self, name, value)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self._op(*tensors, **self._options())
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+
+class NTXentLoss(_Loss, op=nt_xent):
+    """SimCLR's loss of two views, (z0 [N, D], z1 [N, D]) -> [] or [2N]: see `sslops.nt_xent`."""
+
+
+class BarlowTwinsLoss(_Loss, op=barlow_twins):
+    """Barlow Twins' loss of two views, (z_a [N, D], z_b [N, D]) -> []: see `sslops.barlow_twins`."""
+
+
+class VICRegLoss(_Loss, op=vicreg):
+    """VICReg's loss of two views or one, (z_a [N, D], z_b [N, D]) -> []: see `sslops.vicreg`."""
 
 
 class MaskedPatchEmbed(nn.Module):

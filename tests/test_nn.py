@@ -1,10 +1,97 @@
 """The modules beside what they replace."""
 
+import copy
+import inspect
+import pickle
+
+import oracle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sslops.nn
+
+# Each loss: its op, its options, and the inputs that forward takes.
+LOSSES = {
+    "NTXentLoss": (sslops.nt_xent, {"temperature": 0.2}),
+    "BarlowTwinsLoss": (sslops.barlow_twins, {"lambd": 0.01, "scale": 0.1, "route": "gram"}),
+    "VICRegLoss": (sslops.vicreg, {"variance": 5.0, "route": "gram"}),
+}
+
+
+def views(rows: int = 12, width: int = 6) -> list[torch.Tensor]:
+    return [torch.randn(rows, width) for _ in range(2)]
+
+
+def gradients(loss, inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = loss(*leaves)
+    return [value, *torch.autograd.grad(value.sum(), leaves)]
+
+
+@pytest.mark.parametrize(("name", "op", "options"), [(name, *row) for name, row in LOSSES.items()])
+class TestLosses:
+    def test_is_its_op(self, name, op, options):
+        module, inputs = getattr(sslops.nn, name)(**options), views()
+        expected = gradients(lambda *tensors: op(*tensors, **options), inputs)
+        copies = [module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+        for copied in copies:
+            assert all(map(torch.equal, gradients(copied, inputs), expected))
+        assert not module.state_dict()
+        assert all(f"{option}={value!r}" in repr(module) for option, value in options.items())
+
+    def test_arguments(self, name, op, options):
+        """Those of the op that are no tensors, in its order; they may change between calls."""
+        option, value = next(iter(options.items()))
+        module, inputs = getattr(sslops.nn, name)(), views()
+        assert getattr(module, option) == inspect.signature(op).parameters[option].default
+        setattr(module, option, value)
+        assert torch.equal(module(*inputs), op(*inputs, **{option: value}))
+        first = next(iter(inspect.signature(getattr(sslops.nn, name)).parameters))
+        assert getattr(getattr(sslops.nn, name)(value), first) == value
+        with pytest.raises(TypeError, match="lamdb"):
+            getattr(sslops.nn, name)(lamdb=1.0)
+
+    def test_compiles_and_exports(self, name, op, options):
+        module = getattr(sslops.nn, name)(**options)
+        oracle.assert_compiles(module, *views())
+        inputs, other = views(), views(20)
+        rows = torch.export.Dim("rows", min=2)
+        exported = torch.export.export(module, tuple(inputs), dynamic_shapes=(({0: rows}, {0: rows}),)).module()
+        for tensors in (inputs, other):
+            torch.testing.assert_close(exported(*tensors), module(*tensors), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_in_a_training_step(self, name, op, options, dtype):
+        """Under autocast with a GradScaler and activation checkpointing: the plain step's weights, float32 losses."""
+        losses, weights = [], []
+        images = [torch.randn(12, 8) for _ in range(2)]
+        for plain in (True, False):
+            torch.manual_seed(0)
+            encoder, loss = nn.Linear(8, 6), getattr(sslops.nn, name)(**options)
+            optimizer, scaler = torch.optim.SGD(encoder.parameters(), 0.01), torch.amp.GradScaler("cpu", 256.0)
+            for _ in range(3):
+                with torch.autocast("cpu", dtype):
+                    z = [encoder(x) for x in images]
+                    value = loss(*z) if plain else checkpoint(loss, *z, use_reentrant=False)
+                assert value.dtype == torch.float32
+                scaler.scale(value).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                losses.append(value.item())
+            weights.append(encoder.weight)
+        assert losses[:3] == losses[3:]
+        assert losses[2] < losses[0]
+        assert torch.equal(*weights)
+
+
+def test_a_learned_temperature_is_a_parameter():
+    module = sslops.nn.NTXentLoss(nn.Parameter(torch.tensor(0.3)))
+    module(*views()).backward()
+    assert module.temperature.grad
+    assert list(module.state_dict()) == ["temperature"]
 
 
 @pytest.mark.parametrize("bias", [True, False])
