@@ -30,13 +30,15 @@ class Step(NamedTuple):
     command: list[str]
 
 
-def steps() -> list[Step]:
+def steps(wheels: list[str]) -> list[Step]:
     python = sys.executable
     ops = sorted(file.stem.removeprefix("bench_") for file in ROOT.glob("benchmarks/bench_*.py"))
     tests = [f"tests/test_{op}.py" for op in ops if (ROOT / f"tests/test_{op}.py").exists()]
     small = [python, "-m", "pytest", "benchmarks", "-q", "-x", "--benchmark-disable", "--only-ours", "--device=cuda",
              "--shapes=66x7 202x100 130x300", "--dtypes=bfloat16 float32", "--parts=both"]  # fmt: skip
+    peers = Step("build", "other libraries' wheels", [python, "-m", "pip", "install", "-q", "--no-deps", *wheels])
     return [
+        *([peers] if wheels else []),
         Step("build", "the native core, in place", [python, "setup.py", "-q", "build_ext", "--inplace"]),
         Step("build", "which backend each op takes", [python, "-m", "sslops"]),
         Step("tests", "of the ops, on the CPU and the GPU", [python, "-m", "pytest", "-q", "-m", "not slow", *tests]),
@@ -92,8 +94,11 @@ def main() -> int:
     )
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="default: all, in this order")
     parser.add_argument("--dry-run", action="store_true", help="say what each stage would do here, and do nothing")
+    parser.add_argument(
+        "--wheels", nargs="*", default=[], metavar="FILE", help="of libraries to measure beside: memeff, inf-cl, ..."
+    )
     arguments = parser.parse_args()
-    chosen = [step for step in steps() if step.stage in arguments.stage]
+    chosen = [step for step in steps(arguments.wheels) if step.stage in arguments.stage]
     if arguments.dry_run:
         for step in chosen:
             missing = "" if shutil.which(step.command[0]) else f" ({step.command[0]} is not here)"

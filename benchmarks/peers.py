@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 
 
 def _installed(package: str) -> bool:
@@ -48,3 +49,40 @@ def solo_nt_xent(temperature: float) -> Callable | None:
         return None
     simclr_loss_func = _solo_file("solo/losses/simclr.py").simclr_loss_func
     return lambda z0, z1: simclr_loss_func(z0, z1, temperature)
+
+
+def memeff_info_nce(temperature: float) -> Callable | None:
+    """In-batch, with gradients to queries and keys. A GPU's only, as the next two."""
+    if not _installed("memeff"):
+        return None
+    from memeff import MemoryEfficientQwen3Loss
+
+    # cosines never exceed 2: no negative is dropped; stable=True would scale the gradient
+    return MemoryEfficientQwen3Loss(temperature, margin=2.0, stable=False)
+
+
+def inf_cl_info_nce(temperature: float) -> Callable | None:
+    if not _installed("inf_cl"):
+        return None
+    from inf_cl import cal_flash_loss
+
+    def loss(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        query, key = F.normalize(query), F.normalize(key)
+        return cal_flash_loss(query, key, scale=1 / temperature, head_dim=min(256, query.shape[1])).mean()
+
+    return loss
+
+
+def liger_info_nce(temperature: float) -> Callable | None:
+    """Its fused linear layer and cross entropy, the keys being the layer's weight: logits in chunks."""
+    if not _installed("liger_kernel"):
+        return None
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss()
+
+    def loss(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        positives = torch.arange(len(query), device=query.device)
+        return fused(F.normalize(key), F.normalize(query) / temperature, positives)
+
+    return loss
