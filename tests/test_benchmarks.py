@@ -147,7 +147,7 @@ class TestGpuScript:
             step("tune", "print('never')"),
             step("bench", "print('measured')"),
         ]
-        monkeypatch.setattr(gpu, "steps", lambda: planted)
+        monkeypatch.setattr(gpu, "steps", lambda wheels: planted)
         monkeypatch.setattr(gpu, "MINUTES", 4 / 60)
         monkeypatch.setattr(gpu, "CHANGED", ("RESULTS.md",))
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
