@@ -20,6 +20,7 @@ SHARED = {
     "csrc/cpu/gemm.cpp",
     "csrc/cuda/probe.cu",
     "kernels/cpu/columns.py",
+    "kernels/cpu/memory.py",
     "kernels/cpu/tiles.py",
     "kernels/triton/launch.py",
 }
