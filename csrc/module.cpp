@@ -9,8 +9,10 @@
 #include "cpu/barlow_twins.h"
 #include "cpu/columns.h"
 #include "cpu/ema_update.h"
+#include "cpu/embeddings.h"
 #include "cpu/gemm.h"
 #include "cpu/nt_xent.h"
+#include "cpu/relic.h"
 #include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
 #include "cuda/ema_update.h"
@@ -177,6 +179,63 @@ void bind_nt_xent(py::module_& m) {
       NoGil());
 }
 
+void bind_embeddings(py::module_& m) {
+  using namespace embeddings;
+  m.def(
+      "embeddings_normalize",
+      [](Address x, int dtype, int64_t n, int64_t d, bool normalize, int operand, Address z, Address inv_norm) {
+        table().normalize(at<void>(x), DType(dtype), n, d, normalize, DType(operand), at<float>(z),
+                          at<float>(inv_norm));
+      },
+      NoGil());
+  m.def(
+      "embeddings_dots",
+      [](Address z, Address w, int64_t n, int64_t d, Address dots) {
+        table().dots(at<float>(z), at<float>(w), n, d, at<float>(dots));
+      },
+      NoGil());
+  m.def(
+      "embeddings_gradient",
+      [](Address x, int dtype, int64_t n, int64_t d, bool normalize, double tau, Address inv_norm, Address pull,
+         Address positive, Address dz, int64_t ld, Address dx, Address dots) {
+        table().gradient(at<void>(x), DType(dtype), n, d, normalize, tau, at<float>(inv_norm), at<float>(pull),
+                         at<float>(positive), at<float>(dz), ld, at<void>(dx), at<float>(dots));
+      },
+      NoGil());
+}
+
+void bind_relic(py::module_& m) {
+  using namespace relic;
+  py::class_<Batch>(m, "RelicBatch")
+      .def(py::init([](int64_t n, int64_t negatives, double tau, bool fixed, float alpha, float beta) {
+        return Batch{n, negatives, tau, fixed, alpha, beta};
+      }));
+  m.attr("RELIC_SUMS") = kSums;
+  m.attr("RELIC_STATS") = kStats;
+  m.def(
+      "relic_forward_tile",
+      [](Address a, Address b, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, bool mirrored,
+         const Batch& x, bool count, Address s_pos, Address sums) {
+        table().forward_tile({at<float>(a), at<float>(b), ld, rows, cols, i0, j0, mirrored}, x, count, at<float>(s_pos),
+                             at<float>(sums));
+      },
+      NoGil());
+  m.def(
+      "relic_finish_forward",
+      [](const Batch& x, Address s_pos, Address sums, Address losses, Address stats) {
+        table().finish_forward(x, at<float>(s_pos), at<float>(sums), at<float>(losses), at<float>(stats));
+      },
+      NoGil());
+  m.def(
+      "relic_backward_tile",
+      [](Address a, Address b, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, bool mirrored,
+         const Batch& x, Address grad, Address stats) {
+        table().backward_tile({at<float>(a), at<float>(b), ld, rows, cols, i0, j0, mirrored}, x, at<float>(grad),
+                              at<float>(stats));
+      },
+      NoGil());
+}
+
 // Where the implementations of a list of tensors are; TypeError if one is no tensor. The property is looked up once: it
 // is half the price.
 std::vector<uintptr_t> implementations(const py::list& tensors) {
@@ -239,7 +298,9 @@ PYBIND11_MODULE(_C, m) {
   bind_gemm(m);
   bind_barlow_twins(m);
   bind_columns(m);
+  bind_embeddings(m);
   bind_nt_xent(m);
+  bind_relic(m);
   bind_vicreg(m);
   bind_ema_update(m);
 #ifdef SSLOPS_CUDA

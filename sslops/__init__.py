@@ -7,6 +7,7 @@ from .ops.barlow_twins import barlow_twins
 from .ops.cross_correlation import cross_correlation
 from .ops.ema_update import ema_update_
 from .ops.nt_xent import nt_xent
+from .ops.relic import relic, relic_multicrop
 from .ops.vicreg import vicreg
 
 __version__ = "0.1.0"
@@ -19,5 +20,7 @@ __all__ = [
     "explain",
     "nn",
     "nt_xent",
+    "relic",
+    "relic_multicrop",
     "vicreg",
 ]

@@ -93,6 +93,14 @@ def _number(op: str, name: str, value: object) -> None:
         bad_type(op, name, "a number", type(value).__name__)
 
 
+def count(op: str, argument: str, value: int, lowest: int, highest: int) -> None:
+    """An integer between `lowest` and `highest`, both included."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        bad_type(op, argument, "an integer", type(value).__name__)
+    if not lowest <= value <= highest:
+        bad_value(op, argument, f"{lowest} to {highest}", value)
+
+
 def batch(op: str, argument: str, x: Tensor) -> None:
     """At least two rows, and a column."""
     if x.shape[0] < 2 or x.shape[1] < 1:

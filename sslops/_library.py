@@ -18,6 +18,7 @@ _SCHEMA_TYPES = {
     bool: "bool",
     float: "float",
     int: "int",
+    int | None: "int?",
     str: "str",
 }
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 # The named homes of what several ops share; every other stem in kernels/, csrc/cpu/ and csrc/cuda/ is an op's.
 SHARED = {
     "csrc/cpu/columns.cpp",
+    "csrc/cpu/embeddings.cpp",
     "csrc/cpu/gemm.cpp",
     "csrc/cuda/probe.cu",
     "kernels/cpu/columns.py",

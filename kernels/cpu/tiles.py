@@ -37,15 +37,15 @@ def upper_tiles(rows: int) -> Iterator[tuple[slice, slice]]:
 
 
 class Float32Tiles:
-    """Z Z^T in float32 tiles, and W Z accumulated from symmetric W.
+    """Z Z^T in float32 tiles, and W Z accumulated from symmetric W; `scratch` tiles can be held at once.
 
     z: [M, D] float32. Half-precision operands come as the float32 numbers that they are, and are multiplied as torch's
     float32 matmul precision says: exactly, unless it was lowered.
     """
 
-    def __init__(self, z: Tensor) -> None:
+    def __init__(self, z: Tensor, scratch: int = 1) -> None:
         self._z = z
-        self._tile = z.new_empty(min(TILE, len(z)), min(TILE, len(z)))
+        self._tiles = z.new_empty(scratch, min(TILE, len(z)), min(TILE, len(z))).unbind()
         self._blocks: dict[tuple[int, int], Tensor] = {}  # of rows, sliced once for many tiles
 
     def _rows(self, i: slice) -> Tensor:
@@ -54,70 +54,73 @@ class Float32Tiles:
             block = self._blocks[i.start, i.stop] = self._z[i]
         return block
 
-    def logits(self, i: slice, j: slice) -> Tensor:
-        """z[i] z[j]^T in the scratch tile, which the next call overwrites."""
+    def logits(self, i: slice, j: slice, scratch: int = 0) -> Tensor:
+        """z[i] z[j]^T in a scratch tile, which the next call for it overwrites."""
         left, right = self._rows(i), self._rows(j)
-        shape = (len(left), len(right))
-        tile = self._tile if self._tile.shape == shape else self._tile[: shape[0], : shape[1]]
+        shape, tile = (len(left), len(right)), self._tiles[scratch]
+        if tile.shape != shape:
+            tile = tile[: shape[0], : shape[1]]
         return torch.mm(left, right.t(), out=tile)
 
     def zeros(self) -> Tensor:
         """[M, D] to accumulate into; the row stride is its own."""
         return torch.zeros_like(self._z)
 
-    def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor) -> None:
-        """out[i] += w z[j], and for a tile off the diagonal out[j] += w^T z[i]."""
-        out[i].addmm_(w, self._rows(j))
-        if i != j:
+    def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor, sides: str = "both") -> None:
+        """out[i] += w z[j], the left side, and for a tile off the diagonal out[j] += w^T z[i], the right one."""
+        if sides != "right":
+            out[i].addmm_(w, self._rows(j))
+        if sides != "left" and i != j:
             out[j].addmm_(w.t(), self._rows(i))
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Up to a whole number of the blocks that Bf16Tiles are made of."""
     return size + -size % _C.GEMM_BLOCK
 
 
 class Bf16Tiles:
     """The same from bf16 operands on AMX tiles with float32 results; W is rounded to bf16 for its product."""
 
-    def __init__(self, z: Tensor) -> None:
-        m, d = (_padded(size) for size in z.shape)
+    def __init__(self, z: Tensor, scratch: int = 1) -> None:
+        m, d = (padded(size) for size in z.shape)
         self._z = torch.zeros(m, d, dtype=torch.bfloat16, device="cpu")
         self._z[: z.shape[0], : z.shape[1]] = z
         self._as_right, self._transposed_as_right = self._z.new_empty(2, m, d)
         _C.gemm_pack(self._z.data_ptr(), m, d, self._as_right.data_ptr(), self._transposed_as_right.data_ptr())
         side = min(TILE, m)
-        self._tile = torch.empty(side, side, **FLOAT32)
+        self._tiles = torch.empty(scratch, side, side, **FLOAT32).unbind()
         self._w, self._w_transposed = self._z.new_empty(
             2, side, side + _C.GEMM_BLOCK
         )  # rows that miss each other's cache sets
 
-    def logits(self, i: slice, j: slice) -> Tensor:
+    def logits(self, i: slice, j: slice, scratch: int = 0) -> Tensor:
+        tile = self._tiles[scratch]
         rows, cols, d = i.stop - i.start, j.stop - j.start, self._z.shape[1]
         left, right = self._z[i.start].data_ptr(), self._transposed_as_right[j.start].data_ptr()
-        _C.gemm_matmul(
-            left, d, right, 16 * d, 512, _padded(rows), _padded(cols), d, self._tile.data_ptr(), len(self._tile), False
-        )
-        return self._tile[:rows, :cols]
+        _C.gemm_matmul(left, d, right, 16 * d, 512, padded(rows), padded(cols), d, tile.data_ptr(), len(tile), False)
+        return tile[:rows, :cols]
 
     def zeros(self) -> Tensor:
         return torch.zeros(self._z.shape, **FLOAT32)
 
-    def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor) -> None:
+    def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor, sides: str = "both") -> None:
         rows, cols = w.shape
         ld = self._w.stride(0)
         _C.gemm_round_both(w.data_ptr(), w.stride(0), rows, cols, self._w.data_ptr(), self._w_transposed.data_ptr(), ld)
-        self._add(out, i, self._w, j)
-        if i != j:
+        if sides != "right":
+            self._add(out, i, self._w, j)
+        if sides != "left" and i != j:
             self._add(out, j, self._w_transposed, i)
 
     def _add(self, out: Tensor, rows: slice, w: Tensor, inner: slice) -> None:
         """out[rows] += w z[inner]"""
         d = self._z.shape[1]
-        m, k = _padded(rows.stop - rows.start), _padded(inner.stop - inner.start)
+        m, k = padded(rows.stop - rows.start), padded(inner.stop - inner.start)
         right = self._as_right[inner.start].data_ptr()
         _C.gemm_matmul(w.data_ptr(), w.stride(0), right, 512, 32 * d, m, d, k, out[rows.start].data_ptr(), d, True)
 
 
-def tiles_for(z: Tensor, operand: torch.dtype) -> Float32Tiles | Bf16Tiles:
+def tiles_for(z: Tensor, operand: torch.dtype, scratch: int = 1) -> Float32Tiles | Bf16Tiles:
     """z [M, D] float32, holding values that `operand` can represent."""
-    return Bf16Tiles(z) if operand == torch.bfloat16 and _C.has_bf16_gemm() else Float32Tiles(z)
+    return (Bf16Tiles if operand == torch.bfloat16 and _C.has_bf16_gemm() else Float32Tiles)(z, scratch)

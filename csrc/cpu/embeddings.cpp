@@ -1,0 +1,78 @@
+#include "embeddings.h"
+
+#include "../common/parallel.h"
+#include "vec.h"
+
+namespace sslops::embeddings {
+namespace {
+
+constexpr float kEps = 1e-12f;  // F.normalize's
+
+void normalize(const void* x, DType dtype, int64_t n, int64_t d, bool normalize, DType operand, float* z,
+               float* inv_norm) {
+  parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto at = [&](int64_t j, int lanes) { return load_as_float(x, dtype, i * d + j, lanes); };
+      float inv = 1.f;
+      if (normalize) {
+        D squares{};  // double: no float32 row overflows
+        for_each_vector(d, [&](int64_t j, int lanes) {
+          const D v = __builtin_convertvector(at(j, lanes), D);
+          squares += v * v;
+        });
+        const double norm = __builtin_sqrt(sum(squares));
+        inv = static_cast<float>(1.0 / (norm < kEps ? static_cast<double>(kEps) : norm));
+      }
+      inv_norm[i] = inv;
+      for_each_vector(
+          d, [&](int64_t j, int lanes) { store_lanes(z + i * d + j, lanes, round_to(operand, at(j, lanes) * inv)); });
+    }
+  });
+}
+
+void dots(const float* z, const float* w, int64_t n, int64_t d, float* dots) {
+  parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      F product{};
+      for_each_vector(d, [&](int64_t j, int lanes) {
+        product += load_lanes(z + i * d + j, lanes, 0.f) * load_lanes(w + i * d + j, lanes, 0.f);
+      });
+      dots[i] = sum(product);
+    }
+  });
+}
+
+void gradient(const void* x, DType dtype, int64_t n, int64_t d, bool normalize, double tau, const float* inv_norm,
+              const float* pull, const float* positive, float* dz, int64_t ld, void* dx, float* dots) {
+  const float inv_tau = static_cast<float>(1.0 / tau);
+  parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto at = [&](int64_t j, int lanes) { return load_as_float(x, dtype, i * d + j, lanes); };
+      const float inv = inv_norm[i];
+      float* g = dz + i * ld;
+      F product{};
+      for_each_vector(d, [&](int64_t j, int lanes) {
+        const F v = (load_lanes(g + j, lanes, 0.f) - pull[i] * load_lanes(positive + i * d + j, lanes, 0.f)) * inv_tau;
+        store_lanes(g + j, lanes, v);
+        product += at(j, lanes) * inv * v;
+      });
+      const float dot = sum(product);
+      dots[i] = dot;
+      // At a clamped norm F.normalize is a plain scaling: nothing to project out.
+      const bool project = normalize && inv < 1.f / kEps;
+      for_each_vector(d, [&](int64_t j, int lanes) {
+        F v = load_lanes(g + j, lanes, 0.f);
+        if (project) v -= at(j, lanes) * (inv * dot);
+        store_from_float(dx, dtype, i * d + j, lanes, v * inv);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+namespace SSLOPS_ISA {
+extern const Table table{normalize, dots, gradient};
+}
+
+}  // namespace sslops::embeddings

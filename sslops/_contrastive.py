@@ -1,0 +1,40 @@
+"""What the contrastive losses share: the reduction over rows, and what scripts log."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return losses.mean()
+    return losses.sum() if reduction == "sum" else losses
+
+
+class Metrics(NamedTuple):
+    """Means over the rows, 0-d tensors without a gradient: they can be logged later, without a synchronisation."""
+
+    top1: Tensor  # share of the rows whose positive no negative exceeds
+    top5: Tensor  # ... and at most four do
+    positive_similarity: Tensor  # <query, key>, the cosine where rows are normalised
+
+
+def metrics(similarity: Tensor, above: Tensor) -> Metrics:
+    """From each row's <query, key> and the number of its negatives that exceed it."""
+    dtype = similarity.dtype
+    return Metrics((above < 1).to(dtype).mean(), (above < 5).to(dtype).mean(), similarity.detach().mean())
+
+
+def check_options(op: str, normalize: bool, reduction: str, return_metrics: bool) -> None:
+    _check.flag(op, "normalize", normalize)
+    _check.choice(op, "reduction", reduction, REDUCTIONS)
+    _check.flag(op, "return_metrics", return_metrics)
+
+
+def autograd_wanted(*tensors: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
