@@ -70,7 +70,7 @@ class _Arguments(NamedTuple):
 # Row i's negatives are rows i + 1 .. i + num_negatives, modulo B; x = sum over them of exp(a_ij - s_i / tau), z of
 # exp(b_ij - s_i / tau): p_ii = 1 / (1 + x), q_ii = 1 / (1 + z). Y_i = sum over them of p_ij (b_ij - s_i / tau).
 #
-# forward(*common, count_exceeding) -> losses [B], stats [8, B], float32: losses_i = alpha log(1 + x) + beta KL(p_i || q_i), and
+# forward(*common, count_exceeding) -> losses [B], stats [8, B], float32: alpha log(1 + x) + beta KL(p_i || q_i), and
 #   0, 1: m_i, any maximum that keeps exp(a_ij - m_i / tau) in range, and 1 / their sum over negatives and positive
 #   2, 3: the same of b
 #   4: alpha + beta Y_i
