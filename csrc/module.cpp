@@ -10,13 +10,17 @@
 #include "cpu/columns.h"
 #include "cpu/ema_update.h"
 #include "cpu/embeddings.h"
+#include "cpu/gather_tokens.h"
 #include "cpu/gemm.h"
 #include "cpu/nt_xent.h"
+#include "cpu/random_mask.h"
 #include "cpu/relic.h"
 #include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
 #include "cuda/ema_update.h"
+#include "cuda/gather_tokens.h"
 #include "cuda/probe.h"
+#include "cuda/random_mask.h"
 #endif
 
 namespace py = pybind11;
@@ -287,6 +291,70 @@ void bind_ema_update(py::module_& m) {
 #endif
 }
 
+void bind_random_mask(py::module_& m) {
+  using namespace random_mask;
+  m.def(
+      "random_mask",
+      [](Address noise, Address key, int64_t batch, int64_t length, int64_t num_prefix, int64_t keep, Address ids_keep,
+         Address ids_mask, Address ids_restore, Address mask) {
+        table().draw({at<float>(noise), at<uint64_t>(key), length, num_prefix}, batch,
+                     {keep, at<int64_t>(ids_keep), at<int64_t>(ids_mask), at<int64_t>(ids_restore), at<float>(mask)});
+      },
+      NoGil());
+#ifdef SSLOPS_CUDA
+  m.def("cuda_random_mask",
+        [](Address noise, Address key, int64_t batch, int64_t length, int64_t num_prefix, int64_t keep,
+           Address ids_keep, Address ids_mask, Address ids_restore, Address mask, Address stream) {
+          cuda_draw({at<float>(noise), at<uint64_t>(key), length, num_prefix}, batch,
+                    {keep, at<int64_t>(ids_keep), at<int64_t>(ids_mask), at<int64_t>(ids_restore), at<float>(mask)},
+                    at<void>(stream));
+        });
+#endif
+}
+
+void bind_gather_tokens(py::module_& m) {
+  using namespace gather_tokens;
+  m.def(
+      "gather_tokens",
+      [](Address tokens, int64_t batch_stride, int64_t row_stride, Address ids, int64_t batch, int64_t count,
+         int64_t rows, int64_t row, Address out) {
+        table().forward({at<char>(tokens), batch_stride, row_stride}, {at<int64_t>(ids), batch, count, rows}, row,
+                        at<char>(out));
+      },
+      NoGil());
+  m.def(
+      "gather_tokens_backward",
+      [](Address grad, int64_t grad_batch_stride, int64_t grad_row_stride, int grad_dtype, Address ids, int64_t batch,
+         int64_t count, int64_t rows, int64_t d, Address out, int64_t out_batch_stride, int64_t out_row_stride,
+         int out_dtype) {
+        table().backward({at<char>(grad), grad_batch_stride, grad_row_stride}, DType(grad_dtype),
+                         {at<int64_t>(ids), batch, count, rows}, d, {at<char>(out), out_batch_stride, out_row_stride},
+                         DType(out_dtype));
+      },
+      NoGil());
+#ifdef SSLOPS_CUDA
+  m.def("cuda_gather_tokens", [](Address tokens, int64_t batch_stride, int64_t row_stride, Address ids, int64_t batch,
+                                 int64_t count, int64_t rows, int64_t row, Address out, Address stream) {
+    cuda_forward({at<char>(tokens), batch_stride, row_stride}, {at<int64_t>(ids), batch, count, rows}, row,
+                 at<char>(out), at<void>(stream));
+  });
+  m.def("cuda_gather_tokens_scatter",
+        [](Address grad, Address ids, int64_t batch, int64_t count, int64_t rows, int64_t row, Address out,
+           int64_t batch_stride, int64_t row_stride, Address stream) {
+          cuda_scatter(at<char>(grad), {at<int64_t>(ids), batch, count, rows}, row,
+                       {at<char>(out), batch_stride, row_stride}, at<void>(stream));
+        });
+  m.def("cuda_gather_tokens_backward",
+        [](Address grad, int64_t grad_batch_stride, int64_t grad_row_stride, int grad_dtype, Address ids, int64_t batch,
+           int64_t count, int64_t rows, int64_t d, Address out, int64_t out_batch_stride, int64_t out_row_stride,
+           int out_dtype, Address stream) {
+          cuda_backward({at<char>(grad), grad_batch_stride, grad_row_stride}, DType(grad_dtype),
+                        {at<int64_t>(ids), batch, count, rows}, d, {at<char>(out), out_batch_stride, out_row_stride},
+                        DType(out_dtype), at<void>(stream));
+        });
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -295,6 +363,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("advise_huge_pages", [](Address x, int64_t bytes) { advise_huge_pages(at<void>(x), bytes); });
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");
+  bind_gather_tokens(m);
   bind_gemm(m);
   bind_barlow_twins(m);
   bind_columns(m);
@@ -303,6 +372,7 @@ PYBIND11_MODULE(_C, m) {
   bind_relic(m);
   bind_vicreg(m);
   bind_ema_update(m);
+  bind_random_mask(m);
 #ifdef SSLOPS_CUDA
   m.def("cuda_iota", [](Address out, int64_t n, Address stream) { cuda_iota(at<int32_t>(out), n, at<void>(stream)); });
 #endif

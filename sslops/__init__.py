@@ -3,10 +3,13 @@
 from . import nn
 from .backend import explain
 from .ema import EMA, cosine_momentum
+from .masking import random_masking
 from .ops.barlow_twins import barlow_twins
 from .ops.cross_correlation import cross_correlation
 from .ops.ema_update import ema_update_
+from .ops.gather_tokens import gather_tokens
 from .ops.nt_xent import nt_xent
+from .ops.random_mask import random_mask
 from .ops.relic import relic, relic_multicrop
 from .ops.vicreg import vicreg
 
@@ -18,8 +21,11 @@ __all__ = [
     "cross_correlation",
     "ema_update_",
     "explain",
+    "gather_tokens",
     "nn",
     "nt_xent",
+    "random_mask",
+    "random_masking",
     "relic",
     "relic_multicrop",
     "vicreg",

@@ -36,20 +36,58 @@ def embeddings(op: str, **tensors: Tensor) -> None:
     """Floating-point [N, D] tensors of one shape, dtype and device."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            bad_type(op, name, "a tensor [N, D]", type(x).__name__)
-        if x.layout != torch.strided:
-            bad_type(op, name, "a dense tensor", x.layout)
-        if x.dtype not in FLOAT_DTYPES:
-            bad_type(op, name, "a floating-point tensor", x.dtype)
-        if x.dim() != 2:
-            bad_value(op, name, "shape [N, D]", list(x.shape))
+        floats(op, "[N, D]", **{name: x})
         if x.shape != first.shape:
             bad_value(op, name, f"the shape of {first_name}, {list(first.shape)}", list(x.shape))
         if x.dtype != first.dtype:
             bad_value(op, name, f"the dtype of {first_name}, {first.dtype}", x.dtype)
+        same_device(op, first_name, first, **{name: x})
+
+
+def floats(op: str, shape: str, **tensors: Tensor) -> None:
+    """Dense floating-point tensors of as many dimensions as `shape` names: "[B, L, D]"."""
+    for name, x in tensors.items():
+        _dense(op, name, x, shape)
+        if x.dtype not in FLOAT_DTYPES:
+            bad_type(op, name, "a floating-point tensor", x.dtype)
+        _dimensions(op, name, x, shape)
+
+
+def ids(op: str, shape: str, **tensors: Tensor) -> None:
+    """Dense int64 tensors of as many dimensions as `shape` names."""
+    for name, x in tensors.items():
+        _dense(op, name, x, shape)
+        if x.dtype != torch.int64:
+            bad_type(op, name, "an int64 tensor", x.dtype)
+        _dimensions(op, name, x, shape)
+
+
+def id_range(op: str, end: int, **tensors: Tensor) -> None:
+    """All in [0, end): looked at on the CPU only."""
+    for name, x in tensors.items():
+        if x.device.type == "cpu" and x.numel():
+            low, high = torch.aminmax(x)
+            if low < 0 or high >= end:
+                position = ((x < 0) | (x >= end)).nonzero()[0].tolist()
+                bad_value(op, f"{name}{position}", f"an index from 0 to {end - 1}", int(x[tuple(position)]))
+
+
+def same_device(op: str, first_name: str, first: Tensor, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
         if x.device != first.device:
             bad_value(op, name, f"the device of {first_name}, {first.device}", x.device)
+
+
+def _dense(op: str, name: str, x: Tensor, shape: str) -> None:
+    if not isinstance(x, Tensor):
+        bad_type(op, name, f"a tensor {shape}", type(x).__name__)
+    if x.layout != torch.strided:
+        bad_type(op, name, "a dense tensor", x.layout)
+
+
+def _dimensions(op: str, name: str, x: Tensor, shape: str) -> None:
+    if x.dim() != len(shape.strip("[]").split()):
+        bad_value(op, name, f"shape {shape}", list(x.shape))
 
 
 def temperature(op: str, value: float | Tensor, device: torch.device) -> None:
@@ -86,6 +124,23 @@ def positive(op: str, **numbers: float) -> None:
         _number(op, name, value)
         if not 0 < value < math.inf:
             bad_value(op, name, "a positive finite number", value)
+
+
+def count(op: str, **numbers: int) -> None:
+    """Integers, at least 0."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            bad_type(op, name, "an integer", type(value).__name__)
+        if value < 0:
+            bad_value(op, name, "an integer, at least 0", value)
+
+
+def fraction(op: str, **numbers: float) -> None:
+    """Numbers in [0, 1)."""
+    for name, value in numbers.items():
+        _number(op, name, value)
+        if not 0 <= value < 1:
+            bad_value(op, name, "a number in [0, 1)", value)
 
 
 def _number(op: str, name: str, value: object) -> None:

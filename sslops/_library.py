@@ -17,8 +17,8 @@ _SCHEMA_TYPES = {
     torch.dtype: "ScalarType",
     bool: "bool",
     float: "float",
-    int: "int",
-    int | None: "int?",
+    int: "SymInt",
+    int | None: "SymInt?",
     str: "str",
 }
 
@@ -98,7 +98,8 @@ def register(
     def differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
-        found = dict(zip(gradients, backward_op(grad, *inputs, *tensors), strict=True))
+        values = backward_op(grad, *inputs, *tensors)
+        found = dict(zip(gradients, values if isinstance(values, tuple) else (values,), strict=True))
         return tuple(found[n] if n in found and t else None for n, t in zip(names, ctx.is_tensor, strict=True))
 
     def refuse(ctx: Any, *grads: Tensor) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import sslops
 from sslops import _C, EMA, cosine_momentum, ema_update_
-from sslops.ops.ema_update import philox, round_stochastically
+from sslops._random import RandomStream, philox
+from sslops.ops.ema_update import round_stochastically
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
@@ -201,7 +202,7 @@ def test_philox_known_answers() -> None:
     assert plain([low] * 4, [low] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     for seed, block in ((0, 0), (-1, 5), (1 << 40, (1 << 33) + 7)):
         expected = plain([block & low, block >> 32, 1, 0], [seed & low, seed >> 32 & low])
-        assert philox(seed, block, 1, torch.device("cpu")).tolist() == [expected]
+        assert philox(seed, RandomStream.EMA_UPDATE, block, 1, torch.device("cpu")).tolist() == [expected]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -23,6 +23,7 @@ SHARED = {
     "kernels/cpu/columns.py",
     "kernels/cpu/memory.py",
     "kernels/cpu/tiles.py",
+    "kernels/cuda/device.py",
     "kernels/triton/launch.py",
 }
 

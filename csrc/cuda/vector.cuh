@@ -81,4 +81,9 @@ __device__ void write_half(void* base, DType dtype, int64_t i, int n, const floa
   store(base, i, n, raw);
 }
 
+template <int size>
+__device__ void write(void* base, DType dtype, int64_t i, int n, const float (&in)[size]) {
+  dtype == DType::f32 ? store(base, i, n, in) : write_half(base, dtype, i, n, in);
+}
+
 }  // namespace sslops

@@ -10,17 +10,7 @@ from torch import Tensor
 
 from sslops import _C
 
-
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    archs = _C.build_info()["cuda_archs"]
-    if archs is None:
-        return "this build of sslops has no CUDA code"
-    major, minor = torch.cuda.get_device_capability(device)
-    for kind, _, arch in (name.partition("_") for name in archs.split(",")):
-        built = divmod(int(arch), 10)
-        if built <= (major, minor) and (kind == "compute" or built[0] == major):  # PTX, or code for this generation
-            return None
-    return f"this build of sslops has code for {archs}, not for sm_{major}{minor}"
+from .device import refuses  # noqa: F401
 
 
 def forward(

@@ -8,28 +8,15 @@ from torch import Tensor
 
 from .. import _C, _check
 from .._library import _LIBRARY
+from .._random import RandomStream, philox
 from ..backend import kernel, resolve
 
 _CHUNK = 16384  # the random numbers of each tensor begin at a multiple of it (kChunk in csrc/common/ema_update.h)
 
 
-def philox(seed: int, first_block: int, blocks: int, device: torch.device) -> Tensor:
-    """[blocks, 4] random 32-bit words as int64: Philox4x32-10 with the counter (block, 1, 0), block in 64 bits."""
-    low = 0xFFFFFFFF
-    block = torch.arange(first_block, first_block + blocks, device=device)
-    c = [block & low, block >> 32 & low, torch.full_like(block, 1), torch.zeros_like(block)]
-    keys = [seed & low, seed >> 32 & low]
-    for _ in range(10):
-        products = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # 64 bits, the sign bit being one of them
-        high = [p >> 32 & low for p in products]
-        c = [high[1] ^ c[1] ^ keys[0], products[1] & low, high[0] ^ c[3] ^ keys[1], products[0] & low]
-        keys = [(keys[0] + 0x9E3779B9) & low, (keys[1] + 0xBB67AE85) & low]
-    return torch.stack(c, dim=1)
-
-
 def round_stochastically(x: Tensor, dtype: torch.dtype, seed: int, first: int) -> Tensor:
     """x in `dtype`, up or down at random so as to be right on average; x[k] uses the bits of element first + k."""
-    words = philox(seed, first // 8, (x.numel() + 7) // 8, x.device)
+    words = philox(seed, RandomStream.EMA_UPDATE, first // 8, (x.numel() + 7) // 8, x.device)
     bits = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[: x.numel()].view(x.shape)
     exact, info = x.double(), torch.finfo(dtype)
     leading = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 1)

@@ -1,12 +1,13 @@
 // CUDA on CPU threads, for tests: launch.cuh includes this where there is no nvcc, so that the kernels' own sources run
 // under sanitizers. One std::thread per CUDA thread; blocks one after another, so __shared__ may be static. All threads
-// of a block must reach every __syncthreads().
+// of a block must reach every __syncthreads(), all those of a warp every __ballot_sync().
 #pragma once
 #include <algorithm>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <thread>
 #include <vector>
 
@@ -52,7 +53,14 @@ inline CudaIndex blockDim, gridDim;
 
 namespace cuda_emulation {
 
+struct Warp {
+  explicit Warp(unsigned lanes) : barrier(lanes) {}
+  std::barrier<> barrier;
+  unsigned vote[32] = {};
+};
+
 inline std::barrier<>* block_barrier;
+inline std::deque<Warp> warps;
 
 template <typename Body>
 void run(unsigned grid, unsigned block, Body body) {
@@ -60,6 +68,8 @@ void run(unsigned grid, unsigned block, Body body) {
   blockDim = {block, 1, 1};
   std::barrier<> barrier(block);
   block_barrier = &barrier;
+  warps.clear();
+  for (unsigned first = 0; first < block; first += 32) warps.emplace_back(std::min(32u, block - first));
   std::vector<std::thread> threads;
   for (unsigned thread = 0; thread < block; ++thread)
     threads.emplace_back([=, &barrier] {
@@ -75,3 +85,15 @@ void run(unsigned grid, unsigned block, Body body) {
 }  // namespace cuda_emulation
 
 inline void __syncthreads() { cuda_emulation::block_barrier->arrive_and_wait(); }
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  cuda_emulation::Warp& warp = cuda_emulation::warps[threadIdx.x / 32];
+  warp.vote[threadIdx.x % 32] = vote;
+  warp.barrier.arrive_and_wait();
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) votes |= warp.vote[lane] << lane;
+  warp.barrier.arrive_and_wait();
+  return votes;
+}
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -14,7 +14,10 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 
 # Each driver with the other sources that it needs.
-DRIVERS = {"probe": [], "ema_update": ["cpu/ema_update.cpp", "common/parallel.cpp"]}
+DRIVERS = {
+    "probe": [],
+    **{op: [f"cpu/{op}.cpp", "common/parallel.cpp"] for op in ("ema_update", "gather_tokens", "random_mask")},
+}
 SANITIZERS = {
     "plain": "",
     "memory": "-fsanitize=address,undefined -fno-sanitize-recover=all",
@@ -26,7 +29,16 @@ def run(driver: str, sanitizer: str, csrc: Path, folder: Path) -> subprocess.Com
     program = folder / driver
     sources = [HERE / f"{driver}.cpp", *(csrc / source for source in DRIVERS[driver])]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    flags = ["-std=c++20", "-O1", "-g", "-pthread", *warnings, "-DSSLOPS_ISA=portable", *SANITIZERS[sanitizer].split()]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-DNDEBUG",
+        "-pthread",
+        *warnings,
+        "-DSSLOPS_ISA=portable",
+        *SANITIZERS[sanitizer].split(),
+    ]
     command = ["g++", *flags, f"-I{csrc}", f"-I{HERE}", *map(str, sources), "-ldl", "-o", str(program)]
     subprocess.run(command, check=True)
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
@@ -54,6 +66,19 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
             "AddressSanitizer",
         ),
         ("ema_update", "ema_update.cu", "plain", "r < count; r += blockDim.x)", "r < count; r += count)", "differs"),
+        ("random_mask", "random_mask.cu", "threads", "    __syncthreads();\n    for", "    for", "data race"),
+        ("random_mask", "random_mask.cu", "threads", "first + i);\n    __syncthreads();", "first + i);", "data race"),
+        ("random_mask", "random_mask.cu", "plain", "j / 4).word", "j / 4 + 1).word", "differs"),
+        ("gather_tokens", "gather_tokens.cu", "memory", "n >= 0 && n < ids.rows", "n >= 0", "AddressSanitizer"),
+        (
+            "gather_tokens",
+            "gather_tokens.cu",
+            "memory",
+            "d - j < kSize ? d - j : kSize",
+            "kSize",
+            "heap-buffer-overflow",
+        ),
+        ("gather_tokens", "gather_tokens.cu", "plain", "names += __popc(found)", "names |= found != 0", "differs"),
     ],
     ids=[
         "a missing barrier",
@@ -61,6 +86,12 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         "other random numbers",
         "packets over one another",
         "rows not searched",
+        "a tile written while it is read",
+        "a tile read while it is written",
+        "another block's random numbers",
+        "an id that is not looked at",
+        "a row's end that is not looked at",
+        "an id that comes twice",
     ],
 )
 def test_a_planted_fault_is_found(

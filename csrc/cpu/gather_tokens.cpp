@@ -1,0 +1,61 @@
+#include "gather_tokens.h"
+
+#include "../common/parallel.h"
+#include "vec.h"
+
+namespace sslops::gather_tokens {
+namespace {
+
+constexpr int64_t kThreadBytes = 65536;
+
+int64_t grain(int64_t row) { return 1 + kThreadBytes / (row + 1); }
+
+char* at(const Rows& rows, int64_t b, int64_t n) { return rows.data + b * rows.batch_stride + n * rows.row_stride; }
+
+void forward(Rows tokens, Ids ids, int64_t row, char* out) {
+  parallel_for(ids.batch * ids.count, grain(row), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) std::memcpy(out + k * row, at(tokens, k / ids.count, ids.ids[k]), row);
+  });
+}
+
+// The k that name a row are a list, in their order: first[n] begins it, next[k] goes on, -1 ends it.
+void backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType out_dtype) {
+  int64_t* const lists = new int64_t[ids.batch * (ids.rows + ids.count)];
+  int64_t *const first = lists, *const next = lists + ids.batch * ids.rows;
+  std::memset(first, -1, ids.batch * ids.rows * sizeof *first);
+  for (int64_t b = 0; b < ids.batch; ++b)
+    for (int64_t k = ids.count - 1; k >= 0; --k) {
+      const int64_t n = ids.ids[b * ids.count + k];
+      if (n < 0 || n >= ids.rows) continue;
+      next[b * ids.count + k] = first[b * ids.rows + n];
+      first[b * ids.rows + n] = k;
+    }
+  const int64_t item = out_dtype == DType::f32 ? 4 : 2;
+  parallel_for(ids.batch * ids.rows, grain(d * item), [&](int64_t begin, int64_t end) {
+    for (int64_t at_row = begin; at_row < end; ++at_row) {
+      const int64_t b = at_row / ids.rows, one = first[at_row];
+      char* const to = at(out, b, at_row % ids.rows);
+      if (one < 0) {
+        std::memset(to, 0, d * item);
+      } else if (next[b * ids.count + one] < 0 && grad_dtype == out_dtype) {
+        std::memcpy(to, at(grad, b, one), d * item);
+      } else {
+        for_each_vector(d, [&](int64_t j, int lanes) {
+          F total{};
+          for (int64_t k = one; k >= 0; k = next[b * ids.count + k])
+            total += load_as_float(at(grad, b, k), grad_dtype, j, lanes);
+          store_from_float(to, out_dtype, j, lanes, total);
+        });
+      }
+    }
+  });
+  delete[] lists;
+}
+
+}  // namespace
+
+namespace SSLOPS_ISA {
+extern const Table table{forward, backward};
+}
+
+}  // namespace sslops::gather_tokens

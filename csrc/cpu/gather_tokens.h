@@ -1,0 +1,17 @@
+// Rows picked by index, and the gradient's way back.
+#pragma once
+#include "../common/gather_tokens.h"
+#include "../common/isa.h"
+
+namespace sslops::gather_tokens {
+
+struct Table {
+  // out[b, k] = tokens[b, ids[b, k]], `row` bytes each; the ids have been checked
+  void (*forward)(Rows tokens, Ids ids, int64_t row, char* out);
+  // out[b, n] = the sum of grad[b, k] over the k with ids[b, k] = n, in their order, rounded once
+  void (*backward)(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType out_dtype);
+};
+
+SSLOPS_DECLARE_TABLE
+
+}  // namespace sslops::gather_tokens

@@ -1,0 +1,44 @@
+#include "launch.cuh"
+#include "random_mask.h"
+
+namespace sslops::random_mask {
+namespace {
+
+constexpr unsigned kThreads = 256;
+constexpr int64_t kTile = 1024;  // keys of a row that a block looks at together
+
+__device__ int32_t key_of(const Noise& noise, int64_t row, int64_t j) {
+  if (j < noise.num_prefix) return kFirst;
+  if (noise.values) return order(noise.values[row * noise.length + j]);
+  return static_cast<int32_t>(draw(*noise.key, noise.length, row, j / 4).word[j % 4]);
+}
+
+// A thread finds the rank of one token: it counts those that come before it.
+__global__ void __launch_bounds__(kThreads) rank(Noise noise, Mask out) {
+  __shared__ int32_t keys[kTile];
+  const int64_t length = noise.length, blocks = (length + kThreads - 1) / kThreads;
+  const int64_t row = blockIdx.x / blocks, j = blockIdx.x % blocks * kThreads + threadIdx.x;
+  const int32_t own = j < length ? key_of(noise, row, j) : 0;
+  int64_t before = 0;
+  for (int64_t first = 0; first < length; first += kTile) {
+    const int count = static_cast<int>(length - first < kTile ? length - first : kTile);
+    const int64_t own_place = j - first;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += kThreads) keys[i] = key_of(noise, row, first + i);
+    __syncthreads();
+    int smaller = 0;
+    for (int i = 0; i < count; ++i) smaller += keys[i] < own || (keys[i] == own && i < own_place);
+    before += smaller;
+  }
+  if (j < length) place(out, length, row, j, before);
+}
+
+}  // namespace
+
+void cuda_draw(const Noise& noise, int64_t batch, const Mask& out, void* stream) {
+  if (batch == 0 || noise.length == 0) return;
+  const int64_t blocks = batch * ((noise.length + kThreads - 1) / kThreads);
+  launch(rank, blocks, kThreads, stream, noise, out);
+}
+
+}  // namespace sslops::random_mask
