@@ -126,15 +126,6 @@ def positive(op: str, **numbers: float) -> None:
             bad_value(op, name, "a positive finite number", value)
 
 
-def count(op: str, **numbers: int) -> None:
-    """Integers, at least 0."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            bad_type(op, name, "an integer", type(value).__name__)
-        if value < 0:
-            bad_value(op, name, "an integer, at least 0", value)
-
-
 def fraction(op: str, **numbers: float) -> None:
     """Numbers in [0, 1)."""
     for name, value in numbers.items():
@@ -150,7 +141,7 @@ def _number(op: str, name: str, value: object) -> None:
 
 def count(op: str, argument: str, value: int, lowest: int, highest: int) -> None:
     """An integer between `lowest` and `highest`, both included."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         bad_type(op, argument, "an integer", type(value).__name__)
     if not lowest <= value <= highest:
         bad_value(op, argument, f"{lowest} to {highest}", value)

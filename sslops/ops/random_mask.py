@@ -64,6 +64,12 @@ register(
 )
 
 
+def _check_sizes(op: str, batch: int, length: int, mask_ratio: float) -> None:
+    _check.count(op, "batch", batch, 0, 2**31 - 1)
+    _check.count(op, "length", length, 0, 2**31 - 1)
+    _check.fraction(op, mask_ratio=mask_ratio)
+
+
 def _check_noise(op: str, noise: Tensor, batch: int, length: int) -> None:
     _check.floats(op, "[B, L]", noise=noise)
     if noise.shape != (batch, length):
@@ -133,8 +139,7 @@ def random_mask(
 
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
     """
-    _check.count("random_mask", batch=batch, length=length)
-    _check.fraction("random_mask", mask_ratio=mask_ratio)
+    _check_sizes("random_mask", batch, length, mask_ratio)
     keep = int(length * (1 - mask_ratio))
     ids_keep, _, mask, ids_restore = _draw("random_mask", batch, length, keep, 0, noise, generator, device, backend)
     return ids_keep, mask, ids_restore
@@ -156,8 +161,7 @@ def random_token_mask(
     L counts a class token at position 0: it is kept and comes first, so that K = 1 + int((L - 1) * (1 - mask_ratio)),
     unless mask_class_token makes it a token like any other. These are the index pairs of lightly's random_token_mask.
     """
-    _check.count("random_token_mask", batch=batch, length=length)
-    _check.fraction("random_token_mask", mask_ratio=mask_ratio)
+    _check_sizes("random_token_mask", batch, length, mask_ratio)
     _check.flag("random_token_mask", "mask_class_token", mask_class_token)
     prefix = 0 if mask_class_token or length == 0 else 1
     keep = prefix + int((length - prefix) * (1 - mask_ratio))
