@@ -8,6 +8,7 @@ from .ops.barlow_twins import barlow_twins
 from .ops.cross_correlation import cross_correlation
 from .ops.ema_update import ema_update_
 from .ops.gather_tokens import gather_tokens
+from .ops.info_nce import info_nce
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
 from .ops.relic import relic, relic_multicrop
@@ -22,6 +23,7 @@ __all__ = [
     "ema_update_",
     "explain",
     "gather_tokens",
+    "info_nce",
     "nn",
     "nt_xent",
     "random_mask",

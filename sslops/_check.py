@@ -44,6 +44,16 @@ def embeddings(op: str, **tensors: Tensor) -> None:
         same_device(op, first_name, first, **{name: x})
 
 
+def rows(op: str, **tensors: Tensor) -> None:
+    """Floating-point [*, D] tensors of one device, each of its own length and dtype."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        floats(op, "[N, D]", **{name: x})
+        if x.shape[1] != first.shape[1]:
+            bad_value(op, name, f"{first.shape[1]} columns, as {first_name} has", list(x.shape))
+        same_device(op, first_name, first, **{name: x})
+
+
 def floats(op: str, shape: str, **tensors: Tensor) -> None:
     """Dense floating-point tensors of as many dimensions as `shape` names: "[B, L, D]"."""
     for name, x in tensors.items():

@@ -51,6 +51,7 @@ def register(
     forward_fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     backward_fake: Callable[..., Any] | None = None,
+    kept: Callable[[Any], Any] = lambda x: x,
 ) -> None:
     """Registers `name(arguments) -> (result, *saved)` and `name_backward(grad, arguments, *saved)`.
 
@@ -58,7 +59,7 @@ def register(
     take one: forward(x), backward(grad, x, *saved), and the fakes alike. The first output is the result; the saved
     ones, if any, are kept for backward and have no gradient. The backward op returns one gradient for each argument
     named in `gradients`. Differentiating it raises: that is for backend="eager". Without a backward nothing is
-    differentiable.
+    differentiable. kept(x): the arguments as backward gets them, those tensors None that it does not need.
     """
     fields = get_type_hints(arguments)
     names, count = list(fields), len(fields)
@@ -89,11 +90,12 @@ def register(
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kept = output[1:] if saved else ()
-        ctx.mark_non_differentiable(*kept)
+        extra = output[1:] if saved else ()
+        inputs = kept(arguments._make(inputs))
+        ctx.mark_non_differentiable(*extra)
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *kept)
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *extra)
 
     def differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)

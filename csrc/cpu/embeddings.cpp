@@ -1,29 +1,20 @@
 #include "embeddings.h"
 
 #include "../common/parallel.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace sslops::embeddings {
 namespace {
-
-constexpr float kEps = 1e-12f;  // F.normalize's
 
 void normalize(const void* x, DType dtype, int64_t n, int64_t d, bool normalize, DType operand, float* z,
                float* inv_norm) {
   parallel_for(n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto at = [&](int64_t j, int lanes) { return load_as_float(x, dtype, i * d + j, lanes); };
-      float inv = 1.f;
-      if (normalize) {
-        D squares{};  // double: no float32 row overflows
-        for_each_vector(d, [&](int64_t j, int lanes) {
-          const D v = __builtin_convertvector(at(j, lanes), D);
-          squares += v * v;
-        });
-        const double norm = __builtin_sqrt(sum(squares));
-        inv = static_cast<float>(1.0 / (norm < kEps ? static_cast<double>(kEps) : norm));
-      }
+      const float inv = normalize ? sslops::inv_norm(x, dtype, i * d, d) : 1.f;
       inv_norm[i] = inv;
+      if (!z) continue;
       for_each_vector(
           d, [&](int64_t j, int lanes) { store_lanes(z + i * d + j, lanes, round_to(operand, at(j, lanes) * inv)); });
     }
@@ -59,7 +50,7 @@ void gradient(const void* x, DType dtype, int64_t n, int64_t d, bool normalize, 
       const float dot = sum(product);
       dots[i] = dot;
       // At a clamped norm F.normalize is a plain scaling: nothing to project out.
-      const bool project = normalize && inv < 1.f / kEps;
+      const bool project = normalize && inv < 1.f / kNormEps;
       for_each_vector(d, [&](int64_t j, int lanes) {
         F v = load_lanes(g + j, lanes, 0.f);
         if (project) v -= at(j, lanes) * (inv * dot);

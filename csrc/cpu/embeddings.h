@@ -8,7 +8,7 @@
 namespace sslops::embeddings {
 
 struct Table {
-  // z [N, D] (float32 values as the operand dtype holds them) and inv_norm [N] from x [N, D].
+  // z [N, D] (float32 values as the operand dtype holds them; null: not wanted) and inv_norm [N] from x [N, D].
   void (*normalize)(const void* x, DType dtype, int64_t n, int64_t d, bool normalize, DType operand, float* z,
                     float* inv_norm);
   // dots [N] = <z, w>

@@ -115,8 +115,8 @@ void matmul(const uint16_t* a, int64_t lda, Packed b, int64_t m, int64_t n, int6
   });
 }
 
-void round_both(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t* as_is, uint16_t* transposed,
-                int64_t ld_out) {
+void round_both(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t* as_is, int64_t ld_as_is,
+                uint16_t* transposed, int64_t ld_transposed) {
   const auto blocks = [](int64_t size) { return (size + kBlock - 1) / kBlock; };
   const auto store_pair = [](uint16_t* out, F left, F right) {
     const __m512bh row = _mm512_cvtne2ps_pbh((__m512)right, (__m512)left);
@@ -132,12 +132,12 @@ void round_both(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t
             const int lanes = static_cast<int>(i + k >= rows || left < 0 ? 0 : left < kTile ? left : kTile);
             v[k / kTile][right][k % kTile] = load_lanes(x + (i + k) * ld + j + right * kTile, lanes, 0.f);
           }
-        for (int64_t k = 0; k < kBlock; ++k)
-          store_pair(as_is + (i + k) * ld_out + j, v[k / kTile][0][k % kTile], v[k / kTile][1][k % kTile]);
+        for (int64_t k = 0; as_is && k < kBlock; ++k)
+          store_pair(as_is + (i + k) * ld_as_is + j, v[k / kTile][0][k % kTile], v[k / kTile][1][k % kTile]);
         for (auto& half : v)
           for (auto& quarter : half) transpose(quarter);
         for (int64_t k = 0; k < kBlock; ++k)
-          store_pair(transposed + (j + k) * ld_out + i, v[0][k / kTile][k % kTile], v[1][k / kTile][k % kTile]);
+          store_pair(transposed + (j + k) * ld_transposed + i, v[0][k / kTile][k % kTile], v[1][k / kTile][k % kTile]);
       }
   });
 }

@@ -22,9 +22,9 @@ struct Table {
   // c [m, n] (+)= a [m, k] b [k, n]
   void (*matmul)(const uint16_t* a, int64_t lda, Packed b, int64_t m, int64_t n, int64_t k, float* c, int64_t ldc,
                  bool accumulate);
-  // x [rows, cols] float32 rounded to bf16, as it is and transposed, both padded and with row stride ld_out.
-  void (*round_both)(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t* as_is, uint16_t* transposed,
-                     int64_t ld_out);
+  // x [rows, cols] float32 rounded to bf16, as it is (or null) and transposed, both padded.
+  void (*round_both)(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t* as_is, int64_t ld_as_is,
+                     uint16_t* transposed, int64_t ld_transposed);
 };
 
 SSLOPS_DECLARE_TABLE

@@ -106,8 +106,8 @@ class Bf16Tiles:
 
     def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor, sides: str = "both") -> None:
         rows, cols = w.shape
-        ld = self._w.stride(0)
-        _C.gemm_round_both(w.data_ptr(), w.stride(0), rows, cols, self._w.data_ptr(), self._w_transposed.data_ptr(), ld)
+        to = (x for out in (self._w, self._w_transposed) for x in (out.data_ptr(), out.stride(0)))
+        _C.gemm_round_both(w.data_ptr(), w.stride(0), rows, cols, *to)
         if sides != "right":
             self._add(out, i, self._w, j)
         if sides != "left" and i != j:
@@ -124,3 +124,116 @@ class Bf16Tiles:
 def tiles_for(z: Tensor, operand: torch.dtype, scratch: int = 1) -> Float32Tiles | Bf16Tiles:
     """z [M, D] float32, holding values that `operand` can represent."""
     return (Bf16Tiles if operand == torch.bfloat16 and _C.has_bf16_gemm() else Float32Tiles)(z, scratch)
+
+
+def ranges(size: int, step: int) -> Iterator[slice]:
+    for first in range(0, size, step):
+        yield slice(first, min(first + step, size))
+
+
+class Float32Stream:
+    """Q C^T for Q [B, D], float32, and a C of any length and dtype that passes by, some rows at a time."""
+
+    ROWS, COLUMNS = 256, 1024  # of a tile of Q C^T at most: 1 MB, half of a core's cache
+
+    def __init__(self, q: Tensor) -> None:
+        self._q = q
+        self._tile = torch.empty(min(self.ROWS, len(q)), self.COLUMNS, **FLOAT32)
+        self._c = self._copy = q[:0]
+
+    def load(self, c: Tensor) -> None:
+        """The rows of C, COLUMNS at most, that the calls below mean."""
+        if c.dtype == torch.float32:
+            self._c = c
+        else:
+            if not len(self._copy):
+                self._copy = torch.empty(self.COLUMNS, c.shape[1], **FLOAT32)
+            self._c = self._copy[: len(c)].copy_(c)
+
+    def logits(self, i: slice) -> Tensor:
+        """q[i] c^T in the scratch tile, which the next call overwrites."""
+        return torch.mm(self._q[i], self._c.t(), out=self._tile[: i.stop - i.start, : len(self._c)])
+
+    def weights(self) -> Tensor:
+        """Where the next `add` expects them: float32 where the logits were, or bf16 padded with zeros."""
+        return self._tile
+
+    def zeros(self, rows: int) -> Tensor:
+        """[rows, D] to accumulate into; the shape is padded and the row stride its own."""
+        return torch.zeros(rows, self._q.shape[1], **FLOAT32)
+
+    def add(self, out: Tensor, i: slice) -> None:
+        """out[i] += weights c"""
+        out[i].addmm_(self._tile[: i.stop - i.start, : len(self._c)], self._c)
+
+    def add_transposed(self, out: Tensor, i: slice, w: Tensor) -> None:
+        """out += w^T q[i], w float32 where the logits were"""
+        out[: len(self._c)].addmm_(w.t(), self._q[i])
+
+
+class Bf16Stream:
+    """The same on AMX tiles: bf16 operands, the weights too, and float32 results."""
+
+    ROWS, COLUMNS = 256, 1024
+
+    def __init__(self, q: Tensor) -> None:
+        m, d = (padded(size) for size in q.shape)
+        self._q = torch.zeros(m, d, dtype=torch.bfloat16, device="cpu")
+        self._q[: q.shape[0], : q.shape[1]] = q
+        self._q_as_right, _ = packed = self._q.new_empty(2, m, d)
+        _C.gemm_pack(self._q.data_ptr(), m, d, *(x.data_ptr() for x in packed))
+        side = min(self.ROWS, m)
+        self._tile = torch.empty(side, self.COLUMNS, **FLOAT32)
+        # Rows that miss each other's cache sets.
+        self._w = self._q.new_empty(side, self.COLUMNS + _C.GEMM_BLOCK)
+        self._w_transposed = self._q.new_empty(self.COLUMNS, side + _C.GEMM_BLOCK)
+        self._copy = self._q.new_zeros(self.COLUMNS, d)
+        self._as_right, self._transposed_as_right = self._q.new_empty(2, self.COLUMNS, d)
+        self._columns = 0
+
+    def load(self, c: Tensor) -> None:
+        self._columns = len(c)
+        rows, d = padded(len(c)), self._q.shape[1]
+        if c.dtype != torch.bfloat16 or c.shape != (rows, d):
+            self._copy[: len(c), : c.shape[1]] = c
+            self._copy[len(c) : rows] = 0
+            c = self._copy
+        _C.gemm_pack(c.data_ptr(), rows, d, self._as_right.data_ptr(), self._transposed_as_right.data_ptr())
+
+    def _matmul(self, a: Tensor, b: Tensor, steps: tuple[int, int], sizes: tuple[int, int, int], out: Tensor) -> None:
+        accumulate = out is not self._tile
+        _C.gemm_matmul(
+            a.data_ptr(), a.stride(0), b.data_ptr(), *steps, *sizes, out.data_ptr(), out.stride(0), accumulate
+        )
+
+    def logits(self, i: slice) -> Tensor:
+        rows, d = i.stop - i.start, self._q.shape[1]
+        sizes = padded(rows), padded(self._columns), d
+        self._matmul(self._q[i.start :], self._transposed_as_right, (16 * d, 512), sizes, self._tile)
+        return self._tile[:rows, : self._columns]
+
+    def weights(self) -> Tensor:
+        return self._w
+
+    def zeros(self, rows: int) -> Tensor:
+        return torch.zeros(padded(rows), self._q.shape[1], **FLOAT32)
+
+    def add(self, out: Tensor, i: slice) -> None:
+        d = self._q.shape[1]
+        sizes = padded(i.stop - i.start), d, padded(self._columns)
+        self._matmul(self._w, self._as_right, (512, 32 * d), sizes, out[i.start :])
+
+    def add_transposed(self, out: Tensor, i: slice, w: Tensor) -> None:
+        (rows, cols), d = w.shape, self._q.shape[1]
+        to = self._w_transposed
+        _C.gemm_round_both(w.data_ptr(), w.stride(0), rows, cols, 0, 0, to.data_ptr(), to.stride(0))
+        sizes = padded(cols), d, padded(rows)
+        self._matmul(self._w_transposed, self._q_as_right[i.start :], (512, 32 * d), sizes, out)
+
+
+Stream = Float32Stream | Bf16Stream
+
+
+def stream_for(q: Tensor, operand: torch.dtype) -> Stream:
+    """q [B, D] float32, holding values that `operand` can represent."""
+    return Bf16Stream(q) if operand == torch.bfloat16 and _C.has_bf16_gemm() else Float32Stream(q)
