@@ -18,8 +18,14 @@ PY := $(BIN)/python
 build: .venv/installed
 	$(PY) setup.py -q build_ext --inplace
 
-test: build
+test: build .venv/peers
 	$(PY) -m pytest
+
+# The libraries that tests and benchmarks compare with, without what they require: lightly would bring Lightning,
+# torchvision another torch, and of solo-learn, which wants torch 1.9, single files are used.
+.venv/peers: benchmarks/requirements-peers.txt .venv/installed
+	$(PY) -m pip install -q --no-deps -r $<
+	touch $@
 
 # Triton kernels under Triton 3.6, the oldest one: every memory access proved in bounds, every kernel compiled.
 .venv-sanitize/installed: tests/triton_kernels/requirements-sanitize.txt
@@ -34,13 +40,6 @@ sanitize: build .venv-sanitize/installed
 
 demo: build
 	$(PY) examples/pretrain.py
-
-# $(TORCH) again: torchvision, which lightly needs, would bring the newest. solo-learn as a whole wants torch 1.9; single
-# files of it are used.
-.venv/peers: .venv/installed
-	$(PY) -m pip install -q --no-build-isolation $(TORCH) -e ".[bench]"
-	$(PY) -m pip install -q --no-deps solo-learn==1.0.2
-	touch $@
 
 bench: build .venv/peers
 	$(PY) -m benchmarks --threads $$(nproc) --seconds 2 --minutes 10

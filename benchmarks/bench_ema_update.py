@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from _compare import record
-from peers import _installed, _let_torchvision_load, _solo_file
+from peers import _installed, _let_torchvision_load, solo_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -122,7 +122,7 @@ def model_updates(online: nn.Module) -> dict[str, Callable[[], object]]:
         target = copy.deepcopy(online)
         found["lightly"] = lambda: update_momentum(online, target, MOMENTUM)
     if _installed("solo"):
-        updater = _solo_file("solo/utils/momentum.py").MomentumUpdater(MOMENTUM)
+        updater = solo_file("solo/utils/momentum.py").MomentumUpdater(MOMENTUM)
         rebound = copy.deepcopy(online)
         found["solo-learn"] = lambda: updater.update(online, rebound)
     return found

@@ -26,8 +26,17 @@ def _let_torchvision_load() -> None:
 _kept: list[torch.library.Library] = []  # a library's ops go with it
 
 
-def _solo_file(path: str) -> ModuleType:
+def lightly() -> ModuleType | None:
+    if not _installed("lightly"):
+        return None
+    _let_torchvision_load()
+    return importlib.import_module("lightly")
+
+
+def solo_file(path: str) -> ModuleType | None:
     """One file of solo-learn: the package as a whole wants torch 1.9."""
+    if not _installed("solo"):
+        return None
     file = importlib.metadata.distribution("solo-learn").locate_file(path)
     spec = importlib.util.spec_from_file_location(path.replace("/", "_"), str(file))
     module = importlib.util.module_from_spec(spec)
@@ -36,19 +45,12 @@ def _solo_file(path: str) -> ModuleType:
 
 
 def lightly_nt_xent(temperature: float) -> Callable | None:
-    if not _installed("lightly"):
-        return None
-    _let_torchvision_load()
-    from lightly.loss import NTXentLoss
-
-    return NTXentLoss(temperature)
+    return lightly() and importlib.import_module("lightly.loss").NTXentLoss(temperature)
 
 
 def solo_nt_xent(temperature: float) -> Callable | None:
-    if not _installed("solo"):
-        return None
-    simclr_loss_func = _solo_file("solo/losses/simclr.py").simclr_loss_func
-    return lambda z0, z1: simclr_loss_func(z0, z1, temperature)
+    file = solo_file("solo/losses/simclr.py")
+    return file and (lambda z0, z1: file.simclr_loss_func(z0, z1, temperature))
 
 
 def memeff_info_nce(temperature: float) -> Callable | None:

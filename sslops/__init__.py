@@ -2,6 +2,7 @@
 
 from . import nn
 from .backend import explain
+from .compat import patch_lightly, patch_solo
 from .ema import EMA, cosine_momentum
 from .masking import random_masking
 from .ops.barlow_twins import barlow_twins
@@ -13,12 +14,10 @@ from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
 from .ops.relic import relic, relic_multicrop
 from .ops.vicreg import vicreg
-from .queue import NegativeQueue
 
 __version__ = "0.1.0"
 __all__ = [
     "EMA",
-    "NegativeQueue",
     "barlow_twins",
     "cosine_momentum",
     "cross_correlation",
@@ -28,6 +27,8 @@ __all__ = [
     "info_nce",
     "nn",
     "nt_xent",
+    "patch_lightly",
+    "patch_solo",
     "random_mask",
     "random_masking",
     "relic",

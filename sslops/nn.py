@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from . import _check
 from .ema import EMA
 from .ops.barlow_twins import barlow_twins
+from .ops.info_nce import info_nce
 from .ops.nt_xent import nt_xent
+from .ops.relic import relic
 from .ops.vicreg import vicreg
 
-__all__ = ["EMA", "BarlowTwinsLoss", "MaskedPatchEmbed", "NTXentLoss", "VICRegLoss"]
+__all__ = ["EMA", "BarlowTwinsLoss", "InfoNCELoss", "MaskedPatchEmbed", "NTXentLoss", "RELICLoss", "VICRegLoss"]
 
 
 class _Loss(nn.Module):
@@ -23,10 +25,10 @@ class _Loss(nn.Module):
     They are attributes, read at every call: change them at any time. A temperature may be an nn.Parameter.
     """
 
-    _op: Callable[..., Tensor]
+    _op: Callable[..., Any]
     __signature__: inspect.Signature
 
-    def __init_subclass__(cls, op: Callable[..., Tensor]) -> None:
+    def __init_subclass__(cls, op: Callable[..., Any]) -> None:
         tensors = (Tensor, Tensor | None)
         parameters = inspect.signature(op).parameters.values()
         options = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters if p.annotation not in tensors]
@@ -43,8 +45,8 @@ class _Loss(nn.Module):
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self._op(*tensors, **self._options())
+    def forward(self, *tensors: Tensor, **named: Tensor) -> Any:
+        return self._op(*tensors, **named, **self._options())
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
@@ -56,6 +58,14 @@ class NTXentLoss(_Loss, op=nt_xent):
 
 class BarlowTwinsLoss(_Loss, op=barlow_twins):
     """Barlow Twins' loss of two views, (z_a [N, D], z_b [N, D]) -> []: see `sslops.barlow_twins`."""
+
+
+class InfoNCELoss(_Loss, op=info_nce):
+    """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D] if any) -> [] or [B]: see `sslops.info_nce`."""
+
+
+class RELICLoss(_Loss, op=relic):
+    """RELIC's loss of a view from the online network and one from the target's, [B, D] each: see `sslops.relic`."""
 
 
 class VICRegLoss(_Loss, op=vicreg):

@@ -7,7 +7,7 @@ import pickle
 import oracle
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sslops.nn
@@ -16,11 +16,13 @@ import sslops.nn
 LOSSES = {
     "NTXentLoss": (sslops.nt_xent, {"temperature": 0.2}),
     "BarlowTwinsLoss": (sslops.barlow_twins, {"lambd": 0.01, "scale": 0.1, "route": "gram"}),
+    "InfoNCELoss": (sslops.info_nce, {"temperature": 0.2}),
+    "RELICLoss": (sslops.relic, {"temperature": 0.2, "alpha": 1.0, "beta": 0.5}),
     "VICRegLoss": (sslops.vicreg, {"variance": 5.0, "route": "gram"}),
 }
 
 
-def views(rows: int = 12, width: int = 6) -> list[torch.Tensor]:
+def views(rows: int = 12, width: int = 6) -> list[Tensor]:
     return [torch.randn(rows, width) for _ in range(2)]
 
 
@@ -42,16 +44,19 @@ class TestLosses:
         assert all(f"{option}={value!r}" in repr(module) for option, value in options.items())
 
     def test_arguments(self, name, op, options):
-        """Those of the op that are no tensors, in its order; they may change between calls."""
-        option, value = next(iter(options.items()))
-        module, inputs = getattr(sslops.nn, name)(), views()
-        assert getattr(module, option) == inspect.signature(op).parameters[option].default
-        setattr(module, option, value)
-        assert torch.equal(module(*inputs), op(*inputs, **{option: value}))
-        first = next(iter(inspect.signature(getattr(sslops.nn, name)).parameters))
-        assert getattr(getattr(sslops.nn, name)(value), first) == value
+        """Those of the op that are no tensors, in its order, with its defaults; they may change between calls."""
+        make, inputs = getattr(sslops.nn, name), views()
+        theirs = inspect.signature(op).parameters
+        arguments = inspect.signature(make).parameters
+        assert list(arguments) == [n for n, p in theirs.items() if p.annotation not in (Tensor, Tensor | None)]
+        assert all(p.default == theirs[n].default for n, p in arguments.items())
+        first, *_ = options
+        module = make(**options)
+        assert getattr(module, first) == options[first]
+        setattr(module, first, 2.0)
+        assert torch.equal(module(*inputs), op(*inputs, **{**options, first: 2.0}))
         with pytest.raises(TypeError, match="lamdb"):
-            getattr(sslops.nn, name)(lamdb=1.0)
+            make(**options, lamdb=1.0)
 
     def test_compiles_and_exports(self, name, op, options):
         module = getattr(sslops.nn, name)(**options)

@@ -159,7 +159,7 @@ def _rows(
     backend: str,
 ) -> tuple[Tensor, Metrics]:
     """losses [B], and what scripts log if count; the order of the rows is drawn here, alike for all backends."""
-    n, order = len(online), None
+    n, order = online.shape[0], None  # len() would fix it in torch.export
     if num_negatives == n - 1:
         num_negatives = None
     if num_negatives is not None:

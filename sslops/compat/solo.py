@@ -1,0 +1,115 @@
+"""solo-learn 1.0.6's loss functions and momentum updater on our ops: the same names, arguments and defaults.
+
+What differs: losses are float32 for bf16 and float16 inputs and under autocast; arguments that no loss is meant for
+raise ValueError or TypeError; simclr_loss_func has no overflow at low temperatures; MomentumUpdater writes the
+parameters in place, where solo-learn gives them new memory.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _check
+from ..ops.barlow_twins import barlow_twins
+from ..ops.ema_update import ema_update_
+from ..ops.info_nce import info_nce
+from ..ops.nt_xent import nt_xent
+from ..ops.vicreg import vicreg
+
+
+def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
+    """-log of the positives' share of the sum of exp(<z_i, z_j> / temperature), j != i: the mean over the rows.
+
+    Rows of z [M, D] with equal indexes [M] are each other's positives, at least two of each. Two views, one after the
+    other with the same distinct indexes, take nt_xent; anything else takes info_nce, at about twice its work. Which of
+    them it is, is read on the host. torch.compile takes two views for granted and asserts them on the device.
+    """
+    _check.embeddings("simclr_loss_func", z=z)
+    if indexes.shape != z.shape[:1]:
+        _check.bad_value("simclr_loss_func", "indexes", f"shape {[len(z)]}", list(indexes.shape))
+    if len(z) % 2 == 0:
+        first, second = indexes.chunk(2)
+        ordered = first.sort().values
+        two_views = (first == second).all() & (ordered[1:] != ordered[:-1]).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(two_views, "simclr_loss_func: indexes: wanted two views in torch.compile")
+        if torch.compiler.is_compiling() or two_views:
+            return nt_xent(*z.chunk(2), temperature=temperature)
+    return _by_index(F.normalize(z), indexes, temperature).mean()
+
+
+def _by_index(z: Tensor, indexes: Tensor, temperature: float) -> Tensor:
+    """losses [M]; z: [M, D] unit rows"""
+    _, group, counts = torch.unique(indexes, return_inverse=True, return_counts=True)
+    if (counts < 2).any():
+        _check.bad_value("simclr_loss_func", "indexes", "at least two of each", "one alone")
+    order = group.argsort(stable=True)
+    place = torch.empty_like(order)  # of each row in its group
+    place[order] = torch.arange(len(z), device=z.device) - (counts.cumsum(0) - counts)[group[order]]
+    rows = order.new_full((len(counts), int(counts.max())), -1)
+    rows[group, place] = torch.arange(len(z), device=z.device)
+    members = z[rows.clamp(min=0)]  # [groups, V, D]
+    similarity = members @ members.mT / temperature
+    itself = torch.eye(rows.shape[1], dtype=torch.bool, device=z.device)
+    positives = similarity.masked_fill(itself | (rows < 0)[:, None], -math.inf).logsumexp(2)[group, place]
+    partner = rows[group, 1 - place.clamp(max=1)]  # one of the positives, for negatives on its scale
+    losses = info_nce(
+        z, z[partner], z, query_ids=indexes, negative_ids=indexes,
+        temperature=temperature, normalize=False, reduction="none",
+    ).clamp(min=torch.finfo(torch.float32).tiny)  # fmt: skip
+    negatives = (z * z[partner]).sum(1) / temperature + losses + (-torch.expm1(-losses)).log()
+    return F.softplus(negatives - positives)
+
+
+def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
+    """query, key: [N, D], of unit length as they should be; queue: [D, K]."""
+    return info_nce(query, key, queue.t(), temperature=temperature, normalize=False)
+
+
+def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
+    return barlow_twins(z1, z2, lambd=lamb, scale=scale_loss)
+
+
+def vicreg_loss_func(
+    z1: Tensor, z2: Tensor, sim_loss_weight: float = 25.0, var_loss_weight: float = 25.0, cov_loss_weight: float = 1.0
+) -> Tensor:
+    """The variance terms of the two views are added, not averaged: twice the paper's weight."""
+    return vicreg(z1, z2, invariance=sim_loss_weight, variance=2 * var_loss_weight, covariance=cov_loss_weight)
+
+
+def byol_loss_func(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
+    z = z.detach()
+    cosine = (
+        F.cosine_similarity(p, z, dim=-1) if simplified else (F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(1)
+    )
+    return 2 - 2 * cosine.mean()
+
+
+class MomentumUpdater:
+    def __init__(self, base_tau: float = 0.996, final_tau: float = 1.0) -> None:
+        assert 0 <= base_tau <= 1
+        assert 0 <= final_tau <= 1
+        assert base_tau <= final_tau
+        self.base_tau = self.cur_tau = base_tau
+        self.final_tau = final_tau
+
+    @torch.no_grad()
+    def update(self, online_net: nn.Module, momentum_net: nn.Module) -> None:
+        pairs = list(zip(online_net.parameters(), momentum_net.parameters(), strict=False))  # as solo-learn pairs them
+        ema_update_([target for _, target in pairs], [source for source, _ in pairs], self.cur_tau)
+
+    def update_tau(self, cur_step: int, max_steps: int) -> None:
+        rest = (math.cos(math.pi * cur_step / max_steps) + 1) / 2
+        self.cur_tau = self.final_tau - (self.final_tau - self.base_tau) * rest
+
+
+REPLACED = {
+    "solo.losses.simclr": (simclr_loss_func,),
+    "solo.losses.mocov2plus": (mocov2plus_loss_func,),
+    "solo.losses.barlow": (barlow_loss_func,),
+    "solo.losses.vicreg": (vicreg_loss_func,),
+    "solo.losses.byol": (byol_loss_func,),
+    "solo.utils.momentum": (MomentumUpdater,),
+}

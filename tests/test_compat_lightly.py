@@ -1,0 +1,348 @@
+"""Ours in place of lightly's, with lightly itself as the oracle."""
+
+import copy
+import importlib
+import pickle
+
+import oracle
+import peers
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sslops
+import sslops.compat
+from sslops.compat import lightly as ours
+
+if peers.lightly() is None:
+    pytest.skip("lightly is not installed", allow_module_level=True)
+HOMES = {x.__name__: home for home, objects in ours.REPLACED.items() for x in objects}
+# What forward takes: [N, D] views, or [N, ..., D] where that is allowed.
+LOSSES = [
+    ("NTXentLoss", {}, (24, 40)),
+    ("NTXentLoss", {"temperature": 0.07}, (257, 33)),
+    ("NTXentLoss", {"temperature": 0.07}, (1, 8)),
+    ("NTXentLoss", {"temperature": 0.1, "memory_bank_size": (64, 40)}, (24, 40)),
+    ("NTXentLoss", {"temperature": 0.1, "memory_bank_size": (1000, 50)}, (96, 50)),
+    ("BarlowTwinsLoss", {}, (24, 40)),
+    ("BarlowTwinsLoss", {"lambda_param": 0.1}, (65, 300)),
+    ("VICRegLoss", {}, (24, 40)),
+    ("VICRegLoss", {"lambda_param": 2.0, "mu_param": 3.0, "nu_param": 7.0, "eps": 0.01}, (65, 300)),
+    ("VICRegLoss", {}, (12, 2, 3, 16)),
+    ("NegativeCosineSimilarity", {}, (24, 40)),
+    ("NegativeCosineSimilarity", {"dim": 2, "eps": 0.1}, (3, 5, 16)),
+]
+
+
+def original(name):
+    return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def both(name, options, dtype=torch.float32):
+    """lightly's module and ours, from the same random numbers."""
+    modules = []
+    for make in (original(name), getattr(ours, name)):
+        torch.manual_seed(3)
+        modules.append(make(**options).to(dtype))
+    return modules
+
+
+def views(shape):
+    x = torch.randn(shape)
+    return [x + 0.5 * torch.randn(shape) for _ in range(2)]
+
+
+def run(module, inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = module(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def assert_same(name, options, inputs, change=None):
+    """At most twice lightly's own error against lightly in float64."""
+    modules = [*both(name, options), both(name, options, torch.float64)[0]]
+    for module in modules:
+        for attribute, value in (change or {}).items():
+            setattr(module, attribute, value)
+    theirs, mine, truth = (run(m, [x.to(t) for x in inputs]) for m, t in zip(modules, DTYPES, strict=True))
+    for label, got, eager, exact in zip(("loss", "gradient 0", "gradient 1"), mine, theirs, truth, strict=True):
+        oracle.assert_accurate(label, got, eager, exact, torch.float32)
+
+
+DTYPES = (torch.float32, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), LOSSES)
+def test_values_and_gradients(name, options, shape):
+    assert_same(name, options, views(shape))
+
+
+@pytest.mark.parametrize("name", sorted(HOMES))
+def test_signature(name):
+    theirs, mine = original(name), getattr(ours, name)
+    assert sslops.compat._parameters(mine) == sslops.compat._parameters(theirs)
+    if isinstance(mine, type):
+        assert sslops.compat._parameters(mine.forward) == sslops.compat._parameters(theirs.forward)
+        assert not issubclass(mine, theirs)
+
+
+@pytest.mark.parametrize(("name", "options"), dict.fromkeys((name, str(options)) for name, options, _ in LOSSES))
+def test_attributes_and_state(name, options):
+    """The same attributes with the same values, and state_dicts that load into each other."""
+    theirs, mine = both(name, eval(options))
+    unused = {"cross_entropy"}  # theirs computes with it
+    assert public(mine).keys() == public(theirs).keys() - unused
+    for attribute, value in public(mine).items():
+        if not isinstance(value, nn.Module):
+            assert value == getattr(theirs, attribute), attribute
+    assert mine.state_dict().keys() == theirs.state_dict().keys() == set()
+    for (at, x), (their_at, y) in zip(mine.named_buffers(), theirs.named_buffers(), strict=True):
+        assert at == their_at
+        assert x.dtype == y.dtype
+        if len(x) > 1:  # lightly leaves those of a bank that it does not use uninitialised
+            assert torch.equal(x, y)
+    mine.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(mine.state_dict())
+    for copied in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+        assert public(copied).keys() == public(mine).keys()
+
+
+def public(module):
+    return {n: v for n, v in {**vars(module), **module._modules}.items() if n[0] != "_" and n != "training"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("NTXentLoss", {"temperature": 0.03}),
+        ("BarlowTwinsLoss", {"lambda_param": 1.0}),
+        ("VICRegLoss", {"lambda_param": 1.0, "mu_param": 2.0, "nu_param": 3.0, "eps": 0.3}),
+        ("NegativeCosineSimilarity", {"dim": 0, "eps": 3.0}),
+    ],
+)
+def test_attributes_change_in_mid_run(name, change):
+    assert_same(name, {}, views((24, 40)), change)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("NTXentLoss", {"temperature": 0.0}),
+        ("NTXentLoss", {"temperature": -1e-9}),
+        ("NTXentLoss", {"memory_bank_size": 10}),
+        ("MemoryBankModule", {"size": -1}),
+        ("MemoryBankModule", {"size": (4, -1)}),
+        ("MemoryBankModule", {"size": (4,)}),
+        ("MemoryBankModule", {"size": (4, 3, 2)}),
+    ],
+)
+def test_constructors_refuse(name, options):
+    messages = []
+    for make in (original(name), getattr(ours, name)):
+        with pytest.raises(ValueError, match=r"Illegal|size") as caught:
+            make(**options)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("name", ["BarlowTwinsLoss", "VICRegLoss"])
+@pytest.mark.parametrize("shapes", [((1, 8), (1, 8)), ((4, 8), (6, 8))])
+def test_inputs_are_refused(name, shapes):
+    errors = []
+    for module in both(name, {}):
+        with pytest.raises((ValueError, AssertionError, RuntimeError)) as caught:
+            module(*(torch.randn(shape) for shape in shapes))
+        errors.append(caught.type)
+    if errors[0] is not RuntimeError:  # torch's own, of shapes that do not fit; ours is a ValueError
+        assert errors[0] is errors[1]
+
+
+@pytest.mark.parametrize("feature_dim_first", [True, False])
+def test_memory_bank(feature_dim_first):
+    """Bits and pointer: batches that fit, that end with the bank, that do not fit and that never could."""
+    banks = both("MemoryBankModule", {"size": (10, 3), "feature_dim_first": feature_dim_first})
+    for rows, update in [(4, True), (3, False), (6, True), (9, True), (3, True), (0, True), (25, True), (2, True)]:
+        batch = torch.randn(rows, 3, requires_grad=True)
+        results = [bank(batch, update=update) for bank in banks]
+        assert all(output is batch for output, _ in results)
+        assert torch.equal(results[0][1], results[1][1])
+        assert torch.equal(banks[0].bank, banks[1].bank)
+        assert torch.equal(banks[0].bank_ptr, banks[1].bank_ptr)
+        assert not results[1][1].requires_grad
+    for bank in banks:  # as users do in mid-run
+        bank.bank_ptr[0], bank.bank = 7, torch.ones(10, 3)
+        bank(batch, update=True)
+    assert torch.equal(banks[0].bank, banks[1].bank)
+
+
+def test_moco_steps():
+    """Query, then enqueue, and only where out0 requires grad: losses and banks of several steps."""
+    modules = both("NTXentLoss", {"temperature": 0.1, "memory_bank_size": (50, 8)})
+    for step in range(6):
+        out0, out1 = views((16, 8))
+        out0.requires_grad_(step != 2)
+        losses = [module(out0, out1) for module in modules]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(module.memory_bank.bank for module in modules), rtol=0, atol=0)
+        if step != 2:
+            torch.testing.assert_close(*(torch.autograd.grad(loss, out0)[0] for loss in losses))
+
+
+def test_update_momentum():
+    models = []
+    for update in (original("update_momentum"), ours.update_momentum):
+        torch.manual_seed(0)
+        online, target = (nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30)) for _ in range(2))
+        for momentum in (0.996, 0, 1, 0.5):
+            update(online, target, momentum)
+            online(torch.randn(9, 20))
+            target[0].weight.requires_grad_(momentum == 0.996)
+        models.append(target)
+    assert not models[1][1].running_mean.any()  # parameters only
+    for x, y in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [(3, 50), (2, 1), (4, 0), (0, 9)])
+@pytest.mark.parametrize("options", [{}, {"mask_ratio": 0.75}, {"mask_ratio": 0.0}, {"mask_class_token": True}])
+def test_random_token_mask(size, options):
+    """The same seed gives the same mask."""
+    results = []
+    for mask in (original("random_token_mask"), ours.random_token_mask):
+        torch.manual_seed(5)
+        results.append(mask(size, **options, device="cpu"))
+    for theirs, mine in zip(*results, strict=True):
+        assert torch.equal(theirs, mine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_tokens(dtype):
+    """The bits of lightly's values; gradients up to the order in which those of a repeated index are added up."""
+    index = torch.stack([torch.randperm(9)[:4] for _ in range(3)])
+    calls = {
+        "get_at_index": lambda f, tokens: f(tokens, index),
+        "set_at_index": lambda f, tokens: f(tokens, index, tokens[:, :4] + 1),
+        "repeat_token": lambda f, tokens: f(tokens[:1, :1], (3, 5)),
+        "patchify": lambda f, tokens: f(tokens.view(1, 3, 6, 6), 2),
+    }
+    for name, call in calls.items():
+        results = []
+        for f in (original(name), getattr(ours, name)):
+            tokens = torch.arange(108).view(3, 9, 4).to(dtype).requires_grad_(dtype.is_floating_point)
+            out = call(f, tokens)
+            results.append([out.detach()])
+            if out.requires_grad:
+                results[-1].append(torch.autograd.grad((out * out.detach()).sum(), tokens)[0])
+        assert all(map(torch.equal, *results)), name
+
+
+def test_mae_functions_compile():
+    tokens = torch.randn(3, 10, 4, requires_grad=True)
+
+    def step(tokens):
+        keep, masked = ours.random_token_mask(tuple(tokens.shape[:2]), 0.5)
+        tokens = ours.set_at_index(ours.repeat_token(tokens[:1, :1], (3, 10)), keep, ours.get_at_index(tokens, keep))
+        return ours.get_at_index(tokens, masked)
+
+    results = []
+    for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        results.append([out := f(tokens), *torch.autograd.grad(out.square().sum(), tokens)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), [row for row in LOSSES if row[2][0] >= 24])
+def test_no_graph_breaks(name, options, shape):
+    module = getattr(ours, name)(**options)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(module)(*views(shape)).graph_break_count == 0
+    if "memory_bank_size" not in options:
+        oracle.assert_compiles(module, *views((24, shape[-1])))
+
+
+def test_a_compiled_bank_keeps_its_state():
+    torch._dynamo.reset()
+    plain = ours.NTXentLoss(memory_bank_size=(50, 8))
+    compiled, graphs = copy.deepcopy(plain), CompileCounterWithBackend("aot_eager")
+    step = torch.compile(compiled, fullgraph=True, backend=graphs)
+    for rows in (16, 16, 24, 30):
+        inputs = views((rows, 8))
+        results = []
+        for module in (step, plain):
+            out0 = inputs[0].clone().requires_grad_()
+            loss = module(out0, inputs[1])
+            results.append([loss, *torch.autograd.grad(loss, out0)])
+        assert all(map(torch.equal, *results))
+        assert torch.equal(compiled.memory_bank.bank, plain.memory_bank.bank)
+        assert torch.equal(compiled.memory_bank.bank_ptr, plain.memory_bank.bank_ptr)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), [row for row in LOSSES if row[0] != "NegativeCosineSimilarity"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(name, options, shape, dtype):
+    """A float32 loss, and no further than twice lightly's distance from the loss without autocast."""
+    inputs = [x.to(dtype) for x in views(shape)]
+    theirs, mine = both(name, options)
+    exact = both(name, options, torch.float64)[0](*(x.double() for x in inputs))
+    with torch.autocast("cpu", dtype):
+        losses = [float((module(*inputs) - exact).abs()) for module in (theirs, mine)]
+        loss = mine(*inputs)
+    assert loss.dtype == torch.float32
+    assert losses[1] <= 2 * losses[0] + 1e-3 * abs(float(exact))
+
+
+def bindings():
+    modules = {path: module for path, module in list(importlib.sys.modules.items()) if path.split(".")[0] == "lightly"}
+    return {(path, name): id(value) for path, module in modules.items() for name, value in vars(module).items()}
+
+
+class TestPatch:
+    def test_every_name_and_back(self):
+        importlib.import_module("lightly.loss.memory_bank")
+        before = bindings()
+        originals = {name: original(name) for name in HOMES}
+        with sslops.patch_lightly():
+            assert importlib.import_module("lightly.loss").NTXentLoss is ours.NTXentLoss
+            assert importlib.import_module("lightly.loss.memory_bank").MemoryBankModule is ours.MemoryBankModule
+            assert all(original(name) is getattr(ours, name) for name in HOMES)
+            assert not {id(x) for x in originals.values()} & set(bindings().values())
+            patched = bindings()
+            again = sslops.patch_lightly()
+            assert bindings() == patched
+        assert bindings() == before
+        again.unpatch()
+        assert bindings() == before
+
+    @pytest.mark.parametrize(
+        ("found", "message"), [(None, "not installed"), ("2.0.1", r"wanted lightly 1, got 2\.0\.1")]
+    )
+    def test_other_versions_are_refused(self, monkeypatch, found, message):
+        def version(distribution):
+            if found is None:
+                raise importlib.metadata.PackageNotFoundError(distribution)
+            return found
+
+        monkeypatch.setattr(sslops.compat, "version", version)
+        before = bindings()
+        with pytest.raises(ImportError, match=message):
+            sslops.patch_lightly()
+        assert bindings() == before
+
+    def test_another_signature_is_refused(self, monkeypatch):
+        class BarlowTwinsLoss(nn.Module):
+            def __init__(self, lambd=0.1):
+                super().__init__()
+
+        home = importlib.import_module("lightly.loss.barlow_twins_loss")
+        monkeypatch.setattr(home, "BarlowTwinsLoss", BarlowTwinsLoss)
+        before = bindings()
+        with pytest.raises(ImportError, match=r"wanted BarlowTwinsLoss\(lambda_param.*has \(lambd=0\.1\)"):
+            sslops.patch_lightly()
+        assert bindings() == before
+
+    def test_patched_names_are_pickled_as_ours(self):
+        with sslops.patch_lightly():
+            loss = importlib.import_module("lightly.loss").VICRegLoss(mu_param=3.0)
+            assert type(pickle.loads(pickle.dumps(loss))) is ours.VICRegLoss

@@ -1,0 +1,229 @@
+"""Ours in place of solo-learn's: against its own files, where PyPI's 1.0.2 has the same function, or the formula."""
+
+import copy
+import importlib
+import sys
+from inspect import Parameter
+from pathlib import Path
+
+import oracle
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sslops
+import sslops.compat
+from sslops.compat import solo as ours
+
+
+def simclr(z, indexes, temperature=0.1):
+    z = F.normalize(z)
+    logits = (z @ z.t() / temperature).fill_diagonal_(-torch.inf)
+    positives = logits.masked_fill(indexes[:, None] != indexes, -torch.inf)
+    return (logits.logsumexp(1) - positives.logsumexp(1)).mean()
+
+
+def theirs(file, name):
+    module = peers.solo_file(f"solo/{file}.py")
+    if module is None:
+        pytest.skip("solo-learn is not installed")
+    return getattr(module, name)
+
+
+def views(*shape):
+    x = torch.randn(shape)
+    return [x + 0.5 * torch.randn(shape) for _ in range(2)]
+
+
+def run(loss, inputs, *rest, dtype=torch.float32, **options):
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    rest = [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # solo-learn makes matrices of its own
+    try:
+        value = loss(*leaves, *rest, **options)
+    finally:
+        torch.set_default_dtype(before)
+    return [value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True)]
+
+
+def assert_same(mine, their, inputs, *rest, **options):
+    """At most twice their own error against theirs in float64."""
+    truth = run(their, inputs, *rest, dtype=torch.float64, **options)
+    results = (run(loss, inputs, *rest, **options) for loss in (mine, their))
+    for k, (got, eager, exact) in enumerate(zip(*results, truth, strict=True)):
+        if exact is None:
+            assert got is None
+        else:
+            oracle.assert_accurate(f"output {k}", got, eager, exact, torch.float32)
+
+
+WEIGHTS = {"sim_loss_weight": 2.0, "var_loss_weight": 3.0, "cov_loss_weight": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("barlow", {}),
+        ("barlow", {"lamb": 0.1, "scale_loss": 2.0}),
+        ("vicreg", {}),
+        ("vicreg", WEIGHTS),
+        ("byol", {}),
+        ("byol", {"simplified": False}),
+    ],
+)
+@pytest.mark.parametrize("shape", [(24, 40), (65, 300)])
+def test_two_views(name, options, shape):
+    mine, their = getattr(ours, f"{name}_loss_func"), theirs(f"losses/{name}", f"{name}_loss_func")
+    assert sslops.compat._parameters(mine) == sslops.compat._parameters(their)
+    assert_same(mine, their, views(*shape), **options)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_moco(temperature):
+    query, key = (F.normalize(x) for x in views(24, 16))
+    queue = F.normalize(torch.randn(2, 16, 100), dim=1)[1]
+    assert_same(ours.mocov2plus_loss_func, theirs("losses/moco", "moco_loss_func"), [query, key], queue, temperature)
+
+
+def test_simclr_is_theirs_of_two_views():
+    def their(z, temperature):
+        return theirs("losses/simclr", "simclr_loss_func")(*z.chunk(2), temperature)
+
+    z = torch.cat(views(24, 16))
+    assert_same(
+        lambda z, temperature: ours.simclr_loss_func(z, torch.arange(24).repeat(2), temperature), their, [z], 0.2
+    )
+
+
+INDEXES = {
+    "two views": torch.randperm(1000)[:24].repeat(2),
+    "two views, side by side": torch.arange(24).repeat_interleave(2),
+    "two views, one example twice": torch.cat([torch.arange(23), torch.zeros(1, dtype=torch.int64)]).repeat(2),
+    "three views of an odd number": torch.arange(17).repeat(3),
+    "five views": torch.arange(10).repeat(5),
+    "labels": torch.arange(60) % 7 % 4,
+    "one image": torch.zeros(4, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("indexes", INDEXES.values(), ids=INDEXES)
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_simclr_by_index(indexes, temperature):
+    """Logits of up to 1 / temperature cancel in the loss; at 0.01 solo-learn's own formula is NaN."""
+    z = torch.randn(int(indexes.max()) + 1, 16)[indexes] + 0.5 * torch.randn(len(indexes), 16)
+    truth = run(simclr, [z], indexes, temperature, dtype=torch.float64)
+    eager, got = (run(loss, [z], indexes, temperature) for loss in (simclr, ours.simclr_loss_func))
+    for label, *results, scale in zip(("loss", "gradient"), got, eager, truth, (1 / temperature, 0.0), strict=True):
+        oracle.assert_accurate(label, *results, torch.float32, scale)
+
+
+@pytest.mark.parametrize(("indexes", "wanted"), [(torch.arange(8), "two of each"), (torch.arange(4), r"shape \[8\]")])
+def test_simclr_refuses(indexes, wanted):
+    with pytest.raises(ValueError, match=f"simclr_loss_func: indexes: wanted .*{wanted}"):
+        ours.simclr_loss_func(torch.randn(8, 3), indexes)
+
+
+def test_simclr_compiles():
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours.simclr_loss_func, fullgraph=True, backend=graphs)
+    for images in (24, 10, 17):
+        z, indexes = torch.cat(views(images, 16)), torch.randperm(images).repeat(2)
+        for got, expected in zip(*(run(f, [z], indexes) for f in (compiled, ours.simclr_loss_func)), strict=True):
+            assert torch.equal(got, expected)
+    assert graphs.frame_count == 2
+    with pytest.raises(RuntimeError, match="wanted two views"):
+        compiled(z, torch.arange(len(z)))
+
+
+def test_momentum_updater():
+    updaters = [make(0.9, 1.0) for make in (theirs("utils/momentum", "MomentumUpdater"), ours.MomentumUpdater)]
+    online = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    targets = [nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))]
+    targets.append(copy.deepcopy(targets[0]))
+    memory = [p.data_ptr() for p in targets[1].parameters()]
+    for step in range(5):
+        for updater, target in zip(updaters, targets, strict=True):
+            updater.update(online, target)
+            updater.update_tau(step, 4)
+        assert vars(updaters[0]) == vars(updaters[1])
+        for x, y in zip(targets[0].parameters(), targets[1].parameters(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    assert memory == [p.data_ptr() for p in targets[1].parameters()]
+    for bad in ((-0.1, 1), (0.5, 1.1), (0.9, 0.8)):
+        for make in (type(updaters[0]), ours.MomentumUpdater):
+            with pytest.raises(AssertionError):
+                make(*bad)
+
+
+@pytest.fixture
+def solo(tmp_path, monkeypatch):
+    """A package with solo-learn 1.0.6's modules and signatures, and methods that have bound the names."""
+
+    def package(signature="z, indexes, temperature=0.1", found="1.0.6"):
+        for home, objects in ours.REPLACED.items():
+            file = tmp_path / (home.replace(".", "/") + ".py")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (file.parent, file.parents[1]):
+                (folder / "__init__.py").touch()
+            name = objects[0].__name__
+            parameters = {"simclr_loss_func": signature}.get(name) or plain(objects[0])
+            file.write_text(
+                f"class {name}:\n    def __init__(self, {parameters}): pass\n"
+                if isinstance(objects[0], type)
+                else f"def {name}({parameters}): return 'theirs'\n"
+            )
+        (tmp_path / "solo/methods.py").write_text(
+            "from solo.losses.simclr import simclr_loss_func\nfrom solo.utils.momentum import MomentumUpdater\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(sslops.compat, "version", lambda distribution: found)
+
+    yield package
+    for name in [name for name in sys.modules if name.split(".")[0] == "solo"]:
+        del sys.modules[name]
+
+
+def plain(x):
+    parameters = sslops.compat._parameters(x)
+    return ", ".join(name if default is Parameter.empty else f"{name}={default!r}" for name, _, default in parameters)
+
+
+def test_patch_reaches_names_that_methods_bound(solo):
+    solo()
+    methods = importlib.import_module("solo.methods")
+    losses = importlib.import_module("solo.losses.simclr")
+    with sslops.patch_solo():
+        sslops.patch_solo()
+        assert methods.simclr_loss_func is losses.simclr_loss_func is ours.simclr_loss_func
+        assert methods.MomentumUpdater is ours.MomentumUpdater
+    assert methods.simclr_loss_func is losses.simclr_loss_func
+    assert methods.simclr_loss_func(0, 0) == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"signature": "z1, z2, temperature=0.1"}, r"wanted simclr_loss_func\(z: .*has \(z1, z2, temperature=0\.1\)"),
+        ({"found": "2.0"}, r"wanted solo-learn 1, got 2\.0"),
+    ],
+)
+def test_other_versions_are_refused(solo, options, message):
+    solo(**options)
+    methods = importlib.import_module("solo.methods")
+    with pytest.raises(ImportError, match=message):
+        sslops.patch_solo()
+    assert methods.simclr_loss_func(0, 0) == "theirs"
+
+
+def test_what_does_not_import_is_named(solo):
+    solo()
+    Path(importlib.import_module("solo.losses.byol").__file__).unlink()
+    del sys.modules["solo.losses.byol"]
+    importlib.invalidate_caches()
+    with pytest.raises(ImportError, match=r"patch_solo: solo-learn 1\.0\.6 does not import solo\.losses\.byol"):
+        sslops.patch_solo()
