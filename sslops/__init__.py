@@ -14,10 +14,12 @@ from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
 from .ops.relic import relic, relic_multicrop
 from .ops.vicreg import vicreg
+from .queue import NegativeQueue
 
 __version__ = "0.1.0"
 __all__ = [
     "EMA",
+    "NegativeQueue",
     "barlow_twins",
     "cosine_momentum",
     "cross_correlation",

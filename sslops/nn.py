@@ -61,7 +61,7 @@ class BarlowTwinsLoss(_Loss, op=barlow_twins):
 
 
 class InfoNCELoss(_Loss, op=info_nce):
-    """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D] if any) -> [] or [B]: see `sslops.info_nce`."""
+    """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D]) -> [] or [B]: see `sslops.info_nce`."""
 
 
 class RELICLoss(_Loss, op=relic):

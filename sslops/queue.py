@@ -1,0 +1,119 @@
+"""NegativeQueue: the keys of the latest batches, MoCo's negatives."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _check
+
+__all__ = ["NegativeQueue"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class NegativeQueue(nn.Module):
+    """The last `size` keys, a ring that is written in place: negatives for `info_nce`.
+
+    It starts with random unit rows, as MoCo's does. Nothing in it waits for the device: the pointer is a tensor, so a
+    step that enqueues can be captured in a CUDA graph. All of it is in the state_dict, which resumes exactly.
+
+    The order is the caller's. In MoCo a batch is no negative of itself, so it is enqueued after its loss::
+
+        queue = sslops.NegativeQueue(65536, 128)
+        loss = sslops.info_nce(query, key, queue.negatives, temperature=0.07)  # key: without a gradient
+        queue.enqueue(key)  # before loss.backward() or after: the query's gradient is there already
+        loss.backward()
+
+    Enqueued before the loss, a key is a negative of its own query, unless ids leave it out::
+
+        queue.enqueue(key, ids=ids)
+        loss = sslops.info_nce(query, key, queue.negatives, query_ids=ids, negative_ids=queue.ids)
+
+    Args:
+        size, dim: K and D, positive.
+        dtype: of the storage: float32 (the default), float16 or bfloat16.
+
+    Attributes:
+        negatives: [K, D], unit rows, normalised once, when they are enqueued.
+        ids: [K] int64, those given to enqueue(); -1 where none were.
+        pointer: 0-d int64, the row that is written next.
+        filled: 0-d int64, how many rows hold keys.
+
+    Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722, Algorithm 1.
+    """
+
+    negatives: Tensor
+    ids: Tensor
+    pointer: Tensor
+    filled: Tensor
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            _check.count("NegativeQueue", name, value, 1, 2**62)
+        dtype = torch.float32 if dtype is None else dtype
+        if dtype not in DTYPES:
+            _check.bad_type("NegativeQueue", "dtype", "float32, float16 or bfloat16", dtype)
+        self.register_buffer("negatives", F.normalize(torch.randn(size, dim, dtype=torch.float32)).to(dtype))
+        self.register_buffer("ids", torch.full((size,), -1))
+        for name in ("pointer", "filled"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, *, ids: Tensor | None = None) -> None:
+        """Puts the keys in the place of the oldest rows.
+
+        Args:
+            keys: [N, D] with N at most K, floating-point of any precision, on the queue's device.
+            ids: [N] int64, not negative, what `info_nce` knows the keys by.
+
+        Raises:
+            TypeError, ValueError: arguments of the wrong type, shape or device; the queue is as it was.
+        """
+        size, dim = self.negatives.shape
+        op = "NegativeQueue.enqueue"
+        _check.floats(op, "[N, D]", keys=keys)
+        if keys.shape[1] != dim or len(keys) > size:
+            _check.bad_value(op, "keys", f"shape [N, {dim}], N at most {size}", list(keys.shape))
+        _check.same_device(op, "the queue", self.negatives, keys=keys)
+        if ids is not None:
+            _check.ids(op, "[N]", ids=ids)
+            _check.same_device(op, "the queue", self.negatives, ids=ids)
+            if len(ids) != len(keys):
+                _check.bad_value(op, "ids", f"shape [{len(keys)}]", list(ids.shape))
+        rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        self.negatives.index_copy_(0, rows, F.normalize(keys.to(wide)).to(self.negatives.dtype))
+        self.ids.index_copy_(0, rows, torch.full_like(rows, -1) if ids is None else ids)
+        self.pointer.add_(len(keys)).remainder_(size)
+        self.filled.add_(len(keys)).clamp_(max=size)
+
+    @classmethod
+    def from_moco(cls, queue: Tensor, queue_ptr: Tensor) -> "NegativeQueue":
+        """From the buffers of MoCo's model: queue [D, K], queue_ptr [1]. All rows count as filled."""
+        _check.floats("NegativeQueue.from_moco", "[D, K]", queue=queue)
+        return cls.from_lightly(queue.t(), queue_ptr)
+
+    def to_moco(self) -> dict[str, Tensor]:
+        """Copies, named as MoCo's buffers: {"queue": [D, K], "queue_ptr": [1]}."""
+        return {"queue": self.negatives.t().contiguous(), "queue_ptr": self.pointer.reshape(1).clone()}
+
+    @classmethod
+    def from_lightly(cls, bank: Tensor, bank_ptr: Tensor) -> "NegativeQueue":
+        """From the buffers of lightly's MemoryBankModule: bank [K, D], bank_ptr [1]. All rows count as filled."""
+        _check.floats("NegativeQueue.from_lightly", "[K, D]", bank=bank)
+        _check.ids("NegativeQueue.from_lightly", "[1]", bank_ptr=bank_ptr)
+        with torch.no_grad():
+            made = cls(bank.shape[0], bank.shape[1], bank.dtype).to(bank.device)
+            made.negatives.copy_(bank)
+            made.pointer.copy_(bank_ptr.reshape(()) % len(bank))
+            made.filled.fill_(len(bank))
+        return made
+
+    def to_lightly(self) -> dict[str, Tensor]:
+        """Copies, named as lightly's buffers: {"bank": [K, D], "bank_ptr": [1]}."""
+        return {"bank": self.negatives.clone(), "bank_ptr": self.pointer.reshape(1).clone()}
+
+    def extra_repr(self) -> str:
+        size, dim = self.negatives.shape
+        return f"{size}, {dim}, dtype={self.negatives.dtype}"
