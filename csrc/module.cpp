@@ -83,10 +83,16 @@ void bind_columns(py::module_& m) {
   using namespace columns;
   m.def(
       "columns_normalize",
-      [](Address x, int dtype, int64_t n, int64_t d, int64_t first, int64_t p, bool scaled, double eps, Address a,
-         Address mean, Address var) {
-        table().normalize(at<void>(x), DType(dtype), {n, d, first, p}, scaled, eps, at<float>(a), at<float>(mean),
-                          at<float>(var));
+      [](Address x, int dtype, int64_t n, int64_t d, int64_t first, int64_t p, bool scaled, double eps, Address moments,
+         Address a, Address mean, Address var) {
+        table().normalize(at<void>(x), DType(dtype), {n, d, first, p}, scaled, eps, at<double>(moments), at<float>(a),
+                          at<float>(mean), at<float>(var));
+      },
+      NoGil());
+  m.def(
+      "columns_moments",
+      [](Address x, int dtype, int64_t n, int64_t d, Address moments) {
+        table().moments(at<void>(x), DType(dtype), n, d, at<double>(moments));
       },
       NoGil());
   m.def(
@@ -100,10 +106,19 @@ void bind_columns(py::module_& m) {
       [](Address x, Address y, int64_t size) { return table().inner(at<float>(x), at<float>(y), size); }, NoGil());
   m.def(
       "columns_normalize_backward",
-      [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, Address var, double eps,
-         double grad, int64_t n, int64_t d, int64_t first, int64_t p, int dtype, Address dx) {
-        table().normalize_backward(at<float>(t), ld, weight, at<float>(b), at<float>(slope), at<float>(a),
-                                   at<float>(var), eps, grad, {n, d, first, p}, DType(dtype), at<void>(dx));
+      [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, Address means, Address var,
+         double eps, double grad, int64_t n, int64_t d, int64_t first, int64_t p, int dtype, Address dx) {
+        table().normalize_backward({at<float>(t), ld, weight, at<float>(b), at<float>(slope)}, at<float>(a),
+                                   at<double>(means), at<float>(var), eps, grad, {n, d, first, p}, DType(dtype),
+                                   at<void>(dx));
+      },
+      NoGil());
+  m.def(
+      "columns_gradient_means",
+      [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, int64_t n, int64_t p,
+         Address means) {
+        table().gradient_means({at<float>(t), ld, weight, at<float>(b), at<float>(slope)}, at<float>(a), n, p,
+                               at<double>(means));
       },
       NoGil());
 }
@@ -211,17 +226,18 @@ void bind_nt_xent(py::module_& m) {
       NoGil());
   m.def(
       "nt_xent_forward_tile",
-      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n, double tau, bool fixed,
-         Address max, Address r, Address s_pos) {
-        table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(r),
-                             at<float>(s_pos));
+      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n, bool mirrored,
+         double tau, bool fixed, Address max, Address r, Address s_pos) {
+        table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n, mirrored}, tau, fixed, at<float>(max),
+                             at<float>(r), at<float>(s_pos));
       },
       NoGil());
   m.def(
       "nt_xent_finish_forward",
-      [](int64_t n, double tau, bool fixed, Address max, Address r, Address s_pos, Address losses, Address stats) {
-        table().finish_forward(n, tau, fixed, at<float>(max), at<float>(r), at<float>(s_pos), at<float>(losses),
-                               at<float>(stats));
+      [](int64_t n, int64_t first, int64_t count, double tau, bool fixed, Address max, Address r, Address s_pos,
+         Address losses, Address stats) {
+        table().finish_forward({n, first, count}, tau, fixed, at<float>(max), at<float>(r), at<float>(s_pos),
+                               at<float>(losses), at<float>(stats));
       },
       NoGil());
   m.def(
@@ -233,11 +249,12 @@ void bind_nt_xent(py::module_& m) {
       NoGil());
   m.def(
       "nt_xent_finish_backward",
-      [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, double tau, Address grad, Address z,
-         Address inv_norm, Address stats, Address dz, int64_t ld, Address dz0, Address dz1, Address dots) {
-        table().finish_backward(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, tau, at<float>(grad),
-                                at<float>(z), at<float>(inv_norm), at<float>(stats), at<float>(dz), ld, at<void>(dz0),
-                                at<void>(dz1), at<float>(dots));
+      [](Address z0, Address z1, int dtype, int64_t n, int64_t first, int64_t count, int64_t d, bool normalize,
+         double tau, Address grad, Address z, Address inv_norm, Address stats, Address dz, int64_t ld, Address dz0,
+         Address dz1, Address dots) {
+        table().finish_backward(at<void>(z0), at<void>(z1), DType(dtype), {n, first, count}, d, normalize, tau,
+                                at<float>(grad), at<float>(z), at<float>(inv_norm), at<float>(stats), at<float>(dz), ld,
+                                at<void>(dz0), at<void>(dz1), at<float>(dots));
       },
       NoGil());
 }

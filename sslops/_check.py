@@ -120,6 +120,13 @@ def scratch(op: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, .
             bad_value(op, name, f"float32 {list(shape)} on {device}", f"{x.dtype} {list(x.shape)} on {x.device}")
 
 
+def like(op: str, name: str, x: Tensor, other: Tensor, shape: tuple[int, ...]) -> None:
+    """A tensor of this very shape with `other`'s dtype and device, for the same reason."""
+    if x.dtype != other.dtype or tuple(x.shape) != shape or x.device != other.device:
+        wanted = f"{other.dtype} {list(shape)} on {other.device}"
+        bad_value(op, name, wanted, f"{x.dtype} {list(x.shape)} on {x.device}")
+
+
 def non_negative(op: str, **numbers: float) -> None:
     """Finite numbers, at least 0."""
     for name, value in numbers.items():
@@ -157,7 +164,7 @@ def count(op: str, argument: str, value: int, lowest: int, highest: int) -> None
         bad_value(op, argument, f"{lowest} to {highest}", value)
 
 
-def batch(op: str, argument: str, x: Tensor) -> None:
-    """At least two rows, and a column."""
-    if x.shape[0] < 2 or x.shape[1] < 1:
+def batch(op: str, argument: str, x: Tensor, ranks: int = 1) -> None:
+    """At least two rows, on all ranks together, and a column."""
+    if x.shape[0] * ranks < 2 or x.shape[1] < 1:
         bad_value(op, argument, "at least 2 rows, to have a variance, and a column", list(x.shape))

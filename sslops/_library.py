@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from . import _check
 from .backend import BACKENDS, refusal
+from .distributed import agreed
 
 _LIBRARY = torch.library.Library("sslops", "FRAGMENT")
 _SCHEMA_TYPES = {
@@ -23,6 +24,10 @@ _SCHEMA_TYPES = {
 }
 
 
+def _is_spread(x: Any) -> bool:
+    return getattr(x, "group", "") != ""
+
+
 def _guarded(name: str, x: Any, kernel: Callable[[], Any]) -> Any:
     """What holds for every kernel, however it is called: it can take these tensors, and autocast is off.
 
@@ -32,7 +37,7 @@ def _guarded(name: str, x: Any, kernel: Callable[[], Any]) -> Any:
         _check.bad_value(name, "backend", "a backend with kernels", repr(x.backend))
     device = x[0].device
     for dtype in (x[0].dtype, getattr(x, "operand_dtype", x[0].dtype)):
-        reason = refusal(x.backend, name, device, dtype)
+        reason = refusal(x.backend, name, device, dtype, _is_spread(x))
         if reason is not None:
             raise RuntimeError(f"{name}: backend {x.backend!r} cannot run here: {reason}")
     if forward_ad._current_level >= 0:
@@ -56,10 +61,11 @@ def register(
     """Registers `name(arguments) -> (result, *saved)` and `name_backward(grad, arguments, *saved)`.
 
     arguments: a NamedTuple that begins with the tensor a backend is chosen by and has a field `backend`. The functions
-    take one: forward(x), backward(grad, x, *saved), and the fakes alike. The first output is the result; the saved
-    ones, if any, are kept for backward and have no gradient. The backward op returns one gradient for each argument
-    named in `gradients`. Differentiating it raises: that is for backend="eager". Without a backward nothing is
-    differentiable. kept(x): the arguments as backward gets them, those tensors None that it does not need.
+    take one: forward(x), backward(grad, x, *saved), and the fakes alike. With a field `group`, the name of a process
+    group or "", forward gets tensors whose shapes and dtypes are those of all ranks. The first output is the result;
+    the saved ones, if any, are kept for backward and have no gradient. The backward op returns one gradient for each
+    argument named in `gradients`. Differentiating it raises: that is for backend="eager". Without a backward nothing
+    is differentiable. kept(x): the arguments as backward gets them, those tensors None that it does not need.
     """
     fields = get_type_hints(arguments)
     names, count = list(fields), len(fields)
@@ -74,7 +80,15 @@ def register(
 
         def run(*values: Any) -> Any:
             given = parts(values)
-            return _guarded(name, given[lead], lambda: implementation(*given))
+            x = given[lead]
+            if lead == 0 and _is_spread(x):
+                return _guarded(name, x, lambda: on_all_ranks(x))
+            return _guarded(name, x, lambda: implementation(*given))
+
+        def on_all_ranks(x: Any) -> Any:
+            with agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
+                same = iter(tensors)
+                return implementation(type(x)._make(next(same) if isinstance(v, Tensor) else v for v in x))
 
         _LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(op, run, "CompositeExplicitAutograd")

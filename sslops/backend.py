@@ -7,6 +7,7 @@ does not have. `eager`, the reference in `sslops/ops/<op>.py`, runs everywhere a
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 from types import ModuleType
@@ -42,8 +43,8 @@ def _exists(module: str) -> bool:
 
 
 @functools.cache
-def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run `op` there; None if it can."""
+def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype, distributed: bool = False) -> str | None:
+    """Why `backend` cannot run `op` there, for a batch spread over ranks if distributed; None if it can."""
     if backend == "eager":
         return None
     if not _exists(f"sslops.kernels.{backend}.{op}"):
@@ -52,24 +53,29 @@ def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
         return f"the {backend} backend does not run on {device.type} tensors"
     if backend == "triton" and not _exists("triton"):
         return "triton is not installed"
+    if distributed and not {"own", "group"} & inspect.signature(kernel(backend, op).forward).parameters.keys():
+        return f"{op}'s {backend} kernel has no distributed form"
     reason: str | None = kernel(backend, op).refuses(device, dtype)
     return reason
 
 
 @functools.cache
-def _choose(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None) -> str:
+def _choose(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, distributed: bool) -> str:
     if wanted is not None:
         if wanted not in BACKENDS:
             raise ValueError(f"{op}: backend: wanted one of {', '.join(BACKENDS)}, got {wanted!r}")
-        reason = refusal(wanted, op, device, dtype)
+        reason = refusal(wanted, op, device, dtype, distributed)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {wanted!r} cannot run here: {reason}")
         return wanted
-    return next(b for b in (*_ORDER.get(device.type, ()), "eager") if refusal(b, op, device, dtype) is None)
+    backends = (*_ORDER.get(device.type, ()), "eager")
+    return next(b for b in backends if refusal(b, op, device, dtype, distributed) is None)
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None) -> str:
+def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, group: str = "") -> str:
     """The backend that runs `op` there: `wanted`, else $SSLOPS_BACKEND, else the fastest that can.
+
+    group: the name of a process group whose ranks share the batch, or "".
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that cannot run.
     """
@@ -77,7 +83,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | Non
         raise TypeError(f"{op}: backend: wanted a name or None, got {wanted!r}")
     if wanted is None:
         wanted = os.environ.get("SSLOPS_BACKEND") or None
-    return _choose(op, device, dtype, wanted)
+    return _choose(op, device, dtype, wanted, group != "")
 
 
 # torch.compiler.assume_constant_result without its import of torch._dynamo: a trace takes the answer, not the search.

@@ -136,7 +136,7 @@ def test_non_contiguous_and_nan(device, backend, route):
 @each_route
 def test_opcheck(device, backend, route):
     z_a, z_b = (x.requires_grad_() for x in views(6, 8, device=device).values())
-    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, route, True, backend)
+    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, route, True, "", True, backend)
     torch.library.opcheck(torch.ops.sslops.barlow_twins.default, arguments)
     with torch.no_grad():
         loss, *saved = torch.ops.sslops.barlow_twins(*arguments)
@@ -190,13 +190,13 @@ def test_bad_input():
 
 def test_bad_input_to_the_registered_op():
     z_a, z_b = views(4, 8).values()
-    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, "gram", True, "cpu")
-    loss, diagonal, kept = torch.ops.sslops.barlow_twins(*arguments)
+    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, "gram", True, "", True, "cpu")
+    loss, diagonal, kept, gathered = torch.ops.sslops.barlow_twins(*arguments)
     with pytest.raises(ValueError, match="barlow_twins: z_b"):
         torch.ops.sslops.barlow_twins(z_a, z_b[:3], *arguments[2:])
     for bad in ((loss[None], diagonal, kept), (loss, diagonal[1:], kept), (loss, diagonal, kept[:1])):
         with pytest.raises(ValueError, match=r"barlow_twins: (grad|diagonal|kept)"):
-            torch.ops.sslops.barlow_twins_backward(bad[0], *arguments, *bad[1:])
+            torch.ops.sslops.barlow_twins_backward(bad[0], *arguments, *bad[1:], gathered)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

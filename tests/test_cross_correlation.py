@@ -64,7 +64,7 @@ def test_non_contiguous_and_same_bits(device, backend):
 @each_target
 def test_opcheck(device, backend):
     z_a, z_b = (z.requires_grad_() for z in views(6, 8, device=device).values())
-    arguments = (z_a, z_b, 1e-5, torch.float32, backend)
+    arguments = (z_a, z_b, 1e-5, torch.float32, "", True, backend)
     torch.library.opcheck(torch.ops.sslops.cross_correlation.default, arguments)
     detached = (z_a.detach(), z_b.detach(), *arguments[2:])
     torch.library.opcheck(
@@ -95,4 +95,4 @@ def test_bad_input():
     refused(ValueError, "eps", z_a, z_b, eps=0.0)
     refused(ValueError, "backend", z_a, z_b, backend="tpu")
     with pytest.raises(ValueError, match="cross_correlation: grad"):
-        torch.ops.sslops.cross_correlation_backward(torch.ones(7, 8), z_a, z_b, 1e-5, torch.float32, "cpu")
+        torch.ops.sslops.cross_correlation_backward(torch.ones(7, 8), z_a, z_b, 1e-5, torch.float32, "", True, "cpu")

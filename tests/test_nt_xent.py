@@ -264,7 +264,7 @@ def test_gradient_of_one_view(device, backend):
 def test_opcheck(device, backend, with_temperature):
     z0, z1 = (x.requires_grad_() for x in views(6, 8, device=device).values())
     temperature = torch.tensor(0.3, device=device, requires_grad=True) if with_temperature else None
-    arguments = (z0, z1, temperature, 0.3, True, torch.float32, backend)
+    arguments = (z0, z1, temperature, 0.3, True, "", False, torch.float32, backend)
     torch.library.opcheck(torch.ops.sslops.nt_xent.default, arguments)
     with torch.no_grad():
         losses, *saved = torch.ops.sslops.nt_xent(*arguments)
@@ -356,8 +356,8 @@ def test_bad_input():
 def test_bad_input_to_the_registered_op():
     """torch.ops.sslops can be called by anyone: nothing that reaches a pointer goes unchecked."""
     z0, z1 = views(4, 8).values()
-    arguments = (z0, z1, None, 0.5, True, torch.float32, "cpu")
-    _, inv_norm, stats = torch.ops.sslops.nt_xent(*arguments)
+    arguments = (z0, z1, None, 0.5, True, "", False, torch.float32, "cpu")
+    _, inv_norm, stats, views_of_all = torch.ops.sslops.nt_xent(*arguments)
     grad = torch.ones(8)
     for backend in ("eager", "tpu"):
         with pytest.raises(ValueError, match="nt_xent: backend"):
@@ -375,7 +375,7 @@ def test_bad_input_to_the_registered_op():
         (grad.double(), inv_norm, stats),
     ):
         with pytest.raises(ValueError, match=r"nt_xent: (grad|inv_norm|stats)"):
-            torch.ops.sslops.nt_xent_backward(bad[0], *arguments, *bad[1:])
+            torch.ops.sslops.nt_xent_backward(bad[0], *arguments, *bad[1:], views_of_all)
 
 
 def test_odd_temperatures_on_a_tensor():

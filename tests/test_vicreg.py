@@ -141,7 +141,7 @@ def test_non_contiguous_and_nan(device, backend, route):
 @pytest.mark.parametrize("both", [True, False])
 def test_opcheck(device, backend, route, both):
     z_a, z_b = (z.requires_grad_() for z in views(6, 8, device=device).values())
-    arguments = (z_a, z_b if both else None, 25.0, 25.0, 1.0, 1e-4, torch.float32, route, True, backend)
+    arguments = (z_a, z_b if both else None, 25.0, 25.0, 1.0, 1e-4, torch.float32, route, True, "", backend)
     torch.library.opcheck(torch.ops.sslops.vicreg.default, arguments)
     with torch.no_grad():
         loss, *saved = torch.ops.sslops.vicreg(*arguments)
@@ -194,13 +194,13 @@ def test_bad_input():
 
 def test_bad_input_to_the_registered_op():
     z_a, z_b = views(4, 8).values()
-    arguments = (z_a, z_b, 25.0, 25.0, 1.0, 1e-4, torch.float32, "gram", True, "cpu")
-    loss, moments, kept = torch.ops.sslops.vicreg(*arguments)
+    arguments = (z_a, z_b, 25.0, 25.0, 1.0, 1e-4, torch.float32, "gram", True, "", "cpu")
+    loss, moments, kept, gathered = torch.ops.sslops.vicreg(*arguments)
     with pytest.raises(ValueError, match="vicreg: z_b"):
         torch.ops.sslops.vicreg(z_a, z_b[:3], *arguments[2:])
     for bad in ((loss[None], moments, kept), (loss, moments[1:], kept), (loss, moments, kept[:1])):
         with pytest.raises(ValueError, match=r"vicreg: (grad|moments|kept)"):
-            torch.ops.sslops.vicreg_backward(bad[0], *arguments, *bad[1:])
+            torch.ops.sslops.vicreg_backward(bad[0], *arguments, *bad[1:], gathered)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

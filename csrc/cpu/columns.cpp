@@ -19,32 +19,66 @@ void for_each_strip(int64_t p, Fn&& fn) {
 
 SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
 
-void normalize(const void* x, DType dtype, Panel c, bool scaled, double eps, float* a, float* means, float* vars) {
-  const double inv_n = 1. / static_cast<double>(c.n);
-  for_each_strip(c.p, [&](int64_t strip, int64_t width) {
-    D mean[kStrip / kLanes]{}, var[kStrip / kLanes]{};
-    const auto down = [&](auto&& visit) {
-      for (int64_t i = 0; i < c.n; ++i)
-        for_each_vector(width, [&](int64_t j, int lanes) {
-          visit(i, j, lanes, widen(load_as_float(x, dtype, i * c.d + c.first + strip + j, lanes)));
-        });
-    };
-    down([&](int64_t, int64_t j, int, D v) { mean[j / kLanes] += v; });
-    for (D& m : mean) m *= inv_n;
-    down([&](int64_t, int64_t j, int, D v) {
-      v -= mean[j / kLanes];
-      var[j / kLanes] += v * v;
+// visit(row, column of the strip, lanes, value) down the rows of x
+template <typename Visit>
+SSLOPS_INLINE void down(const void* x, DType dtype, Panel c, int64_t strip, int64_t width, Visit&& visit) {
+  for (int64_t i = 0; i < c.n; ++i)
+    for_each_vector(width, [&](int64_t j, int lanes) {
+      visit(i, j, lanes, widen(load_as_float(x, dtype, i * c.d + c.first + strip + j, lanes)));
     });
+}
+
+using Strip = D[kStrip / kLanes];
+
+SSLOPS_INLINE void strip_moments(const void* x, DType dtype, Panel c, int64_t strip, int64_t width, Strip& mean,
+                                 Strip& var) {
+  const double inv_n = 1. / static_cast<double>(c.n);
+  down(x, dtype, c, strip, width, [&](int64_t, int64_t j, int, D v) { mean[j / kLanes] += v; });
+  for (D& m : mean) m *= inv_n;
+  down(x, dtype, c, strip, width, [&](int64_t, int64_t j, int, D v) {
+    v -= mean[j / kLanes];
+    var[j / kLanes] += v * v;
+  });
+  for (D& v : var) v *= inv_n;
+}
+
+// A strip of a row of doubles, to or from vectors.
+SSLOPS_INLINE void store_strip(double* row, int64_t width, const Strip& values) {
+  for (int64_t j = 0; j < width; ++j) row[j] = values[j / kLanes][j % kLanes];
+}
+SSLOPS_INLINE void load_strip(const double* row, int64_t width, Strip& values) {
+  for (int64_t j = 0; j < width; ++j) values[j / kLanes][j % kLanes] = row[j];
+}
+
+void moments(const void* x, DType dtype, int64_t n, int64_t d, double* moments) {
+  for_each_strip(d, [&](int64_t strip, int64_t width) {
+    Strip mean{}, var{};
+    strip_moments(x, dtype, {n, d, 0, d}, strip, width, mean, var);
+    store_strip(moments + strip, width, mean);
+    store_strip(moments + d + strip, width, var);
+  });
+}
+
+void normalize(const void* x, DType dtype, Panel c, bool scaled, double eps, const double* moments, float* a,
+               float* means, float* vars) {
+  for_each_strip(c.p, [&](int64_t strip, int64_t width) {
+    Strip mean{}, var{};
+    if (moments) {
+      load_strip(moments + c.first + strip, width, mean);
+      load_strip(moments + c.d + c.first + strip, width, var);
+    } else {
+      strip_moments(x, dtype, c, strip, width, mean, var);
+    }
     F scale[kStrip / kLanes];
     for_each_vector(width, [&](int64_t j, int lanes) {
-      const D biased = var[j / kLanes] * inv_n;
+      const D biased = var[j / kLanes];
       store_lanes(means + strip + j, lanes, __builtin_convertvector(mean[j / kLanes], F));
       store_lanes(vars + strip + j, lanes, __builtin_convertvector(biased, F));
       D inverse{};
       for (int k = 0; k < kLanes; ++k) inverse[k] = scaled ? 1. / __builtin_sqrt(biased[k] + eps) : 1.;
       scale[j / kLanes] = __builtin_convertvector(inverse, F);
     });
-    down([&](int64_t i, int64_t j, int lanes, D v) {
+    down(x, dtype, c, strip, width, [&](int64_t i, int64_t j, int lanes, D v) {
       const F centred = __builtin_convertvector(v - mean[j / kLanes], F);
       store_lanes(a + i * c.p + strip + j, lanes, centred * scale[j / kLanes]);
     });
@@ -84,28 +118,49 @@ double inner(const float* x, const float* y, int64_t size) {
   return total;
 }
 
-void normalize_backward(const float* t, int64_t ld, double weight, const float* b, const float* slope, const float* a,
-                        const float* var, double eps, double grad, Panel c, DType dtype, void* dx) {
-  const float w = static_cast<float>(weight);
-  const double inv_n = 1. / static_cast<double>(c.n);
+SSLOPS_INLINE F at(const Gradient& g, int64_t i, int64_t p, int64_t column, int lanes) {
+  F v = load_lanes(g.t + i * g.ld + column, lanes, 0.f) * static_cast<float>(g.weight);
+  if (g.b) v += load_lanes(g.b + i * p + column, lanes, 0.f) * load_lanes(g.slope + column, lanes, 0.f);
+  return v;
+}
+
+SSLOPS_INLINE void strip_gradient_means(const Gradient& g, const float* a, int64_t n, int64_t p, int64_t strip,
+                                        int64_t width, Strip& mean, Strip& along) {
+  for (int64_t i = 0; i < n; ++i)
+    for_each_vector(width, [&](int64_t j, int lanes) {
+      const D v = widen(at(g, i, p, strip + j, lanes));
+      mean[j / kLanes] += v;
+      along[j / kLanes] += v * widen(load_lanes(a + i * p + strip + j, lanes, 0.f));
+    });
+  const double inv_n = 1. / static_cast<double>(n);
+  for (D& m : mean) m *= inv_n;
+  for (D& m : along) m *= inv_n;
+}
+
+void gradient_means(Gradient g, const float* a, int64_t n, int64_t p, double* means) {
+  for_each_strip(p, [&](int64_t strip, int64_t width) {
+    Strip mean{}, along{};
+    strip_gradient_means(g, a, n, p, strip, width, mean, along);
+    store_strip(means + strip, width, mean);
+    store_strip(means + p + strip, width, along);
+  });
+}
+
+void normalize_backward(Gradient g, const float* a, const double* means, const float* var, double eps, double grad,
+                        Panel c, DType dtype, void* dx) {
   for_each_strip(c.p, [&](int64_t strip, int64_t width) {
-    const auto g = [&](int64_t i, int64_t j, int lanes) {
-      F v = load_lanes(t + i * ld + strip + j, lanes, 0.f) * w;
-      if (b) v += load_lanes(b + i * c.p + strip + j, lanes, 0.f) * load_lanes(slope + strip + j, lanes, 0.f);
-      return v;
-    };
-    D mean[kStrip / kLanes]{}, along[kStrip / kLanes]{};
-    for (int64_t i = 0; i < c.n; ++i)
-      for_each_vector(width, [&](int64_t j, int lanes) {
-        const D v = widen(g(i, j, lanes));
-        mean[j / kLanes] += v;
-        along[j / kLanes] += v * widen(load_lanes(a + i * c.p + strip + j, lanes, 0.f));
-      });
+    Strip mean{}, along{};
+    if (means) {
+      load_strip(means + strip, width, mean);
+      load_strip(means + c.p + strip, width, along);
+    } else {
+      strip_gradient_means(g, a, c.n, c.p, strip, width, mean, along);
+    }
     F mean32[kStrip / kLanes], along32[kStrip / kLanes], scale[kStrip / kLanes];
     for_each_vector(width, [&](int64_t j, int lanes) {
       const int64_t k = j / kLanes;
-      mean32[k] = __builtin_convertvector(mean[k] * inv_n, F);
-      along32[k] = __builtin_convertvector(along[k] * inv_n, F);
+      mean32[k] = __builtin_convertvector(mean[k], F);
+      along32[k] = __builtin_convertvector(along[k], F);
       D factor = widen(load_lanes(var + strip + j, lanes, 1.f)) + eps;
       for (int lane = 0; lane < kLanes; ++lane) factor[lane] = grad / __builtin_sqrt(factor[lane]);
       scale[k] = __builtin_convertvector(factor, F);
@@ -113,7 +168,8 @@ void normalize_backward(const float* t, int64_t ld, double weight, const float* 
     for (int64_t i = 0; i < c.n; ++i)
       for_each_vector(width, [&](int64_t j, int lanes) {
         const F own = load_lanes(a + i * c.p + strip + j, lanes, 0.f);
-        const F v = (g(i, j, lanes) - mean32[j / kLanes] - own * along32[j / kLanes]) * scale[j / kLanes];
+        const F v =
+            (at(g, i, c.p, strip + j, lanes) - mean32[j / kLanes] - own * along32[j / kLanes]) * scale[j / kLanes];
         store_from_float(dx, dtype, i * c.d + c.first + strip + j, lanes, v);
       });
   });
@@ -122,7 +178,7 @@ void normalize_backward(const float* t, int64_t ld, double weight, const float* 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{normalize, diagonal, inner, normalize_backward};
+extern const Table table{normalize, moments, diagonal, inner, gradient_means, normalize_backward};
 }
 
 }  // namespace sslops::columns

@@ -60,7 +60,7 @@ void mask_row(const Tile& t, int64_t row) {
     if (j >= 0 && j < t.cols) t.s[row * t.ld + j] = -kInf;
 }
 
-// The same, once the positive is read: the pairs (k, k + N) all lie on or above the diagonal.
+// The same, once the positive is read, by the first of its two rows: (k, k + N) lies above the diagonal.
 void take_positive(const Tile& t, int64_t row, float* s_pos) {
   const int64_t i = t.i0 + row, j = i + t.n - t.j0;
   if (i < t.n && j >= 0 && j < t.cols) s_pos[i] = t.s[row * t.ld + j];
@@ -101,7 +101,7 @@ void raise_maximum(const Tile& t, float scale, float* m, float* r, float* s_pos)
       raise(t.i0 + row, max(best));
     }
   });
-  if (t.i0 == t.j0) return;
+  if (!t.mirrored) return;
   for (int64_t j = 0; j < t.cols; ++j) {
     float best = kLowest;
     for (int64_t c = 0; c * kChunk < t.rows; ++c) best = max(column_max[c][j], best);
@@ -132,10 +132,9 @@ SSLOPS_INLINE void add_rows(const Tile& t, int64_t row, float scale, const float
 template <bool kFixed>
 void forward_tile_as(const Tile& t, float scale, const float* m, float* r, float* s_pos) {
   float column_sum[kMaxChunks][kMaxTile];
-  const bool mirrored = t.i0 != t.j0;
   for_each_chunk(t, [&](int64_t chunk, int64_t begin, int64_t end) {
-    float* columns = mirrored ? column_sum[chunk] : nullptr;
-    if (mirrored)
+    float* columns = t.mirrored ? column_sum[chunk] : nullptr;
+    if (columns)
       for (int64_t j = 0; j < t.cols; ++j) columns[j] = 0.f;
     if (kFixed)
       for (int64_t row = begin; row < end; ++row) take_positive(t, row, s_pos);
@@ -143,7 +142,7 @@ void forward_tile_as(const Tile& t, float scale, const float* m, float* r, float
     for (; row + 4 <= end; row += 4) add_rows<kFixed, 4>(t, row, scale, m, r, columns);
     for (; row < end; ++row) add_rows<kFixed, 1>(t, row, scale, m, r, columns);
   });
-  if (!mirrored) return;
+  if (!t.mirrored) return;
   for (int64_t j = 0; j < t.cols; ++j) {
     float total = 0.f;
     for (int64_t c = 0; c * kChunk < t.rows; ++c) total += column_sum[c][j];
@@ -158,17 +157,18 @@ void forward_tile(Tile t, double tau, bool fixed, float* m, float* r, float* s_p
   forward_tile_as<false>(t, scale, m, r, s_pos);
 }
 
-void finish_forward(int64_t n, double tau, bool fixed, const float* m, const float* r, const float* s_pos,
-                    float* losses, float* stats) {
+void finish_forward(Own own, double tau, bool fixed, const float* m, const float* r, const float* s_pos, float* losses,
+                    float* stats) {
   const float scale = log2_scale(tau);
-  const int64_t rows = 2 * n;
-  for (int64_t i = 0; i < rows; ++i) {
-    const float s = s_pos[i < n ? i : i - n], m_neg = fixed ? 1.f : m[i], top = fixed ? 1.f : max(s, m_neg);
+  const int64_t rows = 2 * own.count;
+  for (int64_t k = 0; k < rows; ++k) {
+    const int64_t i = own.row(k);
+    const float s = s_pos[i < own.n ? i : i - own.n], m_neg = fixed ? 1.f : m[i], top = fixed ? 1.f : max(s, m_neg);
     const float r_neg = r[i] * exp2f((m_neg - top) * scale), e_pos = exp2f((s - top) * scale), total = r_neg + e_pos;
-    losses[i] = r_neg < e_pos ? log1pf(r_neg / e_pos) : logf(total) + static_cast<float>((top - s) / tau);
-    stats[i] = top;
-    stats[rows + i] = 1.f / total;
-    stats[2 * rows + i] = r_neg / total;
+    losses[k] = r_neg < e_pos ? log1pf(r_neg / e_pos) : logf(total) + static_cast<float>((top - s) / tau);
+    stats[k] = top;
+    stats[rows + k] = 1.f / total;
+    stats[2 * rows + k] = r_neg / total;
   }
 }
 
@@ -199,14 +199,16 @@ void backward_tile(Tile t, double tau, bool fixed, const float* m, const float* 
   fixed ? backward_tile_as<true>(t, scale, m, a) : backward_tile_as<false>(t, scale, m, a);
 }
 
-void finish_backward(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, double tau,
+void finish_backward(const void* z0, const void* z1, DType dtype, Own own, int64_t d, bool normalize, double tau,
                      const float* grad, const float* z, const float* inv_norm, const float* stats, float* dz,
                      int64_t ld, void* dz0, void* dz1, float* dots) {
+  const int64_t n = own.n;
   const View x{z0, z1, dtype, n, d};
   const float* negative_share = stats + 4 * n;
   const float inv_tau = static_cast<float>(1.0 / tau);
-  parallel_for(2 * n, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  parallel_for(2 * own.count, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = own.row(k);
       const int64_t positive = i < n ? i + n : i - n;
       const float inv = inv_norm[i];
       const float pull = grad[i] * negative_share[i] + grad[positive] * negative_share[positive];
@@ -218,14 +220,14 @@ void finish_backward(const void* z0, const void* z1, DType dtype, int64_t n, int
         product += x.at(i, j, lanes) * inv * v;
       });
       const float dot = sum(product);
-      dots[i] = dot;
+      dots[k] = dot;
       // At a clamped norm F.normalize is a plain scaling: nothing to project out.
       const bool project = normalize && inv < 1.f / kEps;
-      void* out = i < n ? dz0 : dz1;
+      void* out = k < own.count ? dz0 : dz1;
       for_each_vector(d, [&](int64_t j, int lanes) {
         F v = load_lanes(g + j, lanes, 0.f);
         if (project) v -= x.at(i, j, lanes) * (inv * dot);
-        store_from_float(out, dtype, (i < n ? i : i - n) * d + j, lanes, v * inv);
+        store_from_float(out, dtype, (k < own.count ? k : k - own.count) * d + j, lanes, v * inv);
       });
     }
   });

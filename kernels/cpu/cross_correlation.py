@@ -3,31 +3,44 @@
 import torch
 from torch import Tensor
 
-from .columns import centre, normalize_backward, panels, rounded
+from .columns import Group, all_reduce, centre, moments_of, normalize_backward, panels, ranks, rounded
 from .tiles import FLOAT32, refuses  # noqa: F401
 
 
-def forward(z_a: Tensor, z_b: Tensor, eps: float, operand: torch.dtype) -> Tensor:
-    """C [D, D] float32"""
+def forward(
+    z_a: Tensor, z_b: Tensor, eps: float, operand: torch.dtype, group: Group = None, synced: bool = True
+) -> Tensor:
+    """C [D, D] float32, with a group that of all ranks' rows; synced: and so are the columns' statistics"""
     n, d = z_a.shape
-    b = rounded(centre(z_b, 0, d, scale_eps=eps)[0], operand)
+    moments_a, moments_b = moments_of([z_a, z_b], group if synced else None)
+    b = rounded(centre(z_b, 0, d, scale_eps=eps, moments=moments_b)[0], operand)
     c = torch.empty(d, d, **FLOAT32)
     for first, p in panels(d):
-        a = rounded(centre(z_a, first, p, scale_eps=eps)[0], operand)
-        torch.mm(a.t(), b, out=c[first : first + p]).div_(n)
-    return c
+        a = rounded(centre(z_a, first, p, scale_eps=eps, moments=moments_a)[0], operand)
+        torch.mm(a.t(), b, out=c[first : first + p]).div_(n * ranks(group))
+    return all_reduce(c, group)
 
 
-def backward(grad: Tensor, z_a: Tensor, z_b: Tensor, eps: float, operand: torch.dtype) -> tuple[Tensor, Tensor]:
-    """dz_a, dz_b [N, D] in the inputs' dtype, from grad [D, D]"""
+def backward(
+    grad: Tensor,
+    z_a: Tensor,
+    z_b: Tensor,
+    eps: float,
+    operand: torch.dtype,
+    group: Group = None,
+    synced: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """dz_a, dz_b [N, D] in the inputs' dtype, from grad [D, D], the same on all ranks"""
     n, d = z_a.shape
+    weight, over = 1 / n, group if synced else None  # W / N: the gradient is W times the share of these rows
+    moments_a, moments_b = moments_of([z_a, z_b], over)
     dz_a, dz_b = torch.empty_like(z_a), torch.empty_like(z_b)
-    b, _, var_b = centre(z_b, 0, d, scale_eps=eps)
+    b, _, var_b = centre(z_b, 0, d, scale_eps=eps, moments=moments_b)
     db, operand_b = torch.zeros(n, d, **FLOAT32), rounded(b, operand)
     for first, p in panels(d):
-        a, _, var_a = centre(z_a, first, p, scale_eps=eps)
+        a, _, var_a = centre(z_a, first, p, scale_eps=eps, moments=moments_a)
         dc = grad[first : first + p]
-        normalize_backward(dz_a, first, a, var_a, eps, 1 / n, torch.mm(operand_b, dc.t()))
+        normalize_backward(dz_a, first, a, var_a, eps, weight, torch.mm(operand_b, dc.t()), group=over)
         db.addmm_(rounded(a, operand), dc)
-    normalize_backward(dz_b, 0, b, var_b, eps, 1 / n, db)
+    normalize_backward(dz_b, 0, b, var_b, eps, weight, db, group=over)
     return dz_a, dz_b

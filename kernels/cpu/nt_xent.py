@@ -1,16 +1,20 @@
 """NT-Xent on the CPU: symmetric tiles in both directions, 4 M^2 D FLOP, nothing of size M x M.
 
+For a part of the batch, `own`, its rows against all columns: 6 FLOP a pair of rows and column, forward and backward.
+
 r_i = sum over j != i of exp((s_ij - m_i) / tau), m_i the maximum; p_ij = exp((s_ij - m_i) / tau) / r_i.
 Forward: each tile above the diagonal adds to r of its rows and of its columns.
 Backward: W_ij = p_ij g_i + p_ji g_j is symmetric, dz = (W z - positives) / tau: a tile adds to both its blocks of dz.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from sslops import _C
 
-from .tiles import DTYPE_CODES, FLOAT32, refuses, tiles_for, upper_tiles  # noqa: F401
+from .tiles import DTYPE_CODES, FLOAT32, refuses, row_tiles, tiles_for, upper_tiles  # noqa: F401
 
 # Below this temperature the maximum is tracked, which costs a second exponential per pair. Above it, with 1 for the
 # maximum, no sum of exp((s - 1) / tau) is below exp(-43): half of float32's range, the other half being for grad / r.
@@ -34,26 +38,41 @@ def _scale(temperature: float | Tensor, normalize: bool) -> tuple[float, bool]:
     return (tau if tau > 0 else torch.nan), normalize and tau >= LOWEST_FIXED_MAXIMUM_TEMPERATURE
 
 
+def _tiles(n: int, own: slice | None) -> Iterator[tuple[slice, slice]]:
+    if own is None:
+        yield from upper_tiles(2 * n)
+    else:
+        for view in (0, n):
+            yield from row_tiles(slice(view + own.start, view + own.stop), 2 * n)
+
+
 def forward(
-    z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, compute_dtype: torch.dtype
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    own: slice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """losses [2N], inv_norm [2N], stats [3, 2N] (see csrc/cpu/nt_xent.h)"""
+    """losses [2B] and stats [3, 2B] (see csrc/cpu/nt_xent.h) of the B examples `own`, by default all; inv_norm [2N]"""
     n = len(z0)
+    first, count = (0, n) if own is None else (own.start, own.stop - own.start)
     tau, fixed = _scale(temperature, normalize)
     z, inv_norm = _normalize(z0, z1, normalize, compute_dtype)
     maximum = torch.full((2 * n,), torch.finfo(torch.float32).min, **FLOAT32)
     r, s_pos = torch.zeros(2 * n, **FLOAT32), torch.empty(n, **FLOAT32)
     tiles = tiles_for(z, compute_dtype)
-    for i, j in upper_tiles(2 * n):
+    for i, j in _tiles(n, own):
         s = tiles.logits(i, j)
         _C.nt_xent_forward_tile(
-            s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, tau, fixed,
+            s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, own is None and i != j, tau, fixed,
             maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(),
         )  # fmt: skip
-    losses, stats = torch.empty(2 * n, **FLOAT32), torch.empty(3, 2 * n, **FLOAT32)
+    losses, stats = torch.empty(2 * count, **FLOAT32), torch.empty(3, 2 * count, **FLOAT32)
     _C.nt_xent_finish_forward(
-        n, tau, fixed, maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(), losses.data_ptr(), stats.data_ptr()
-    )
+        n, first, count, tau, fixed, maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(),
+        losses.data_ptr(), stats.data_ptr(),
+    )  # fmt: skip
     return losses, inv_norm, stats
 
 
@@ -66,23 +85,28 @@ def backward(
     compute_dtype: torch.dtype,
     inv_norm: Tensor,
     stats: Tensor,
+    own: slice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz0, dz1 [N, D] in the inputs' dtype and dtemperature, from grad [2N] float32"""
+    """dz0, dz1 [B, D] of the examples `own` in the inputs' dtype and their share of dtemperature
+
+    From grad [2N] float32 and stats [3, 2N], those of all examples.
+    """
     n, d = z0.shape
+    first, count = (0, n) if own is None else (own.start, own.stop - own.start)
     tau, fixed = _scale(temperature, normalize)
     z, _ = _normalize(z0, z1, normalize, compute_dtype)
     maximum, weights = stats[0], grad * stats[1]
     tiles = tiles_for(z, compute_dtype)
     dz = tiles.zeros()
-    for i, j in upper_tiles(2 * n):
+    for i, j in _tiles(n, own):
         s = tiles.logits(i, j)
         _C.nt_xent_backward_tile(
             s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, tau, fixed, maximum.data_ptr(), weights.data_ptr()
         )
-        tiles.add_symmetric(dz, i, j, s)
-    dz0, dz1, dots = torch.empty_like(z0), torch.empty_like(z1), torch.empty(2 * n, **FLOAT32)
+        tiles.add_symmetric(dz, i, j, s, "both" if own is None else "left")
+    dz0, dz1, dots = z0.new_empty(count, d), z1.new_empty(count, d), torch.empty(2 * count, **FLOAT32)
     _C.nt_xent_finish_backward(
-        z0.data_ptr(), z1.data_ptr(), DTYPE_CODES[z0.dtype], n, d, normalize, tau,
+        z0.data_ptr(), z1.data_ptr(), DTYPE_CODES[z0.dtype], n, first, count, d, normalize, tau,
         grad.data_ptr(), z.data_ptr(), inv_norm.data_ptr(), stats.data_ptr(), dz.data_ptr(), dz.stride(0),
         dz0.data_ptr(), dz1.data_ptr(), dots.data_ptr(),
     )  # fmt: skip

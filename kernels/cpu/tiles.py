@@ -36,6 +36,13 @@ def upper_tiles(rows: int) -> Iterator[tuple[slice, slice]]:
             yield slice(i, i + side), slice(j, min(j + side, rows))
 
 
+def row_tiles(rows: slice, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Row and column ranges of the tiles of these rows of a [.., columns] matrix."""
+    for i in range(rows.start, rows.stop, TILE):
+        for j in range(0, columns, TILE):
+            yield slice(i, min(i + TILE, rows.stop)), slice(j, min(j + TILE, columns))
+
+
 class Float32Tiles:
     """Z Z^T in float32 tiles, and W Z accumulated from symmetric W; `scratch` tiles can be held at once.
 
@@ -84,7 +91,8 @@ class Bf16Tiles:
 
     def __init__(self, z: Tensor, scratch: int = 1) -> None:
         m, d = (padded(size) for size in z.shape)
-        self._z = torch.zeros(m, d, dtype=torch.bfloat16, device="cpu")
+        # Tiles of rows may start anywhere, and are read and added to in blocks: one more.
+        self._z = torch.zeros(m + _C.GEMM_BLOCK, d, dtype=torch.bfloat16, device="cpu")
         self._z[: z.shape[0], : z.shape[1]] = z
         self._as_right, self._transposed_as_right = self._z.new_empty(2, m, d)
         _C.gemm_pack(self._z.data_ptr(), m, d, self._as_right.data_ptr(), self._transposed_as_right.data_ptr())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _check
+from .. import _check, distributed
 from .._library import register
 from .._precision import compute_dtype
 from ..backend import kernel, resolve
@@ -34,35 +34,65 @@ class _Arguments(NamedTuple):
     temperature: Tensor | None
     tau: float
     normalize: bool
+    group: str
+    shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
     operand_dtype: torch.dtype
     backend: str
 
 
-def _kernel_arguments(x: _Arguments) -> tuple[Any, ...]:
+def _options(x: _Arguments) -> tuple[Any, ...]:
     _check.embeddings("nt_xent", z0=x.z0, z1=x.z1)
     if x.temperature is not None:
         _check.scratch("nt_xent", x.z0.device, temperature=(x.temperature, ()))
-    tau = x.tau if x.temperature is None else x.temperature
-    return x.z0.contiguous(), x.z1.contiguous(), tau, x.normalize, x.operand_dtype
+    return x.tau if x.temperature is None else x.temperature, x.normalize, x.operand_dtype
+
+
+def _own(x: _Arguments) -> slice:
+    first = distributed.rank(x.group) * len(x.z0)
+    return slice(first, first + len(x.z0))
 
 
 def _forward(x: _Arguments) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = kernel(x.backend, "nt_xent").forward(*_kernel_arguments(x))
-    return outputs
+    options, run = _options(x), kernel(x.backend, "nt_xent").forward
+    if not x.group:
+        losses, inv_norm, stats = run(x.z0.contiguous(), x.z1.contiguous(), *options)
+        return losses, inv_norm, stats, x.z0.new_empty(0)
+    views = distributed.gather_views([x.z0, x.z1], x.group)
+    losses, inv_norm, stats = run(views[0], views[1], *options, own=_own(x))
+    rows = torch.cat([losses[None], stats]).view(4, 2, -1)
+    losses, *stats = distributed.all_gather(rows, x.group, 2).view(4, -1)
+    return losses.clone(), inv_norm, torch.stack(stats), views
+
+
+def _shapes(x: _Arguments) -> tuple[tuple[int, ...], ...]:
+    """Of the losses and of what is saved: of all ranks, and their views if there are others"""
+    n, d = x.z0.shape[0] * distributed.size(x.group), x.z0.shape[1]
+    return (2 * n,), (2 * n,), (3, 2 * n), (2, n, d) if x.group else (0,)
 
 
 def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
-    m = 2 * x.z0.shape[0]
-    losses = x.z0.new_empty(m, dtype=torch.float32)
-    return losses, torch.empty_like(losses), losses.new_empty(3, m)
+    *float32, views = _shapes(x)
+    return *(x.z0.new_empty(shape, dtype=torch.float32) for shape in float32), x.z0.new_empty(views)
 
 
-def _backward(grad: Tensor, x: _Arguments, inv_norm: Tensor, stats: Tensor) -> tuple[Tensor, ...]:
-    m = 2 * len(x.z0)
-    _check.scratch("nt_xent", x.z0.device, grad=(grad, (m,)), inv_norm=(inv_norm, (m,)), stats=(stats, (3, m)))
-    gradients: tuple[Tensor, ...] = kernel(x.backend, "nt_xent").backward(
-        grad.contiguous(), *_kernel_arguments(x), inv_norm.contiguous(), stats.contiguous()
-    )
+def _backward(grad: Tensor, x: _Arguments, inv_norm: Tensor, stats: Tensor, views: Tensor) -> tuple[Tensor, ...]:
+    options, run = _options(x), kernel(x.backend, "nt_xent").backward
+    shapes = _shapes(x)
+    saved = {"grad": (grad, shapes[0]), "inv_norm": (inv_norm, shapes[1]), "stats": (stats, shapes[2])}
+    _check.scratch("nt_xent", x.z0.device, **saved)
+    _check.like("nt_xent", "views", views, x.z0, shapes[3])
+    statistics = inv_norm.contiguous(), stats.contiguous()
+    gradients: tuple[Tensor, ...]
+    if not x.group:
+        gradients = run(grad.contiguous(), x.z0.contiguous(), x.z1.contiguous(), *options, *statistics)
+        return gradients
+    if x.shared:
+        grad = grad * distributed.size(x.group)
+    else:
+        own = distributed.own_rows(grad, x.group, parts=2)
+        grad = distributed.all_gather(own.view(2, -1), x.group, 1).view(-1)
+    z0, z1 = views.contiguous()
+    gradients = run(grad.contiguous(), z0, z1, *options, *statistics, own=_own(x))
     return gradients
 
 
@@ -73,7 +103,7 @@ def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...
 register(
     "nt_xent",
     _Arguments,
-    saved=("inv_norm", "stats"),
+    saved=("inv_norm", "stats", "views"),
     gradients=("z0", "z1", "temperature"),
     forward=_forward,
     forward_fake=_forward_fake,
@@ -89,6 +119,7 @@ def nt_xent(
     temperature: float | Tensor = 0.5,
     normalize: bool = True,
     reduction: str = "mean",
+    group: distributed.Group = None,
     backend: str | None = None,
 ) -> Tensor:
     """Normalised temperature-scaled cross entropy over 2N embeddings, the loss of SimCLR.
@@ -104,13 +135,19 @@ def nt_xent(
             tensor: a number that changes recompiles.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the 2N rows, or "none": the losses [2N], rows of z0 first.
+        group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the
+            negatives come from all of them. A mean or a sum is that of all rows, the same on every rank, and so must be
+            what is built on it; "none" gives the rank's own losses. Gradients, the temperature's too, are W times the
+            rank's share, which DDP's averaging makes those of the whole batch. Backward communicates only after "none".
         backend: "cpu", "cuda", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [2N] for reduction="none". NaN for the mean of no rows.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; embeddings of other shapes on other ranks (on a GPU some ranks notice at their next call, and
+            have NaN until then).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, arXiv:2002.05709, Eq. 1.
@@ -119,14 +156,16 @@ def nt_xent(
     _check.temperature("nt_xent", temperature, z0.device)
     _check.flag("nt_xent", "normalize", normalize)
     _check.choice("nt_xent", "reduction", reduction, ("mean", "sum", "none"))
+    group = distributed.name("nt_xent", group)
     operand_dtype = compute_dtype(z0)
-    backend = resolve("nt_xent", z0.device, z0.dtype, backend)
+    backend = resolve("nt_xent", z0.device, z0.dtype, backend, group)
     if backend == "eager":
+        z0, z1 = distributed.gathered("nt_xent", group, z0, z1)
         losses = reference(z0, z1, temperature, normalize, operand_dtype)
-    elif isinstance(temperature, Tensor):
-        losses, _, _ = torch.ops.sslops.nt_xent(z0, z1, temperature.float(), 0.0, normalize, operand_dtype, backend)
     else:
-        losses, _, _ = torch.ops.sslops.nt_xent(z0, z1, None, temperature, normalize, operand_dtype, backend)
+        tau = (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, temperature)
+        options = (normalize, group, reduction != "none", operand_dtype, backend)
+        losses = torch.ops.sslops.nt_xent(z0, z1, *tau, *options)[0]
     if reduction == "mean":
         return losses.mean()
-    return losses.sum() if reduction == "sum" else losses
+    return losses.sum() if reduction == "sum" else distributed.own_rows(losses, group, parts=2)

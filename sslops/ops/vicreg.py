@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _check
+from .. import _check, distributed
 from .._library import register
 from .._precision import compute_dtype
 from ..backend import kernel, resolve
@@ -62,41 +62,61 @@ class _Arguments(NamedTuple):
     operand_dtype: torch.dtype
     route: str
     needs_grad: bool
+    group: str
     backend: str
 
 
-def _kernel_arguments(x: _Arguments) -> tuple[Any, ...]:
+def _options(x: _Arguments) -> tuple[Any, ...]:
     _check_views(x.z_a, x.z_b)
-    _check.batch("vicreg", "z_a", x.z_a)
+    _check.batch("vicreg", "z_a", x.z_a, distributed.size(x.group))
     _check.choice("vicreg", "route", x.route, ROUTES)
-    z_b = None if x.z_b is None else x.z_b.contiguous()
-    return x.z_a.contiguous(), z_b, x.invariance, x.variance, x.covariance, x.eps, x.operand_dtype, x.route
+    return x.invariance, x.variance, x.covariance, x.eps, x.operand_dtype, x.route
 
 
-def _saved_shapes(x: _Arguments) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the moments, and of the Grams or the products with S."""
-    n, d = x.z_a.shape
-    views = 1 if x.z_b is None else 2
-    return (views, 3, d), (views, n, n if x.route == "gram" else d)
+def _views(x: _Arguments) -> list[Tensor]:
+    return [z.contiguous() for z in (x.z_a, x.z_b) if z is not None]
+
+
+def _saved_shapes(x: _Arguments) -> tuple[tuple[int, ...], ...]:
+    """Of the moments, the Grams or the products with S, and the views of all ranks."""
+    (rows, d), n = x.z_a.shape, x.z_a.shape[0] * distributed.size(x.group)
+    v = 1 if x.z_b is None else 2
+    if x.route == "panels":
+        return (v, 3, d), (v, rows, d), (0,)
+    return (v, 3, d), (v, rows, n), (v, n, d) if x.group else (0,)
 
 
 def _forward(x: _Arguments) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = kernel(x.backend, "vicreg").forward(*_kernel_arguments(x), x.needs_grad)
-    return outputs
+    options, views, gathered = _options(x), _views(x), x.z_a.new_empty(0)
+    if x.group and x.route == "gram":
+        gathered = distributed.gather_views(views, x.group)
+        views = list(gathered)
+    z_b = views[1] if len(views) == 2 else None
+    outputs = kernel(x.backend, "vicreg").forward(views[0], z_b, *options, x.needs_grad, **distributed.spread(x.group))
+    return *outputs, gathered
 
 
 def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
     loss = x.z_a.new_empty((), dtype=torch.float32)
-    moments, kept = _saved_shapes(x)
-    return loss, loss.new_empty(moments), loss.new_empty(kept if x.needs_grad else (0,))
+    moments, kept, gathered = _saved_shapes(x)
+    return loss, loss.new_empty(moments), loss.new_empty(kept if x.needs_grad else (0,)), x.z_a.new_empty(gathered)
 
 
-def _backward(grad: Tensor, x: _Arguments, moments: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
-    arguments = _kernel_arguments(x)
-    shapes = _saved_shapes(x)
+def _backward(grad: Tensor, x: _Arguments, moments: Tensor, kept: Tensor, gathered: Tensor) -> tuple[Tensor, ...]:
+    options, views, shapes = _options(x), _views(x), _saved_shapes(x)
     _check.scratch("vicreg", x.z_a.device, grad=(grad, ()), moments=(moments, shapes[0]), kept=(kept, shapes[1]))
+    _check.like("vicreg", "gathered", gathered, x.z_a, shapes[2])
+    if len(gathered):
+        views = list(gathered.contiguous())
+    z_b = views[1] if len(views) == 2 else None
     gradients: tuple[Tensor, ...] = kernel(x.backend, "vicreg").backward(
-        grad, *arguments, moments.contiguous(), kept.contiguous()
+        grad * distributed.size(x.group),
+        views[0],
+        z_b,
+        *options,
+        moments.contiguous(),
+        kept.contiguous(),
+        **distributed.spread(x.group),
     )
     return gradients
 
@@ -108,7 +128,7 @@ def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...
 register(
     "vicreg",
     _Arguments,
-    saved=("moments", "kept"),
+    saved=("moments", "kept", "gathered"),
     gradients=("z_a", "z_b"),
     forward=_forward,
     forward_fake=_forward_fake,
@@ -126,12 +146,13 @@ def vicreg(
     covariance: float = 1.0,
     eps: float = 1e-4,
     route: str | None = None,
+    group: distributed.Group = None,
     backend: str | None = None,
 ) -> Tensor:
     """VICReg's loss: invariance MSE(z_a, z_b) + variance (v_a + v_b) / 2 + covariance (c_a + c_b).
 
     v is the mean over columns of max(0, 1 - sqrt(var + eps)), var unbiased; c the sum of the squared off-diagonal
-    covariances over D, divided by N - 1. The [D, D] matrices are never stored. Statistics are those of the local batch.
+    covariances over D, divided by N - 1. The [D, D] matrices are never stored.
     For solo-learn's loss, which does not halve the variance term, double `variance`.
 
     Args:
@@ -141,29 +162,38 @@ def vicreg(
         eps: added to the variances; at least 0.
         route: "gram" goes by [N, N] matrices, 8 N^2 D FLOP for two views; "panels" by rows of Z^T Z, 8 N D^2. The
             cheaper if None. A view whose variance sits in few columns takes panels anyway, to keep its digits.
+        group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the loss is
+            that of all N rows, the same on every rank, and so must be what is built on it. Gradients are W times the
+            rank's share, which DDP's averaging makes those of the whole batch.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss, 0-d, in float32 (float64 for float64 input).
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; views of other shapes on other ranks (on a GPU some ranks notice at their next call, and have
+            NaN until then).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Bardes et al., VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning,
     arXiv:2105.04906, Eq. 6, with the weights' shares of the authors' code; ||Z^T Z|| = ||Z Z^T||.
     """
     _check_views(z_a, z_b)
-    _check.batch("vicreg", "z_a", z_a)
+    group = distributed.name("vicreg", group)
+    ranks = distributed.size(group)
+    _check.batch("vicreg", "z_a", z_a, ranks)
     _check.non_negative("vicreg", invariance=invariance, variance=variance, covariance=covariance, eps=eps)
     if route is None:
-        route = cheaper_route(*z_a.shape)
+        route = cheaper_route(len(z_a) * ranks, z_a.shape[1])
     _check.choice("vicreg", "route", route, ROUTES)
     operand_dtype = compute_dtype(z_a)
-    backend = resolve("vicreg", z_a.device, z_a.dtype, backend)
+    backend = resolve("vicreg", z_a.device, z_a.dtype, backend, group)
     weights = (invariance, variance, covariance, eps)
     if backend == "eager":
-        return reference(z_a, z_b, *weights, operand_dtype)
+        views = distributed.gathered("vicreg", group, *(z for z in (z_a, z_b) if z is not None))
+        return reference(views[0], None if z_b is None else views[1], *weights, operand_dtype)
     needs_grad = torch.is_grad_enabled() and (z_a.requires_grad or (z_b is not None and z_b.requires_grad))
-    loss: Tensor = torch.ops.sslops.vicreg(z_a, z_b, *weights, operand_dtype, route, needs_grad, backend)[0]
+    options = (operand_dtype, route, needs_grad, group, backend)
+    loss: Tensor = torch.ops.sslops.vicreg(z_a, z_b, *weights, *options)[0]
     return loss

@@ -1,0 +1,229 @@
+"""Batches that lie spread over the processes of a group: what ops gather, sum and check through torch.distributed.
+
+Values are those of the gathered batch, the same on every rank. A rank's gradient is W dL/d(its own input), W the number
+of ranks: DDP averages gradients, and makes of it the gradient of the gathered batch. What is built on a value must be
+the same on every rank. Registered ops know a group by its name; "" is this process alone.
+"""
+
+import contextlib
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _check
+
+__all__ = [
+    "Group",
+    "agreed",
+    "all_gather",
+    "gather_views",
+    "gathered",
+    "name",
+    "own_rows",
+    "rank",
+    "size",
+    "spread",
+]
+
+Group = Any  # str | ProcessGroup | None; torch may be built without torch.distributed
+
+
+def name(op: str, group: Group) -> str:
+    """The name of `group`: "world", a ProcessGroup that this process is in, or None; "" if it is this process alone.
+
+    Raises TypeError or ValueError for anything else, and where torch.distributed is not initialised.
+    """
+    if group is None:
+        return ""
+    if isinstance(group, str) and group != "world":
+        _check.bad_value(op, "group", '"world", a ProcessGroup or None', repr(group))
+    if not (dist.is_available() and dist.is_initialized()):
+        _check.bad_value(op, "group", "torch.distributed initialised (init_process_group)", f"{group!r} without it")
+    if group == "world":
+        group = dist.group.WORLD
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        _check.bad_value(op, "group", "a group that this process is in", "new_group's answer to those outside it")
+    if not isinstance(group, dist.ProcessGroup):
+        _check.bad_type(op, "group", '"world", a ProcessGroup or None', type(group).__name__)
+    return group.group_name if group.size() > 1 else ""
+
+
+def resolved(group: str) -> Any:
+    """The ProcessGroup of that name; None for \"\"."""
+    return dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[attr-defined, arg-type]
+
+
+def spread(group: str, **how: Any) -> dict[str, Any]:
+    """Arguments that tell a kernel of a batch which lies spread over a group; none if it is here"""
+    return {"group": resolved(group), **how} if group else {}
+
+
+def size(group: str) -> int:
+    return resolved(group).size() if group else 1
+
+
+def rank(group: str) -> int:
+    return resolved(group).rank() if group else 0
+
+
+for _lookup in (name, size, rank):  # as backend.resolve: a trace takes the answer
+    _lookup._dynamo_marked_constant = True  # type: ignore[union-attr]
+
+
+# ---- collectives, for the implementations of registered ops ----
+
+
+def all_gather(x: Tensor, group: str, dim: int = 0) -> Tensor:
+    """The ranks' x side by side along `dim`"""
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    out = x.new_empty((size(group), *x.shape))
+    collective(out.view(-1), x.contiguous().view(-1), group=resolved(group))
+    return out.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+
+
+def gather_views(views: list[Tensor], group: str) -> Tensor:
+    """[V, N, D] from the ranks' V views [B, D]"""
+    return all_gather(torch.stack(views), group, 1)
+
+
+def _reduce_scatter(x: Tensor, group: str, dim: int) -> Tensor:
+    """This rank's part, along `dim`, of the sum of the ranks' x: the way back from all_gather"""
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    parts = x.unflatten(dim, (size(group), -1)).movedim(dim, 0).contiguous()
+    out = x.new_empty(parts.shape[1:])
+    collective(out.view(-1), parts.view(-1), group=resolved(group))
+    return out
+
+
+# ---- the same on every rank ----
+
+
+class _Agreement:
+    """What one op knows about its ranks in one group."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[torch.Size, torch.dtype]] | None = None  # when all were last known to agree
+        self.code = torch.empty(0)
+        self.unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+
+_agreements: weakref.WeakKeyDictionary[Any, dict[str, _Agreement]] = weakref.WeakKeyDictionary()
+_HOST_WAITS = {"cpu"}  # for every check, where that is no synchronisation
+
+
+def _require_equal(op: str, codes: Tensor) -> None:
+    rows, hashes = codes.t().tolist()
+    if len(set(rows)) > 1:
+        _check.bad_value(op, "group", "batches of one size on all ranks", f"{rows} rows")
+    if len(set(hashes)) > 1:
+        alike = [[rank for rank, other in enumerate(hashes) if other == each] for each in dict.fromkeys(hashes)]
+        _check.bad_value(op, "group", "inputs of one shape and dtype on all ranks", f"equal ones on ranks {alike} only")
+
+
+@contextlib.contextmanager
+def agreed(op: str, group: str, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """`tensors`, if the other ranks have tensors of the same shapes and dtypes; ValueError on every rank if not.
+
+    Shapes travel at every call, but the host waits for them only when its own are not those of the last call. A rank
+    that differs has thus been waiting. The others have not, and would wait for it on the device: it goes with them once
+    more, with NaN of the last call's shapes, and then raises. They get NaN, and raise at their next call.
+    """
+    device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield tensors  # a graph has the shapes of its warm-up
+        return
+    known = _agreements.setdefault(resolved(group), {}).setdefault(op, _Agreement())
+    while known.unread and (known.unread[0][1] is None or known.unread[0][1].query()):
+        _require_equal(op, known.unread.popleft()[0])
+    own = [(x.shape, x.dtype) for x in tensors]
+    changed = own != known.tensors
+    code = torch.tensor([len(tensors[0]), zlib.crc32(repr(own).encode())], device=device) if changed else known.code
+    codes = all_gather(code[None], group)  # [W, 2]
+    waits_always = device.type in _HOST_WAITS
+    if changed or waits_always:
+        try:
+            _require_equal(op, codes)
+        except ValueError:
+            if not waits_always and known.tensors is not None and bool((codes == known.code).all(1).any()):
+                yield [_stand_in(shape, dtype, device) for shape, dtype in known.tensors]
+            raise
+    else:
+        known.unread.append(_read_later(codes))
+    known.tensors, known.code = own, code
+    yield tensors
+
+
+def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=device)
+
+
+def _read_later(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """x on its way to the host, and when it will be there"""
+    if not x.is_cuda:
+        return x, None
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(x.device))
+    return host, event
+
+
+# ---- what public functions call, in a trace or not ----
+
+_LIBRARY = torch.library.Library("sslops", "FRAGMENT")
+
+
+def _define(schema: str, forward: Any, fake: Any, setup_context: Any, backward: Any) -> None:
+    op = f"sslops::{schema[: schema.index('(')]}"
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(op, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(op, fake, lib=_LIBRARY)
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _gather(x: Tensor, group: str, dim: int, op: str) -> Tensor:
+    with agreed(op, group, [x]) as (same,):
+        return all_gather(same, group, dim)
+
+
+def _resized(x: Tensor, dim: int, rows: int) -> Tensor:
+    return x.new_empty([*x.shape[:dim], rows, *x.shape[dim + 1 :]])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.rest = inputs[1:]
+
+
+_define(
+    "all_gather(Tensor x, str group, int dim, str op) -> Tensor",
+    _gather,
+    lambda x, group, dim, op: _resized(x, dim, x.shape[dim] * size(group)),
+    _keep,
+    lambda ctx, grad: (torch.ops.sslops.reduce_scatter(grad, *ctx.rest), None, None, None),
+)
+_define(
+    "reduce_scatter(Tensor x, str group, int dim, str op) -> Tensor",
+    lambda x, group, dim, op: _reduce_scatter(x, group, dim),
+    lambda x, group, dim, op: _resized(x, dim, x.shape[dim] // size(group)),
+    _keep,
+    lambda ctx, grad: (torch.ops.sslops.all_gather(grad, *ctx.rest), None, None, None),
+)
+
+
+def gathered(op: str, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """For a reference: the ranks' [B, ..] tensors, of one shape, as [N, ..] in float32 (or float64), differentiable."""
+    if not group:
+        return tensors
+    wide = torch.stack(tensors).to(torch.promote_types(tensors[0].dtype, torch.float32))
+    together: tuple[Tensor, ...] = torch.ops.sslops.all_gather(wide, group, 1, op).unbind()
+    return together
+
+
+def own_rows(x: Tensor, group: str, parts: int) -> Tensor:
+    """This rank's rows of each of the `parts` of x [parts * N]"""
+    return x.view(parts, size(group), -1)[:, rank(group)].flatten() if group else x

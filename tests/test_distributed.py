@@ -1,0 +1,413 @@
+"""Batches spread over 2 and 4 real processes: values and gradients of the whole batch, and refusals on every rank."""
+
+import oracle
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sslops
+from sslops import backend as backends
+from sslops import distributed
+
+BACKENDS = ("cpu", "eager")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    ranks = Ranks(2, tmp_path_factory.mktemp("two"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    ranks = Ranks(4, tmp_path_factory.mktemp("four"))
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request):
+    return request.getfixturevalue({2: "two", 4: "four"}[request.param])
+
+
+def nt_xent(z0, z1, temperature=None, *, tau=0.5, **options):
+    return sslops.nt_xent(z0, z1, temperature=tau if temperature is None else temperature, **options)
+
+
+def views(n: int, d: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Columns with means and standard deviations of their own."""
+    g = torch.Generator().manual_seed(n * 1000 + d)
+    z0 = torch.randn(n, d, generator=g) * torch.linspace(0.3, 2, d) + torch.linspace(-1, 1, d)
+    return [z.to(dtype) for z in (z0, z0 + 0.5 * torch.randn(n, d, generator=g))]
+
+
+def cotangent(shape) -> Tensor:
+    """That of oracle.evaluate"""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def shard(x: Tensor, rank: int, world: int, parts: int = 1) -> Tensor:
+    """A rank's rows of each part of x [parts * N, ..]; a 0-d tensor is everyone's"""
+    return x if x.dim() == 0 else torch.cat([part.chunk(world)[rank] for part in x.chunk(parts)])
+
+
+def evaluate(rank: int, world: int, op, inputs: list[Tensor], options: dict) -> list[Tensor]:
+    leaves = [shard(x, rank, world).clone().requires_grad_() for x in inputs]
+    out = op(*leaves, group="world", **options)
+    weights = cotangent([2 * len(inputs[0])]) if options.get("reduction") == "none" else cotangent(out.shape)
+    if weights.dim() == 1:
+        weights = shard(weights, rank, world, parts=2)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(out))]
+
+
+def check(ranks: Ranks, op, inputs: list[Tensor], backend: str, truth_of=None, **options) -> None:
+    """The accuracy promise for what all ranks have, averaged as DDP does, against one process with the whole batch."""
+    answers = ranks(evaluate, op, inputs, options | {"backend": backend})
+    values, *gradients = zip(*answers, strict=True)
+    if options.get("reduction") == "none":
+        got = [torch.cat([torch.cat([v.chunk(2)[half] for v in values]) for half in (0, 1)])]
+    else:
+        assert all(torch.equal(values[0], value) for value in values)
+        got = [values[0]]
+    world = 1 if options.get("reduction") == "none" else ranks.world
+    for x, shards in zip(inputs, gradients, strict=True):
+        got.append((torch.cat(shards) if x.dim() else torch.stack(shards).sum()) / world)
+    truth_of = truth_of or op
+    truth = oracle.evaluate(truth_of, inputs, "eager", torch.float64, **options)
+    eager = oracle.evaluate(truth_of, inputs, "eager", **options)
+    for name, *values in zip(["output", "first", "second", "temperature"], got, eager, truth, strict=False):
+        oracle.assert_accurate(name, *values, inputs[0].dtype)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("rows", "temperature"), [(2, 0.5), (37, 0.1), (37, 0.02), (280, 0.2)])
+def test_nt_xent(ranks, backend, dtype, reduction, rows, temperature):
+    check(ranks, nt_xent, views(rows * ranks.world, 40, dtype), backend, reduction=reduction, tau=temperature)
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_temperature_gradient(two, backend, reduction, normalize):
+    inputs = [*views(60, 24), torch.tensor(0.3)]
+    check(two, nt_xent, inputs, backend, reduction=reduction, normalize=normalize)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("route", ["gram", "panels"])
+@pytest.mark.parametrize(("rows", "d"), [(2, 13), (33, 100), (20, 700)])
+@pytest.mark.parametrize("op", [sslops.barlow_twins, sslops.vicreg])
+def test_correlation(ranks, backend, dtype, route, rows, d, op):
+    check(ranks, op, views(rows * ranks.world, d, dtype), backend, route=route)
+
+
+@each_backend
+@pytest.mark.parametrize("route", ["gram", "panels"])
+def test_vicreg_of_one_view(two, backend, route):
+    check(two, sslops.vicreg, views(60, 90)[:1], backend, route=route)
+
+
+@each_backend
+@each_dtype
+def test_cross_correlation(ranks, backend, dtype):
+    check(ranks, sslops.cross_correlation, views(20 * ranks.world, 600, dtype), backend)
+
+
+def one_row(rank, world, op, inputs):
+    return op(*(x[rank : rank + 1] for x in inputs), group="world")
+
+
+@pytest.mark.parametrize("op", [sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation])
+def test_one_row_a_rank(two, op):
+    inputs = views(2, 9)
+    for value in two(one_row, op, inputs):
+        torch.testing.assert_close(value, op(*inputs))
+
+
+@pytest.mark.parametrize("op", [sslops.barlow_twins, sslops.vicreg])
+def test_few_live_columns(two, op):
+    """The gram route goes by panels after all, on every rank."""
+    basis = torch.linalg.qr(torch.randn(64, 20, generator=torch.Generator().manual_seed(0))).Q
+    inputs = []
+    for k in (1, 2):
+        z = torch.full((64, 200), 0.5)
+        z[:, :20] = basis + 1e-3 * torch.randn(64, 20, generator=torch.Generator().manual_seed(k))
+        inputs.append(z)
+    check(two, op, inputs, "cpu", route="gram")
+
+
+class LocalStatistics:
+    """Each rank's rows are normalised by themselves, and C is the mean of the ranks' matrices."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+
+    def cross_correlation(self, z_a, z_b, backend, synced):
+        wide = torch.promote_types(z_a.dtype, torch.float32)
+        c = 0
+        for parts in zip(z_a.chunk(self.world), z_b.chunk(self.world), strict=True):
+            a, b = (F.batch_norm(z.to(wide), None, None, training=True) for z in parts)
+            c = c + (a.to(z_a.dtype).t() @ b.to(z_a.dtype)).to(wide) / len(a) / self.world
+        return c
+
+    def barlow_twins(self, z_a, z_b, backend, synced, route, lambd):
+        c = self.cross_correlation(z_a, z_b, backend, synced)
+        on_diagonal = (c.diagonal() - 1).square().sum()
+        return on_diagonal + lambd * (c - c.diagonal().diag()).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),  # no eager bfloat16: it rounds C, the formula each rank's share of it
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("eager", torch.float32)],
+)
+@pytest.mark.parametrize("route", ["gram", "panels"])
+def test_local_statistics(ranks, backend, dtype, route):
+    inputs = views(30 * ranks.world, 130, dtype)
+    for k, z in enumerate(inputs):  # so that the ranks' statistics differ
+        z *= torch.linspace(0.5, 2 + k, len(z))[:, None]
+    truth_of = LocalStatistics(ranks.world).barlow_twins
+    check(ranks, sslops.barlow_twins, inputs, backend, truth_of, synced=False, route=route, lambd=0.01)
+
+
+@each_backend
+def test_local_statistics_of_cross_correlation(two, backend):
+    truth_of = LocalStatistics(2).cross_correlation
+    check(two, sslops.cross_correlation, views(60, 130), backend, truth_of, synced=False)
+
+
+def test_statistics_of_all_ranks_are_the_official_ones(two):
+    """Barlow Twins' own code: BatchNorm without an affine part, its statistics those of all ranks; C over the batch."""
+    z = [x.double() for x in views(24, 7)]
+    a, b = ((x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() for x in z)
+    c = a.T @ b / 24
+    off_diagonal = c.flatten()[:-1].view(6, 8)[:, 1:]
+    expected = (c.diagonal() - 1).pow(2).sum() + 0.0051 * off_diagonal.pow(2).sum()
+    for value, *_ in two(evaluate, sslops.barlow_twins, [x.float() for x in z], {"lambd": 0.0051}):
+        torch.testing.assert_close(value, expected.float())
+
+
+def test_the_route_goes_by_the_whole_batch(two):
+    routes = two(chosen_route, views(60, 60))
+    assert routes == [["panels", "gram"]] * 2  # 60 rows of 60 columns; 30
+
+
+def chosen_route(rank, world, inputs):
+    from sslops.ops import barlow_twins as module
+
+    taken, by_cost = [], module.cheaper_route
+    module.cheaper_route = lambda n, d: taken.append(by_cost(n, d)) or taken[-1]
+    for group in ("world", None):
+        sslops.barlow_twins(*(shard(x, rank, world) for x in inputs), group=group)
+    module.cheaper_route = by_cost
+    return taken
+
+
+# ---- training ----
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8))
+        self.temperature = nn.Parameter(torch.tensor(0.4))
+
+    def forward(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.layers(x0), self.layers(x1), self.temperature * 1
+
+
+def train(network: nn.Module, inputs: list[Tensor], group: str | None, backend: str) -> list[Tensor]:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    for _ in range(3):
+        z0, z1, temperature = network(*inputs)
+        loss = sslops.nt_xent(z0, z1, temperature=temperature, group=group, backend=backend)
+        (loss + sslops.vicreg(z0, z1, group=group, backend=backend) / 50).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in network.parameters()]
+
+
+def train_with_ddp(rank, world, inputs, backend):
+    network = DistributedDataParallel(Network())
+    return train(network, [shard(x, rank, world) for x in inputs], "world", backend)
+
+
+@each_backend
+def test_ddp_trains_as_one_process(ranks, backend):
+    inputs = list(torch.randn(2, 8 * ranks.world, 6, generator=torch.Generator().manual_seed(1)))
+    before = [p.clone() for p in Network().parameters()]
+    expected = train(Network(), inputs, None, backend)
+    assert all((x - y).abs().max() > 1e-3 for x, y in zip(before, expected, strict=True))
+    for parameters in ranks(train_with_ddp, inputs, backend):
+        torch.testing.assert_close(parameters, expected, rtol=2e-5, atol=2e-6)
+
+
+def compiled(rank, world, inputs, options, by_name):
+    torch._dynamo.reset()
+    group = "world" if by_name else dist.group.WORLD
+
+    def step(z0, z1):
+        z0, z1 = z0 * 2, z1 + 1
+        return (
+            sslops.nt_xent(z0, z1, group=group, **options)
+            + sslops.barlow_twins(z0, z1, group=group, **options)
+            + sslops.vicreg(z0, z1, group=group, **options)
+            + sslops.cross_correlation(z0, z1, group=group, **options).square().mean()
+        )
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [shard(x, rank, world).requires_grad_() for x in inputs]
+        out = call(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves)])
+    return results
+
+
+@each_backend
+@pytest.mark.parametrize("by_name", [True, False])
+def test_compile(two, backend, by_name):
+    for plain, traced in two(compiled, views(16, 6), {"backend": backend}, by_name):
+        torch.testing.assert_close(plain, traced)
+
+
+def opcheck(rank, world, inputs):
+    name = distributed.name("opcheck", "world")
+    z0, z1 = (shard(x, rank, world).requires_grad_() for x in inputs)
+    ops = torch.ops.sslops
+    torch.library.opcheck(ops.all_gather.default, (z0, name, 0, "opcheck"))
+    torch.library.opcheck(ops.reduce_scatter.default, (z0, name, 0, "opcheck"))
+    torch.library.opcheck(ops.nt_xent.default, (z0, z1, None, 0.3, True, name, True, torch.float32, "cpu"))
+    for route in ("gram", "panels"):
+        arguments = (z0, z1, 0.01, 1e-5, torch.float32, route, True, name, True, "cpu")
+        torch.library.opcheck(ops.barlow_twins.default, arguments)
+        arguments = (z0, z1, 25.0, 25.0, 1.0, 1e-4, torch.float32, route, True, name, "cpu")
+        torch.library.opcheck(ops.vicreg.default, arguments)
+    torch.library.opcheck(ops.cross_correlation.default, (z0, z1, 1e-5, torch.float32, name, True, "cpu"))
+
+
+def test_opcheck(two):
+    two(opcheck, views(12, 8))
+
+
+def second_derivative(rank, world, inputs):
+    leaves = [shard(x, rank, world).double().requires_grad_() for x in inputs]
+    loss = sslops.nt_xent(*leaves, group="world")
+    (gradient,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), leaves[0])[0]
+
+
+def test_second_derivative_of_the_reference(two):
+    inputs = views(12, 5)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    (gradient,) = torch.autograd.grad(sslops.nt_xent(*leaves), leaves[:1], create_graph=True)
+    expected = torch.autograd.grad(gradient.square().sum(), leaves[0])[0]
+    torch.testing.assert_close(torch.cat(two(second_derivative, inputs)) / 4, expected)  # W in either gradient
+
+
+# ---- groups, and what is refused ----
+
+
+def refusals(rank, world, op, backend, sizes):
+    """The errors of calls with these many rows on each rank, None where there is none"""
+    errors = []
+    for rows in sizes:
+        try:
+            op(*views(rows[rank], 6), group="world", backend=backend)
+            errors.append(None)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+@pytest.mark.parametrize("op", [sslops.nt_xent, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation])
+@each_backend
+def test_uneven_batches_are_refused(ranks, op, backend):
+    sizes = [(5, 4, 4, 4), (4, 4, 4, 4), (4, 4, 4, 7), (4, 4, 4, 4)]
+    for first, second, third, fourth in ranks(refusals, op, backend, [size[-ranks.world :] for size in sizes]):
+        assert second is None
+        assert fourth is None
+        assert third.startswith(f"{op.__name__}: group: wanted batches of one size on all ranks, got [4")
+        assert ranks.world == 2 or "[5, 4, 4, 4]" in first
+
+
+def without_waiting(rank, world, op):
+    """As on a GPU, where the host does not wait for what the others have."""
+    distributed._HOST_WAITS.clear()
+    try:
+        assert op(*views(6, 5), group="world").isfinite().all()
+        assert op(*views(6, 5), group="world").isfinite().all()
+        results = []
+        for _ in range(2):
+            try:
+                results.append(op(*views(6 - rank, 5), group="world"))
+            except ValueError as error:
+                results.append(str(error))
+                break
+        return results
+    finally:
+        distributed._HOST_WAITS.add("cpu")
+
+
+@pytest.mark.parametrize("op", [sslops.nt_xent, sslops.barlow_twins, sslops.vicreg])
+def test_a_gpu_host_is_not_kept_waiting(two, op):
+    (value, later), (at_once,) = two(without_waiting, op)
+    assert value.isnan()
+    assert "[6, 5] rows" in later
+    assert "[6, 5] rows" in at_once
+
+
+def different_widths(rank, world):
+    with pytest.raises(ValueError, match="nt_xent: group: wanted inputs of one shape"):
+        sslops.nt_xent(*views(4, 5 + rank), group="world")
+
+
+def test_different_widths_are_refused(two):
+    two(different_widths)
+
+
+def in_subgroups(rank, world, inputs):
+    pairs, alone = dist.new_subgroups(2)[0], dist.new_subgroups(1)[0]
+    one = dist.new_group([0])
+    if rank:
+        with pytest.raises(ValueError, match="nt_xent: group: wanted a group that this process is in"):
+            sslops.nt_xent(*inputs, group=one)
+    values = [sslops.nt_xent(*(shard(x, rank % 2, 2) for x in inputs), group=pairs)]
+    return [*values, sslops.nt_xent(*inputs, group=alone)]
+
+
+def test_subgroups(four):
+    inputs = views(10, 4)
+    for value in four(in_subgroups, inputs):
+        torch.testing.assert_close(value, [sslops.nt_xent(*inputs)] * 2)
+
+
+@pytest.mark.parametrize("op", [sslops.nt_xent, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation])
+def test_bad_groups(op):
+    inputs = views(4, 6)
+    for error, group in ((ValueError, "world"), (ValueError, "wrld"), (ValueError, object())):
+        oracle.assert_refused(error, op.__name__, "group", lambda group=group: op(*inputs, group=group))
+
+
+def bad_group(rank, world):
+    with pytest.raises(TypeError, match='nt_xent: group: wanted "world", a ProcessGroup or None, got int'):
+        sslops.nt_xent(*views(4, 6), group=3)
+
+
+def test_a_group_of_another_type(two):
+    two(bad_group)
+
+
+def test_kernels_without_a_distributed_form_are_not_taken():
+    here = (torch.device("cpu"), torch.float32)
+    assert backends.refusal("cpu", "ema_update", *here) is None
+    assert backends.refusal("cpu", "ema_update", *here, True) == "ema_update's cpu kernel has no distributed form"
