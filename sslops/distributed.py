@@ -187,8 +187,8 @@ def _define(schema: str, forward: Any, fake: Any, setup_context: Any, backward: 
 
 
 def _gather(x: Tensor, group: str, dim: int, op: str) -> Tensor:
-    with agreed(op, group, [x]) as (same,):
-        return all_gather(same, group, dim)
+    with agreed(op, group, [x.movedim(dim, 0)]) as (rows,):
+        return all_gather(rows.movedim(0, dim), group, dim)
 
 
 def _resized(x: Tensor, dim: int, rows: int) -> Tensor:
