@@ -408,7 +408,9 @@ class TestTheOracleItself:
     def test_a_forgotten_mirror_image(self, monkeypatch):
         from sslops.kernels.cpu.tiles import Float32Tiles
 
-        monkeypatch.setattr(Float32Tiles, "add_symmetric", lambda self, out, i, j, w, sides: out[i].addmm_(w, self._z[j]))
+        monkeypatch.setattr(
+            Float32Tiles, "add_symmetric", lambda self, out, i, j, w, sides: out[i].addmm_(w, self._z[j])
+        )
         self.refuse(views(300, 32))
 
     def test_an_underflowing_fixed_maximum(self, monkeypatch):
