@@ -10,9 +10,11 @@
 #include "cpu/columns.h"
 #include "cpu/ema_update.h"
 #include "cpu/embeddings.h"
+#include "cpu/gather_patches.h"
 #include "cpu/gather_tokens.h"
 #include "cpu/gemm.h"
 #include "cpu/info_nce.h"
+#include "cpu/masked_patch_mse.h"
 #include "cpu/nt_xent.h"
 #include "cpu/random_mask.h"
 #include "cpu/relic.h"
@@ -209,6 +211,61 @@ void bind_info_nce(py::module_& m) {
         table().finish_candidates(rows(x, dtype, n, d, inv_norm), j0, count, normalize, at<float>(dc), ld,
                                   rows(query, query_dtype, queries, d, query_inv_norm), at<float>(pull), first, tau,
                                   at<void>(out));
+      },
+      NoGil());
+}
+
+void bind_patches(py::module_& m) {
+  using Four = std::array<int64_t, 4>;
+  py::class_<Patches>(m, "Patches", "A grid of patches over images of this shape [B, C, H, W] and these strides.")
+      .def(py::init([](const Four& shape, const Four& strides, int64_t height, int64_t width) {
+        return Patches{shape[0], shape[1],   shape[2] / height, shape[3] / width, height,
+                       width,    strides[0], strides[1],        strides[2],       strides[3]};
+      }));
+}
+
+void bind_gather_patches(py::module_& m) {
+  using namespace gather_patches;
+  const auto factors = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
+  m.def(
+      "gather_patches",
+      [=](Address images, int dtype, const Patches& patches, Address ids, int64_t k, int layout,
+          const std::vector<float>& scale, const std::vector<float>& shift, Address out, int out_dtype) {
+        table().forward(at<void>(images), DType(dtype), patches, at<int64_t>(ids), k, Layout(layout), factors(scale),
+                        factors(shift), at<void>(out), DType(out_dtype));
+      },
+      NoGil());
+  m.def(
+      "gather_patches_backward",
+      [=](Address d_images, int dtype, const Patches& patches, Address ids, int64_t k, int layout,
+          const std::vector<float>& scale, Address grad, int grad_dtype) {
+        table().backward(at<void>(d_images), DType(dtype), patches, at<int64_t>(ids), k, Layout(layout), factors(scale),
+                         at<void>(grad), DType(grad_dtype));
+      },
+      NoGil());
+}
+
+void bind_masked_patch_mse(py::module_& m) {
+  using namespace masked_patch_mse;
+  py::class_<Prediction>(m, "PatchPrediction", "Predicted patches: address, dtype, strides of an image and of a patch.")
+      .def(py::init([](Address data, int dtype, int64_t image_stride, int64_t patch_stride) {
+        return Prediction{at<void>(data), DType(dtype), image_stride, patch_stride};
+      }));
+  py::class_<Target>(m, "PatchTarget", "What they should be: images, their patches, and how those are normalised.")
+      .def(py::init([](Address images, int dtype, const Patches& patches, bool normalized, double eps) {
+        return Target{at<void>(images), DType(dtype), patches, normalized, static_cast<float>(eps)};
+      }));
+  m.def(
+      "masked_patch_mse",
+      [](const Prediction& pred, const Target& target, Address mask, Address errors) {
+        const Sums sums = table().forward(pred, target, at<float>(mask), at<float>(errors));
+        return std::pair(sums.error, sums.weight);
+      },
+      NoGil());
+  m.def(
+      "masked_patch_mse_backward",
+      [](const Prediction& pred, const Target& target, Address mask, double coefficient, Address d_pred) {
+        table().backward(pred, target, at<float>(mask), static_cast<float>(coefficient), at<void>(d_pred));
       },
       NoGil());
 }
@@ -445,6 +502,9 @@ PYBIND11_MODULE(_C, m) {
   bind_columns(m);
   bind_embeddings(m);
   bind_info_nce(m);
+  bind_patches(m);
+  bind_gather_patches(m);
+  bind_masked_patch_mse(m);
   bind_nt_xent(m);
   bind_relic(m);
   bind_vicreg(m);

@@ -8,8 +8,10 @@ from .masking import random_masking
 from .ops.barlow_twins import barlow_twins
 from .ops.cross_correlation import cross_correlation
 from .ops.ema_update import ema_update_
+from .ops.gather_patches import gather_patches
 from .ops.gather_tokens import gather_tokens
 from .ops.info_nce import info_nce
+from .ops.masked_patch_mse import masked_patch_mse
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
 from .ops.relic import relic, relic_multicrop
@@ -25,8 +27,10 @@ __all__ = [
     "cross_correlation",
     "ema_update_",
     "explain",
+    "gather_patches",
     "gather_tokens",
     "info_nce",
+    "masked_patch_mse",
     "nn",
     "nt_xent",
     "patch_lightly",

@@ -127,6 +127,13 @@ def like(op: str, name: str, x: Tensor, other: Tensor, shape: tuple[int, ...]) -
         bad_value(op, name, wanted, f"{x.dtype} {list(x.shape)} on {x.device}")
 
 
+def finite(op: str, **numbers: float) -> None:
+    for name, value in numbers.items():
+        _number(op, name, value)
+        if not math.isfinite(value):
+            bad_value(op, name, "a finite number", value)
+
+
 def non_negative(op: str, **numbers: float) -> None:
     """Finite numbers, at least 0."""
     for name, value in numbers.items():

@@ -21,6 +21,7 @@ _SCHEMA_TYPES = {
     int: "SymInt",
     int | None: "SymInt?",
     str: "str",
+    list[float]: "float[]",
 }
 
 
@@ -107,11 +108,12 @@ def register(
         extra = output[1:] if saved else ()
         inputs = kept(arguments._make(inputs))
         ctx.mark_non_differentiable(*extra)
+        ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *extra)
 
-    def differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
         values = backward_op(grad, *inputs, *tensors)

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _check
+from . import _check, _patches
+from ._precision import compute_dtype
 from .ema import EMA
 from .ops.barlow_twins import barlow_twins
+from .ops.gather_patches import gather_patches
 from .ops.info_nce import info_nce
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
@@ -85,7 +87,7 @@ class MaskedPatchEmbed(nn.Module):
         bias: whether the projection has one.
 
     Shapes:
-        images: [B, C, height, width].
+        images: [B, C, height, width], of the weights' dtype, or uint8, which is divided by 255.
         ids: [B, K] int64, the visible patches of each image in row-major order of the grid; all patches if None.
         pos_embed: [L, D] or [1, L, D], added to the tokens of the patches that they belong to, or None.
         returns: [B, K, D].
@@ -100,12 +102,11 @@ class MaskedPatchEmbed(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-        for side, patch in zip(self.img_size, self.patch_size, strict=True):
-            if patch < 1 or side % patch:
-                wanted = f"a size that divides the image's, {self.img_size}"
-                _check.bad_value("MaskedPatchEmbed", "patch_size", wanted, self.patch_size)
+        self.img_size = _patches.pair("MaskedPatchEmbed", "img_size", img_size)
+        self.patch_size = _patches.pair("MaskedPatchEmbed", "patch_size", patch_size)
+        if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
+            wanted = f"a size that divides the image's, {self.img_size}"
+            _check.bad_value("MaskedPatchEmbed", "patch_size", wanted, self.patch_size)
         self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
@@ -116,9 +117,11 @@ class MaskedPatchEmbed(nn.Module):
             _check.bad_value("MaskedPatchEmbed", "images", f"shape [B, {', '.join(map(str, wanted))}]", images.shape)
         if ids is None:
             ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
-        height, width = self.patch_size
-        grid = images.unfold(2, height, height).unfold(3, width, width)  # [B, C, rows, columns, height, width]
-        of_image = torch.arange(len(images), device=images.device)[:, None]
-        patches = grid.permute(0, 2, 3, 1, 4, 5)[of_image, ids // self.grid_size[1], ids % self.grid_size[1]].flatten(2)
+        # What autocast would round the pixels to for the product, straight from the images.
+        patches = gather_patches(images, ids, self.patch_size, dtype=compute_dtype(self.proj.weight))
         tokens = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-        return tokens if pos_embed is None else tokens + F.embedding(ids, pos_embed.flatten(0, -2))
+        if pos_embed is None:
+            return tokens
+        positions = F.embedding(ids, pos_embed.flatten(0, -2))
+        # In place where it can be: a third of the peak memory.
+        return tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions

@@ -4,6 +4,6 @@
 
 namespace sslops {
 
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3, u8 = 4 };
 
 }  // namespace sslops

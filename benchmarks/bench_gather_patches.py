@@ -1,0 +1,117 @@
+"""Visible patches and their embedding beside eager PyTorch and the limits. Shapes: images x pixels x patch x width."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _compare import cases, peak_memory, record, record_memory
+
+import sslops
+
+RATIO = 0.75
+CASES = {
+    "cpu": [
+        *cases("64x224x16x768", "float32", "gather"),
+        *cases("64x224x16x768", "float32", "embed"),
+        *cases("64x224x16x768", "float32", "memory"),
+    ],
+    "cuda": cases("512x224x16x768", "float32 bfloat16", "gather embed"),
+}
+
+
+def visible(shape, device):
+    """ids [B, K] in a random order"""
+    b, side, p, _ = shape
+    count = (side // p) ** 2
+    return torch.rand(b, count, device=device).argsort(1)[:, : int(count * (1 - RATIO))].contiguous()
+
+
+def pixels(shape, dtype, device):
+    return torch.randn(shape[0], 3, shape[1], shape[1], device=device).to(dtype)
+
+
+def facts(case):
+    return dict(zip(("images", "pixels", "patch", "width"), case.shape, strict=True)) | {"dtype": case.dtype}
+
+
+def patchify_gather(images, ids, p):
+    """All patches, then the visible ones."""
+    b, c, h, w = images.shape
+    patches = images.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
+    return patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[2]))
+
+
+def indexed(images, ids, p):
+    """The strongest eager form: an index into a view of the patches."""
+    b, c, h, w = images.shape
+    grid = images.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+    return grid[torch.arange(b, device=ids.device)[:, None], ids // (w // p), ids % (w // p)].flatten(2)
+
+
+@pytest.mark.usefixtures("threads")
+def test_time(benchmark, device, case):
+    torch._dynamo.reset()
+    (gather if case.part == "gather" else embed)(benchmark, device, case)
+
+
+def gather(benchmark, device, case):
+    p = case.shape[2]
+    images, ids = pixels(case.shape, case.dtype, device), visible(case.shape, device)
+    out = indexed(images, ids, p)
+    target, compiled = torch.empty_like(out), torch.compile(indexed, dynamic=False)
+    variants = {
+        "sslops": lambda: sslops.gather_patches(images, ids, p),
+        "eager": lambda: patchify_gather(images, ids, p),
+        "indexed": lambda: indexed(images, ids, p),
+        "compile": lambda: compiled(images, ids, p),
+        "bytes": lambda: target.copy_(out),
+    }
+    record(benchmark, variants, limit="bytes", **facts(case), part="gather", bytes=2 * out.nbytes)
+
+
+class Embedding:
+    """Tokens of visible patches with positions, three ways on the same weights."""
+
+    def __init__(self, shape, dtype, device):
+        b, side, p, width = shape
+        self.module = sslops.nn.MaskedPatchEmbed(side, p, 3, width).to(device, dtype)
+        self.images, self.ids = pixels(shape, dtype, device), visible(shape, device)
+        self.positions = torch.randn(1, (side // p) ** 2, width, device=device).to(dtype)
+        self.p, self.grad = p, torch.randn(b, self.ids.shape[1], width, device=device).to(dtype)
+
+    def sslops(self):
+        return self.module(self.images, self.ids, self.positions)
+
+    def eager(self):
+        tokens = self.module.proj(self.images).flatten(2).transpose(1, 2) + self.positions
+        return tokens.gather(1, self.ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+    def indexed(self):
+        patches = indexed(self.images, self.ids, self.p)
+        tokens = F.linear(patches, self.module.proj.weight.flatten(1), self.module.proj.bias)
+        return tokens + F.embedding(self.ids, self.positions[0])
+
+    def both(self, forward):
+        return torch.autograd.grad(forward(), list(self.module.parameters()), self.grad)
+
+
+def embed(benchmark, device, case):
+    e = Embedding(case.shape, case.dtype, device)
+    forwards = {"sslops": e.sslops, "eager": e.eager, "indexed": e.indexed}
+    forwards["compile"] = torch.compile(e.eager, dynamic=False)
+    patches = indexed(e.images, e.ids, e.p).flatten(0, 1)
+    weight, grad = e.module.proj.weight.detach().flatten(1), e.grad.flatten(0, 1)
+    tokens, d_weight = torch.empty_like(grad), torch.empty_like(weight)
+
+    def products():
+        torch.mm(patches, weight.t(), out=tokens)
+        torch.mm(grad.t(), patches, out=d_weight)
+
+    variants = {name: lambda f=f: e.both(f) for name, f in forwards.items()} | {"matmuls": products}
+    flop = 4 * len(patches) * weight.numel()
+    record(benchmark, variants, limit="matmuls", **facts(case), part="embed", flop=flop)
+
+
+def test_memory(benchmark, device, case):
+    setup = f"import torch; from bench_gather_patches import *; e = Embedding({case.shape}, {case.dtype}, 'cpu')"
+    found = {name: peak_memory(setup, f"e.both(e.{name})") for name in ("sslops", "eager", "indexed")}
+    record_memory(benchmark, found, **facts(case), part="memory")

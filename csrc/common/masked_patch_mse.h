@@ -1,0 +1,44 @@
+// The loss of MAE on one patch: what its pixels should be predicted as.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "dtype.h"
+#include "host_device.h"
+#include "patches.h"
+
+namespace sslops::masked_patch_mse {
+
+// Predicted patches [B, L, C * height * width], channels last in each.
+struct Prediction {
+  const void* data;
+  DType dtype;
+  int64_t image_stride, patch_stride;  // in elements; the values of a patch lie side by side
+};
+
+struct Target {
+  const void* images;
+  DType dtype;
+  Patches patches;
+  bool normalized;  // each patch to mean 0 and unbiased variance 1, with eps
+  float eps;
+};
+
+// A pixel becomes ((x - mean) - rest) scale.
+struct Normal {
+  float mean, rest, scale;
+};
+
+// Of n pixels, from their mean and from the sums of x - mean and of (x - mean)^2 / n (which does not overflow before
+// the variance does). What was rounded off the mean is the mean of the differences from it.
+SSLOPS_HOST_DEVICE Normal normal(int64_t n, float mean, float differences, float mean_square, float eps) {
+  const float rest = differences / n, variance = (mean_square - rest * rest) * (static_cast<float>(n) / (n - 1));
+  return {mean, rest, 1.f / sqrtf(variance + eps)};
+}
+
+template <typename T>
+SSLOPS_HOST_DEVICE T apply(const Normal& n, T x) {
+  return ((x - n.mean) - n.rest) * n.scale;
+}
+
+}  // namespace sslops::masked_patch_mse

@@ -1,0 +1,23 @@
+// Chosen patches of images [B, C, H, W], each a row of C * height * width values.
+#pragma once
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/isa.h"
+#include "../common/patches.h"
+
+namespace sslops::gather_patches {
+
+struct Table {
+  // out[b, k] = patch ids[b, k] of image b in `layout`, times scale [C] plus shift [C] unless both are null. All ids
+  // [B, K] are patches. images: f32, f16, bf16 or u8; out: not u8.
+  void (*forward)(const void* images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
+                  const float* scale, const float* shift, void* out, DType out_dtype);
+  // d_images = scale times the sum of the rows of grad [B, K, C * height * width] that are of this patch.
+  void (*backward)(void* d_images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
+                   const float* scale, const void* grad, DType grad_dtype);
+};
+
+SSLOPS_DECLARE_TABLE
+
+}  // namespace sslops::gather_patches

@@ -1,0 +1,86 @@
+// Patches in float32, one at a time: pixels of any dtype and strides in, planes [C, height * width] out.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "../common/dtype.h"
+#include "../common/patches.h"
+#include "vec.h"
+
+namespace sslops {
+namespace {
+
+template <typename T>
+struct Scratch {
+  T* const data;
+  explicit Scratch(int64_t n) : data(static_cast<T*>(malloc(n * sizeof(T)))) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { free(data); }
+};
+
+SSLOPS_INLINE F load_pixels(const void* base, DType dtype, int64_t index, int n) {
+  if (dtype != DType::u8) return load_as_float(base, dtype, index, n);
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes raw{};
+  std::memcpy(&raw, static_cast<const uint8_t*>(base) + index, n);
+  return __builtin_convertvector(raw, F);
+}
+
+// kWidth: that of a patch where it is a constant, else 0.
+template <DType kDType, typename T, int kWidth, bool kContiguous>
+void load_planes(const void* images, const Patches& p, int64_t corner, float* planes) {
+  const int64_t width = kWidth ? kWidth : p.width;
+  for (int64_t c = 0; c < p.channels; ++c, corner += p.channel_stride) {
+    int64_t from = corner;
+    for (int64_t row = 0; row < p.height; ++row, from += p.row_stride, planes += width)
+      for_each_vector(width, [&](int64_t j, int lanes) {
+        if constexpr (kContiguous) return store_lanes(planes + j, lanes, load_pixels(images, kDType, from + j, lanes));
+        T raw[kLanes];
+        for (int k = 0; k < lanes; ++k) raw[k] = static_cast<const T*>(images)[from + (j + k) * p.pixel_stride];
+        store_lanes(planes + j, lanes, load_pixels(raw, kDType, 0, lanes));
+      });
+  }
+}
+
+template <DType kDType, typename T>
+void load_planes(const void* images, const Patches& p, int64_t corner, float* planes) {
+  if (p.pixel_stride != 1) return load_planes<kDType, T, 0, false>(images, p, corner, planes);
+  if (p.width == 16) return load_planes<kDType, T, 16, true>(images, p, corner, planes);
+  load_planes<kDType, T, 0, true>(images, p, corner, planes);
+}
+
+inline void load_planes(const void* images, DType dtype, const Patches& p, int64_t corner, float* planes) {
+  if (dtype == DType::f32) return load_planes<DType::f32, float>(images, p, corner, planes);
+  if (dtype == DType::u8) return load_planes<DType::u8, uint8_t>(images, p, corner, planes);
+  if (dtype == DType::bf16) return load_planes<DType::bf16, uint16_t>(images, p, corner, planes);
+  load_planes<DType::f16, uint16_t>(images, p, corner, planes);
+}
+
+// A constant number of channels lets the compiler shuffle vectors.
+template <int64_t kChannels>
+SSLOPS_INLINE void interleave(const float* __restrict planes, int64_t channels, int64_t area, float* __restrict out) {
+  const int64_t n = kChannels ? kChannels : channels;
+  for (int64_t k = 0; k < area; ++k)
+    for (int64_t c = 0; c < n; ++c) out[k * n + c] = planes[c * area + k];
+}
+
+// Planes to `layout`: where they are, or in `out`.
+inline const float* arrange(const float* planes, const Patches& p, Layout layout, float* out) {
+  if (layout == Layout::chw || p.channels == 1) return planes;
+  const auto ordered = p.channels == 3 ? interleave<3> : interleave<0>;
+  ordered(planes, p.channels, patch_area(p), out);
+  return out;
+}
+
+// And back.
+inline const float* planes_of(const float* x, const Patches& p, Layout layout, float* out) {
+  if (layout == Layout::chw || p.channels == 1) return x;
+  const int64_t area = patch_area(p);
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t k = 0; k < area; ++k) out[c * area + k] = x[k * p.channels + c];
+  return out;
+}
+
+}  // namespace
+}  // namespace sslops

@@ -1,0 +1,304 @@
+import functools
+
+import oracle
+import pytest
+import torch
+
+import sslops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# [B, C, H, W] and patch size: lanes' worth, ragged ones, another channel count, one patch.
+CASES = [((3, 3, 64, 48), 16), ((2, 3, 28, 42), 14), ((2, 1, 20, 30), (5, 3)), ((2, 5, 34, 17), 17), ((1, 3, 8, 8), 8)]
+each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("masked_patch_mse"))
+each_case = pytest.mark.parametrize(("shape", "patch"), CASES)
+each_norm = pytest.mark.parametrize("norm_pix", [True, False])
+
+
+def inputs(shape, patch, *, dtype=torch.float32, device="cpu", scale=1.0, shift=0.0):
+    """pred, images and a mask of about three quarters, never of none."""
+    g = torch.Generator().manual_seed(sum(shape))
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    count = shape[2] // height * (shape[3] // width)
+    images = scale * torch.randn(shape, generator=g) + shift
+    pred = torch.randn(shape[0], count, shape[1] * height * width, generator=g)
+    mask = (torch.rand(shape[0], count, generator=g) < 0.75).float()
+    mask[:, -1] = 1
+    return pred.to(device, dtype), images.to(device, dtype), mask.to(device)
+
+
+def check(pred, images, mask, patch, backend, **options):
+    """Against the reference, the images in float64 for the truth."""
+
+    def op(pred, *, backend):
+        wide = images.double() if pred.dtype == torch.float64 else images
+        return sslops.masked_patch_mse(pred, wide, mask, patch, backend=backend, **options)
+
+    with oracle.poisoned_memory():
+        oracle.check(op, {"pred": pred}, backend)
+
+
+@each_target
+@each_case
+@each_norm
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_accuracy(device, backend, shape, patch, norm_pix, dtype):
+    check(*inputs(shape, patch, dtype=dtype, device=device), patch, backend, norm_pix=norm_pix)
+
+
+@each_target
+@each_norm
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_other_dtype_of_pred(device, backend, norm_pix, dtype):
+    pred, images, mask = inputs((2, 3, 32, 32), 8, device=device)
+    check(pred.to(dtype), images, mask, 8, backend, norm_pix=norm_pix)
+    check(pred, images.to(dtype), mask, 8, backend, norm_pix=norm_pix)
+
+
+@each_target
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(1e-3, 0.0), (1e-8, 0.0), (1e4, 0.0), (1.0, 1e3), (1e-2, 1.0), (1e18, 0.0)]
+)
+def test_magnitudes(device, backend, scale, shift):
+    pred, images, mask = inputs((2, 3, 32, 32), 16, device=device, scale=scale, shift=shift)
+    check(pred, images, mask, 16, backend)
+
+
+@each_target
+def test_trained(device, backend):
+    """A loss near zero: the difference is what float32 leaves of two numbers."""
+    pred, images, mask = inputs((2, 3, 32, 32), 16, device=device)
+    target = sslops._patches.patchify(images.double(), 16, 16, "hwc")
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    check((target + 1e-3 * pred).float(), images, mask, 16, backend)
+
+
+@each_target
+@pytest.mark.parametrize("value", [0.0, 0.3, -1e4])
+def test_constant_patches(device, backend, value):
+    pred, images, mask = inputs((2, 3, 32, 32), 16, device=device)
+    images[0], images[1, :, :16] = value, torch.tensor([0.1, 0.2, value], device=device)[:, None, None]
+    check(pred, images, mask, 16, backend)
+
+
+@each_target
+def test_eps(device, backend):
+    pred, images, mask = inputs((2, 3, 32, 32), 16, device=device, scale=1e-3)
+    check(pred, images, mask, 16, backend, eps=1e-2)
+    check(pred, images, mask, 16, backend, eps=0.0)
+
+
+@each_target
+@each_norm
+def test_masks(device, backend, norm_pix):
+    pred, images, mask = inputs((2, 3, 32, 48), 8, device=device)
+    one = torch.zeros_like(mask)
+    one[1, 7] = 1
+    for weights in (
+        mask.bool(),
+        mask.half(),
+        mask.double(),
+        torch.ones_like(mask),
+        one,
+        torch.rand_like(mask),
+        mask.t().contiguous().t(),
+    ):
+        check(pred, images, weights, 8, backend, norm_pix=norm_pix)
+
+
+@each_target
+@pytest.mark.filterwarnings("ignore:var")  # torch's, about no patches
+@pytest.mark.parametrize("batch", [2, 0])
+def test_nothing_masked(device, backend, batch):
+    pred, images, mask = (x[:batch] for x in inputs((2, 3, 32, 32), 8, device=device))
+    for chosen in (backend, "eager"):
+        leaf = pred.clone().requires_grad_()
+        loss = sslops.masked_patch_mse(leaf, images, torch.zeros_like(mask), 8, backend=chosen)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        assert loss.item() == 0
+        assert grad.shape == pred.shape
+        assert not grad.any()
+
+
+@each_target
+def test_visible_patches_are_not_read(device, backend):
+    pred, images, mask = inputs((2, 3, 32, 32), 8, device=device)
+    expected = oracle.evaluate(
+        lambda p, backend: sslops.masked_patch_mse(p, images, mask, 8, backend=backend), [pred], backend
+    )
+    visible = (mask == 0).view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    pred[mask == 0] = float("nan")
+    images = images.masked_fill(visible, float("inf"))
+    got = oracle.evaluate(
+        lambda p, backend: sslops.masked_patch_mse(p, images, mask, 8, backend=backend), [pred], backend
+    )
+    assert all(map(torch.equal, got, expected))
+    images[0, 0, -1, -1] = float("nan")
+    assert sslops.masked_patch_mse(pred, images, mask, 8, backend=backend).isnan()
+
+
+@each_target
+@each_norm
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_any_strides(device, backend, norm_pix, dtype):
+    pred, images, mask = inputs((2, 3, 32, 48), 8, dtype=dtype, device=device)
+    with_class = torch.cat([torch.full_like(pred[:, :1], float("nan")), pred], 1)[:, 1:]
+    turned = pred.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    last = images.contiguous(memory_format=torch.channels_last)
+    upright = images.transpose(2, 3).contiguous().transpose(2, 3)
+    for p, x in ((with_class, images), (turned, images), (pred, last), (with_class, upright), (pred, images.flip(3))):
+        check(p, x, mask, 8, backend, norm_pix=norm_pix)
+
+
+def mae_loss(imgs, pred, mask, p, norm_pix):
+    """By the paper: patches with channels last, their own mean and variance, the mean over the masked ones."""
+    total, masked = 0.0, 0
+    for n, i in mask.nonzero().tolist():
+        y, x = divmod(i, imgs.shape[3] // p)
+        patch = imgs[n, :, y * p : (y + 1) * p, x * p : (x + 1) * p].permute(1, 2, 0).flatten()
+        if norm_pix:
+            variance = ((patch - patch.mean()) ** 2).sum() / (len(patch) - 1)
+            patch = (patch - patch.mean()) / (variance + 1e-6) ** 0.5
+        total, masked = total + ((pred[n, i] - patch) ** 2).sum() / len(patch), masked + 1
+    return total / masked
+
+
+@each_norm
+def test_against_the_formula(norm_pix):
+    pred, images, mask = (x.double() for x in inputs((2, 3, 12, 8), 4))
+    expected = mae_loss(images, pred, mask, 4, norm_pix)
+    torch.testing.assert_close(sslops.masked_patch_mse(pred, images, mask, 4, norm_pix=norm_pix), expected)
+
+
+def test_gradients_of_the_reference():
+    pred, images, mask = (x.double() for x in inputs((2, 2, 4, 6), 2))
+    op = functools.partial(sslops.masked_patch_mse, images=images, mask=mask, patch_size=2)
+    assert torch.autograd.gradcheck(op, pred.requires_grad_())
+    assert torch.autograd.gradgradcheck(op, pred)
+
+
+@each_target
+def test_images_get_no_gradient(device, backend):
+    pred, images, mask = inputs((2, 3, 16, 16), 8, device=device)
+    for chosen in (backend, "eager"):
+        leaves = pred.clone().requires_grad_(), images.clone().requires_grad_()
+        sslops.masked_patch_mse(*leaves, mask, 8, backend=chosen).backward()
+        assert leaves[0].grad is not None
+        assert leaves[1].grad is None
+
+
+@each_target
+@each_norm
+def test_same_bits_every_run(device, backend, norm_pix):
+    pred, images, mask = inputs((7, 3, 64, 48), 16, device=device)
+    op = functools.partial(sslops.masked_patch_mse, images=images, mask=mask, patch_size=16, norm_pix=norm_pix)
+    threads = torch.get_num_threads()
+    first = oracle.evaluate(op, [pred], backend)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, first, oracle.evaluate(op, [pred], backend)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_instruction_set(isa, dtype):
+    for shape, patch in CASES[:3]:
+        check(*inputs(shape, patch, dtype=dtype), patch, "cpu")
+
+
+@each_target
+def test_backward_twice_and_without_grad(device, backend):
+    pred, images, mask = inputs((2, 3, 32, 32), 8, device=device)
+    leaf = pred.clone().requires_grad_()
+    loss = sslops.masked_patch_mse(leaf, images, mask, 8, backend=backend)
+    once, twice = (torch.autograd.grad(loss * s, leaf, retain_graph=True)[0] for s in (1, 2))
+    assert torch.equal(2 * once, twice)
+    assert torch.equal(loss, sslops.masked_patch_mse(pred, images, mask, 8, backend=backend))
+
+
+@each_target
+@each_norm
+def test_opcheck(device, backend, norm_pix):
+    pred, images, mask = inputs((2, 3, 8, 12), 4, device=device)
+    arguments = (pred.requires_grad_(), images, mask, 4, 4, norm_pix, 1e-6, backend)
+    torch.library.opcheck(torch.ops.sslops.masked_patch_mse.default, arguments)
+    with torch.no_grad():
+        loss, inverse = torch.ops.sslops.masked_patch_mse(*arguments)
+        detached = (loss, pred.detach(), *arguments[1:], inverse)
+        torch.library.opcheck(torch.ops.sslops.masked_patch_mse_backward.default, detached)
+
+
+@each_target
+def test_compile(device, backend):
+    pred, images, mask = inputs((12, 3, 16, 16), 4, device=device)
+    oracle.assert_compiles(
+        lambda p: sslops.masked_patch_mse(p * 2, images[: len(p)], mask[: len(p)], 4, backend=backend), pred
+    )
+
+
+@each_target
+def test_second_derivative(device, backend):
+    pred, images, mask = inputs((2, 3, 8, 8), 4, device=device)
+    pred.requires_grad_()
+    loss = sslops.masked_patch_mse(pred, images, mask, 4, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, pred, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        gradient.sum().backward()
+
+
+def test_autocast():
+    """Nothing here is a matmul: float32 stays what it is."""
+    pred, images, mask = inputs((2, 3, 16, 16), 8)
+    expected = sslops.masked_patch_mse(pred, images, mask, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("cpu", "eager"):
+            torch.testing.assert_close(sslops.masked_patch_mse(pred, images, mask, 8, backend=backend), expected)
+
+
+def test_memory():
+    """64 images of 224^2: beside the gradient (37 MB) nothing; every intermediate of the formula would be as large."""
+    grown = oracle.grown_memory(
+        "pred, images = torch.randn(64, 196, 768, requires_grad=True), torch.randn(64, 3, 224, 224)\n"
+        "mask = torch.ones(64, 196)\n"
+        "sslops.masked_patch_mse(pred[:2, :4], images[:2, :, :32, :32], mask[:2, :4], 16).backward(); pred.grad = None",
+        "sslops.masked_patch_mse(pred, images, mask, 16).backward()",
+    )
+    assert grown < 48, f"{grown:.0f} MB"
+
+
+def test_bad_input():
+    pred, images, mask = inputs((2, 3, 8, 12), 4)
+
+    def refused(error, argument, *args, **kwargs):
+        oracle.assert_refused(error, "masked_patch_mse", argument, lambda: sslops.masked_patch_mse(*args, **kwargs))
+
+    refused(TypeError, "pred", None, images, mask, 4)
+    refused(TypeError, "pred", pred.int(), images, mask, 4)
+    refused(ValueError, "pred", pred[:, 1:], images, mask, 4)
+    refused(ValueError, "pred", pred.to("meta"), images, mask, 4)
+    refused(TypeError, "images", pred, images.byte(), mask, 4)
+    refused(ValueError, "images", pred, images[:, :, 1:], mask, 4)
+    refused(TypeError, "mask", pred, images, mask.long(), 4)
+    refused(ValueError, "mask", pred, images, mask[..., None], 4)
+    refused(ValueError, "pred", pred, images, mask, 2)
+    refused(ValueError, "patch_size", pred, images, mask, -4)
+    refused(TypeError, "norm_pix", pred, images, mask, 4, norm_pix=1)
+    for bad in (-1e-6, float("nan"), float("inf")):
+        refused(ValueError, "eps", pred, images, mask, 4, eps=bad)
+    refused(ValueError, "backend", pred, images, mask, 4, backend="tpu")
+
+
+def test_bad_input_to_the_registered_op():
+    pred, images, mask = inputs((2, 3, 8, 12), 4)
+    good = (pred, images, mask, 4, 4, True, 1e-6, "cpu")
+    loss, inverse = torch.ops.sslops.masked_patch_mse(*good)
+    for at, bad, named in ((0, pred[:1], "pred"), (1, images[:, :, 1:], "images"), (2, mask[:, 1:], "mask")):
+        arguments = [*good[:at], bad, *good[at + 1 :]]
+        with pytest.raises(ValueError, match=f"masked_patch_mse: {named}"):
+            torch.ops.sslops.masked_patch_mse(*arguments)
+        with pytest.raises(ValueError, match=f"masked_patch_mse: {named}"):
+            torch.ops.sslops.masked_patch_mse_backward(loss, *arguments, inverse)
+    for bad, named in (((loss[None], inverse), "grad"), ((loss, inverse.double()), "inverse")):
+        with pytest.raises(ValueError, match=f"masked_patch_mse: {named}"):
+            torch.ops.sslops.masked_patch_mse_backward(bad[0], *good, bad[1])
