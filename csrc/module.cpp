@@ -18,12 +18,14 @@
 #include "cpu/nt_xent.h"
 #include "cpu/random_mask.h"
 #include "cpu/relic.h"
+#include "cpu/restore_tokens.h"
 #include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
 #include "cuda/ema_update.h"
 #include "cuda/gather_tokens.h"
 #include "cuda/probe.h"
 #include "cuda/random_mask.h"
+#include "cuda/restore_tokens.h"
 #endif
 
 namespace py = pybind11;
@@ -488,6 +490,43 @@ void bind_gather_tokens(py::module_& m) {
 #endif
 }
 
+void bind_restore_tokens(py::module_& m) {
+  using namespace restore_tokens;
+  m.def(
+      "restore_tokens",
+      [](Address visible, int visible_dtype, Address token, int token_dtype, Address positions, int positions_dtype,
+         Address ids, int64_t batch, int64_t prefix, int64_t kept, int64_t length, int64_t d, Address out,
+         int out_dtype) {
+        table().forward({at<void>(visible), DType(visible_dtype)}, {at<void>(token), DType(token_dtype)},
+                        {at<void>(positions), DType(positions_dtype)}, at<int64_t>(ids),
+                        {batch, prefix, kept, length, d}, {at<void>(out), DType(out_dtype)});
+      },
+      NoGil());
+  m.def(
+      "restore_tokens_reduce",
+      [](Address grad, int dtype, Address ids, int64_t batch, int64_t prefix, int64_t kept, int64_t length, int64_t d,
+         Address parts, Address token, Address positions) {
+        table().reduce({at<void>(grad), DType(dtype)}, at<int64_t>(ids), {batch, prefix, kept, length, d},
+                       at<double>(parts), at<float>(token), at<float>(positions));
+      },
+      NoGil());
+#ifdef SSLOPS_CUDA
+  m.def("cuda_restore_tokens", [](Address visible, int visible_dtype, Address token, int token_dtype, Address positions,
+                                  int positions_dtype, Address ids, int64_t batch, int64_t prefix, int64_t kept,
+                                  int64_t length, int64_t d, Address out, int out_dtype, Address stream) {
+    cuda_forward({at<void>(visible), DType(visible_dtype)}, {at<void>(token), DType(token_dtype)},
+                 {at<void>(positions), DType(positions_dtype)}, at<int64_t>(ids), {batch, prefix, kept, length, d},
+                 {at<void>(out), DType(out_dtype)}, at<void>(stream));
+  });
+  m.def("cuda_restore_tokens_reduce",
+        [](Address grad, int dtype, Address ids, int64_t batch, int64_t prefix, int64_t kept, int64_t length, int64_t d,
+           Address parts, Address positions, Address stream) {
+          cuda_reduce({at<void>(grad), DType(dtype)}, at<int64_t>(ids), {batch, prefix, kept, length, d},
+                      at<double>(parts), at<float>(positions), at<void>(stream));
+        });
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -510,6 +549,7 @@ PYBIND11_MODULE(_C, m) {
   bind_vicreg(m);
   bind_ema_update(m);
   bind_random_mask(m);
+  bind_restore_tokens(m);
 #ifdef SSLOPS_CUDA
   m.def("cuda_iota", [](Address out, int64_t n, Address stream) { cuda_iota(at<int32_t>(out), n, at<void>(stream)); });
 #endif

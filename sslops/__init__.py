@@ -15,6 +15,7 @@ from .ops.masked_patch_mse import masked_patch_mse
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
 from .ops.relic import relic, relic_multicrop
+from .ops.restore_tokens import restore_tokens
 from .ops.vicreg import vicreg
 from .queue import NegativeQueue
 
@@ -39,5 +40,6 @@ __all__ = [
     "random_masking",
     "relic",
     "relic_multicrop",
+    "restore_tokens",
     "vicreg",
 ]

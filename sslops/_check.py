@@ -96,7 +96,7 @@ def _dense(op: str, name: str, x: Tensor, shape: str) -> None:
 
 
 def _dimensions(op: str, name: str, x: Tensor, shape: str) -> None:
-    if x.dim() != len(shape.strip("[]").split()):
+    if x.dim() != len(shape.strip("[]").split(", ")) * (shape != "[]"):
         bad_value(op, name, f"shape {shape}", list(x.shape))
 
 

@@ -1,0 +1,15 @@
+// Sequences put back together on a CUDA device, and what the mask token and the positions get of their gradient.
+#pragma once
+#include "../common/restore_tokens.h"
+
+namespace sslops::restore_tokens {
+
+// As csrc/cpu/restore_tokens.h has it. Ids that are not in [0, L) make rows of NaN.
+void cuda_forward(Array visible, Array mask_token, Array positions, const int64_t* ids, Shape shape, Array out,
+                  void* stream);
+
+// parts [P + L, D]: for each position the sum of grad over the batch's rows that are mask tokens. positions [P + L, D],
+// which may be null: the sums over all.
+void cuda_reduce(Array grad, const int64_t* ids, Shape shape, double* parts, float* positions, void* stream);
+
+}  // namespace sslops::restore_tokens
