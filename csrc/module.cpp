@@ -17,6 +17,7 @@
 #include "cpu/masked_patch_mse.h"
 #include "cpu/nt_xent.h"
 #include "cpu/random_mask.h"
+#include "cpu/random_token_corruption.h"
 #include "cpu/relic.h"
 #include "cpu/restore_tokens.h"
 #include "cpu/vicreg.h"
@@ -25,6 +26,7 @@
 #include "cuda/gather_tokens.h"
 #include "cuda/probe.h"
 #include "cuda/random_mask.h"
+#include "cuda/random_token_corruption.h"
 #include "cuda/restore_tokens.h"
 #endif
 
@@ -527,6 +529,28 @@ void bind_restore_tokens(py::module_& m) {
 #endif
 }
 
+void bind_random_token_corruption(py::module_& m) {
+  using namespace random_token_corruption;
+  m.def(
+      "random_token_corruption",
+      [](Address ids, Address special, int64_t count, int64_t mask_id, int64_t vocab_size, uint64_t chosen,
+         uint64_t masked, uint64_t masked_or_random, Address key, Address corrupted, Address labels) {
+        table().corrupt({at<int64_t>(ids), at<bool>(special), count, mask_id, vocab_size},
+                        {chosen, masked, masked_or_random}, at<uint64_t>(key), at<int64_t>(corrupted),
+                        at<int64_t>(labels));
+      },
+      NoGil());
+#ifdef SSLOPS_CUDA
+  m.def("cuda_random_token_corruption",
+        [](Address ids, Address special, int64_t count, int64_t mask_id, int64_t vocab_size, uint64_t chosen,
+           uint64_t masked, uint64_t masked_or_random, Address key, Address corrupted, Address labels, Address stream) {
+          cuda_corrupt({at<int64_t>(ids), at<bool>(special), count, mask_id, vocab_size},
+                       {chosen, masked, masked_or_random}, at<uint64_t>(key), at<int64_t>(corrupted),
+                       at<int64_t>(labels), at<void>(stream));
+        });
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -549,6 +573,7 @@ PYBIND11_MODULE(_C, m) {
   bind_vicreg(m);
   bind_ema_update(m);
   bind_random_mask(m);
+  bind_random_token_corruption(m);
   bind_restore_tokens(m);
 #ifdef SSLOPS_CUDA
   m.def("cuda_iota", [](Address out, int64_t n, Address stream) { cuda_iota(at<int32_t>(out), n, at<void>(stream)); });

@@ -14,6 +14,7 @@ from .ops.info_nce import info_nce
 from .ops.masked_patch_mse import masked_patch_mse
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
+from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic, relic_multicrop
 from .ops.restore_tokens import restore_tokens
 from .ops.vicreg import vicreg
@@ -38,6 +39,7 @@ __all__ = [
     "patch_solo",
     "random_mask",
     "random_masking",
+    "random_token_corruption",
     "relic",
     "relic_multicrop",
     "restore_tokens",

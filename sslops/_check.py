@@ -150,6 +150,14 @@ def positive(op: str, **numbers: float) -> None:
             bad_value(op, name, "a positive finite number", value)
 
 
+def probability(op: str, **numbers: float) -> None:
+    """Numbers in [0, 1]."""
+    for name, value in numbers.items():
+        _number(op, name, value)
+        if not 0 <= value <= 1:
+            bad_value(op, name, "a number in [0, 1]", value)
+
+
 def fraction(op: str, **numbers: float) -> None:
     """Numbers in [0, 1)."""
     for name, value in numbers.items():

@@ -3,11 +3,11 @@
 #include <cstring>
 
 #include "../common/parallel.h"
+#include "random.h"
 
 namespace sslops::random_mask {
 namespace {
 
-constexpr int kBlocks = 16;  // Philox blocks side by side: the compiler makes lanes of them
 constexpr int64_t kThreadTokens = 4096;
 
 // A token's key in the high half, its place in the low one.
@@ -25,10 +25,7 @@ void fill(const Noise& noise, int64_t row, Item* items) {
     const uint64_t key = *noise.key;
     for (int64_t first = 0; first < noise.length; first += 4 * kBlocks) {
       uint32_t words[4][kBlocks];
-      for (int k = 0; k < kBlocks; ++k) {
-        const Random4 r = draw(key, noise.length, row, first / 4 + k);
-        for (int word = 0; word < 4; ++word) words[word][k] = r.word[word];
-      }
+      draw_blocks(words, [&](int k) { return draw(key, noise.length, row, first / 4 + k); });
       for (int k = 0; k < 4 * kBlocks; ++k)
         items[first + k] = item(static_cast<int32_t>(words[k % 4][k / 4]), first + k);
     }

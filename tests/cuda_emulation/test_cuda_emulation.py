@@ -16,7 +16,10 @@ CSRC = HERE.parents[1] / "csrc"
 # Each driver with the other sources that it needs.
 DRIVERS = {
     "probe": [],
-    **{op: [f"cpu/{op}.cpp", "common/parallel.cpp"] for op in ("ema_update", "gather_tokens", "random_mask")},
+    **{
+        op: [f"cpu/{op}.cpp", "common/parallel.cpp"]
+        for op in ("ema_update", "gather_tokens", "random_mask", "restore_tokens")
+    },
 }
 SANITIZERS = {
     "plain": "",
@@ -28,7 +31,7 @@ SANITIZERS = {
 def run(driver: str, sanitizer: str, csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     program = folder / driver
     sources = [HERE / f"{driver}.cpp", *(csrc / source for source in DRIVERS[driver])]
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"]
     flags = [
         "-std=c++20",
         "-O1",
@@ -69,6 +72,15 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         ("random_mask", "random_mask.cu", "threads", "    __syncthreads();\n    for", "    for", "data race"),
         ("random_mask", "random_mask.cu", "threads", "first + i);\n    __syncthreads();", "first + i);", "data race"),
         ("random_mask", "random_mask.cu", "plain", "j / 4).word", "j / 4 + 1).word", "differs"),
+        (
+            "restore_tokens",
+            "restore_tokens.cu",
+            "memory",
+            "id >= 0 && id < s.length",
+            "id < s.length",
+            "AddressSanitizer",
+        ),
+        ("restore_tokens", "restore_tokens.cu", "memory", "if (t >= rows) return;", "", "heap-buffer-overflow"),
         ("gather_tokens", "gather_tokens.cu", "memory", "n >= 0 && n < ids.rows", "n >= 0", "AddressSanitizer"),
         (
             "gather_tokens",
@@ -89,6 +101,8 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         "a tile written while it is read",
         "a tile read while it is written",
         "another block's random numbers",
+        "an id that is not looked at in the decoder",
+        "threads without a position",
         "an id that is not looked at",
         "a row's end that is not looked at",
         "an id that comes twice",
