@@ -1,4 +1,4 @@
-// Philox blocks side by side, of which the compiler makes lanes: 8 ns for what takes 40 alone.
+// Philox blocks side by side, of which the compiler makes lanes.
 #pragma once
 #include <cstdint>
 

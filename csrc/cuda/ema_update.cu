@@ -105,8 +105,7 @@ void cuda_upload(const Work& work, Row* device_rows, void* stream) {
 
 void cuda_update(const Work& work, const Row* device_rows, Momentum momentum, Seed seed, void* stream) {
   if (work.rows.empty()) return;
-  launch(update, work.chunks, kThreads, stream, device_rows,
-         static_cast<int64_t>(work.rows.size()), momentum, seed);
+  launch(update, work.chunks, kThreads, stream, device_rows, static_cast<int64_t>(work.rows.size()), momentum, seed);
 }
 
 }  // namespace sslops::ema_update
