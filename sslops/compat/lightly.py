@@ -2,6 +2,9 @@
 
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
 shapes and values that no loss is meant for (a negative temperature, a momentum above 1) raise ValueError or TypeError.
+gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
+own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
+each rank normalised by itself. The ops' `group=` takes one batch that is spread over the ranks.
 """
 
 from collections.abc import Sequence
@@ -10,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import distributed
 from ..backend import resolve
 from ..ops import random_mask
 from ..ops.barlow_twins import barlow_twins
+from ..ops.cross_correlation import cross_correlation
 from ..ops.ema_update import ema_update_
 from ..ops.gather_tokens import gather_tokens
 from ..ops.info_nce import info_nce
@@ -34,8 +39,9 @@ class NTXentLoss(nn.Module):
         _check_gather(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        if self.memory_bank.size[0] == 0:
-            return nt_xent(out0, out1, temperature=self.temperature)
+        if self.memory_bank.size[0] == 0:  # of the own rows, with the other ranks' among the negatives
+            losses = nt_xent(out0, out1, temperature=self.temperature, reduction="none", group=_group(self))
+            return losses.mean()
         query, key = F.normalize(out0), F.normalize(out1)
         negatives = self.memory_bank.bank.to(out0.device)
         if key.requires_grad or resolve("info_nce", query.device, query.dtype, None) == "eager":
@@ -88,6 +94,8 @@ class MemoryBankModule(nn.Module):
     @torch.no_grad()
     def _dequeue_and_enqueue(self, batch: Tensor) -> None:
         # on the device alone: no synchronisation, no graph break
+        if group := distributed.name("MemoryBankModule", _group(self)):
+            batch = torch.ops.sslops.all_gather(batch, group, 0, "MemoryBankModule")
         size = self.size[0]
         end = self.bank_ptr + len(batch)
         batch = batch[:size].to(self.bank)
@@ -105,6 +113,8 @@ class BarlowTwinsLoss(nn.Module):
         _check_gather(gather_distributed)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        if _group(self):
+            return barlow_twins_of_average(z_a, z_b, self.lambda_param)
         return barlow_twins(z_a, z_b, lambd=self.lambda_param)
 
 
@@ -132,9 +142,8 @@ class VICRegLoss(nn.Module):
         if z_a.dim() > 2:
             positions = zip(z_a.flatten(1, -2).unbind(1), z_b.flatten(1, -2).unbind(1), strict=True)
             return torch.stack([self(a, b) for a, b in positions]).mean()
-        return vicreg(
-            z_a, z_b, invariance=self.lambda_param, variance=self.mu_param, covariance=self.nu_param, eps=self.eps
-        )
+        weights = self.lambda_param, self.mu_param, self.nu_param
+        return vicreg_of_own_invariance(z_a, z_b, *weights, self.eps, _group(self))
 
 
 class NegativeCosineSimilarity(nn.Module):
@@ -180,6 +189,40 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     assert images.shape[2] % patch_size == 0
     grid = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # [B, C, rows, columns, p, p]
     return grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+# ---- what differs from our own ops over ranks, and is alike in solo-learn ----
+
+
+def barlow_twins_of_average(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
+    """Of the mean over the ranks of their own [D, D] matrices: each rank normalises by its own batch."""
+    from torch.distributed.nn.functional import all_reduce  # knows its gradient
+
+    c = all_reduce(cross_correlation(z_a, z_b) / torch.distributed.get_world_size())
+    diagonal = c.diagonal()
+    return (1 - diagonal).square().sum() + lambd * (c - diagonal.diag()).square().sum()
+
+
+def vicreg_of_own_invariance(
+    z_a: Tensor, z_b: Tensor, invariance: float, variance: float, covariance: float, eps: float, group: str | None
+) -> Tensor:
+    """Variance and covariance of all ranks' rows, but the invariance of this rank's: the gradient is vicreg's."""
+    loss = vicreg(
+        z_a, z_b, invariance=0.0 if group else invariance, variance=variance, covariance=covariance, eps=eps,
+        group=group,
+    )  # fmt: skip
+    wide = torch.promote_types(z_a.dtype, torch.float32)
+    return loss + invariance * F.mse_loss(z_a.to(wide), z_b.to(wide)) if group else loss
+
+
+def world() -> str | None:
+    """The group of all ranks, where there is one."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "world" if ready and torch.distributed.get_world_size() > 1 else None
+
+
+def _group(module: nn.Module) -> str | None:
+    return world() if module.gather_distributed else None
 
 
 def _check_gather(gather_distributed: bool) -> None:

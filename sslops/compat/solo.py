@@ -2,7 +2,8 @@
 
 What differs: losses are float32 for bf16 and float16 inputs and under autocast; arguments that no loss is meant for
 raise ValueError or TypeError; simclr_loss_func has no overflow at low temperatures; MomentumUpdater writes the
-parameters in place, where solo-learn gives them new memory.
+parameters in place, where solo-learn gives them new memory. Over several ranks the values are solo-learn's; gradients
+are what DDP's averaging makes right, where solo-learn's own lack what other ranks' losses contribute.
 """
 
 import math
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, distributed
 from ..ops.barlow_twins import barlow_twins
 from ..ops.ema_update import ema_update_
 from ..ops.info_nce import info_nce
 from ..ops.nt_xent import nt_xent
-from ..ops.vicreg import vicreg
+from .lightly import barlow_twins_of_average, vicreg_of_own_invariance, world
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
@@ -29,15 +30,20 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     _check.embeddings("simclr_loss_func", z=z)
     if indexes.shape != z.shape[:1]:
         _check.bad_value("simclr_loss_func", "indexes", f"shape {[len(z)]}", list(indexes.shape))
-    if len(z) % 2 == 0:
-        first, second = indexes.chunk(2)
-        ordered = first.sort().values
+    group = world()
+    name = distributed.name("simclr_loss_func", group)
+    if name:
+        indexes = torch.ops.sslops.all_gather(indexes, name, 0, "simclr_loss_func")
+    if z.shape[0] % 2 == 0:
+        first, second = indexes.view(distributed.size(name), 2, -1).unbind(1)
+        ordered = first.flatten().sort().values
         two_views = (first == second).all() & (ordered[1:] != ordered[:-1]).all()
         if torch.compiler.is_compiling():
             torch._assert_async(two_views, "simclr_loss_func: indexes: wanted two views in torch.compile")
         if torch.compiler.is_compiling() or two_views:
-            return nt_xent(*z.chunk(2), temperature=temperature)
-    return _by_index(F.normalize(z), indexes, temperature).mean()
+            return nt_xent(*z.chunk(2), temperature=temperature, reduction="none", group=group).mean()
+    (z,) = distributed.gathered("simclr_loss_func", name, z)
+    return distributed.own_rows(_by_index(F.normalize(z), indexes, temperature), name, 1).mean()
 
 
 def _by_index(z: Tensor, indexes: Tensor, temperature: float) -> Tensor:
@@ -69,6 +75,8 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
+    if world():
+        return scale_loss * barlow_twins_of_average(z1, z2, lamb)
     return barlow_twins(z1, z2, lambd=lamb, scale=scale_loss)
 
 
@@ -76,7 +84,8 @@ def vicreg_loss_func(
     z1: Tensor, z2: Tensor, sim_loss_weight: float = 25.0, var_loss_weight: float = 25.0, cov_loss_weight: float = 1.0
 ) -> Tensor:
     """The variance terms of the two views are added, not averaged: twice the paper's weight."""
-    return vicreg(z1, z2, invariance=sim_loss_weight, variance=2 * var_loss_weight, covariance=cov_loss_weight)
+    weights = sim_loss_weight, 2 * var_loss_weight, cov_loss_weight
+    return vicreg_of_own_invariance(z1, z2, *weights, 1e-4, world())
 
 
 def byol_loss_func(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:

@@ -1,0 +1,136 @@
+"""Drop-ins over two real processes: lightly's values and gradients, and for solo-learn those of the whole batch."""
+
+import copy
+import importlib
+
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import Ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sslops
+from sslops.compat import lightly, solo
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    ranks = Ranks(2, tmp_path_factory.mktemp("two"))
+    yield ranks
+    ranks.stop()
+
+
+def views(rank, *shape):
+    torch.manual_seed(rank)
+    return [x.requires_grad_() for x in torch.randn(2, *shape).add(0.5 * torch.randn(shape)).unbind()]
+
+
+def run_lightly(rank, world, theirs, name, options, shape):
+    """Two steps: losses, gradients, and the bank."""
+    home = lightly
+    if theirs:
+        peers.lightly()
+        home = importlib.import_module("lightly.loss")
+    torch.manual_seed(5)
+    module = getattr(home, name)(**options, gather_distributed=True)
+    found = []
+    for _ in range(2):
+        inputs = views(rank, *shape)
+        loss = module(*inputs)
+        found += [loss.detach(), *torch.autograd.grad(loss, inputs)]
+    return [*found, *module.buffers()] if "memory_bank_size" in options else found
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("NTXentLoss", {"temperature": 0.2}, (12, 40)),
+        ("NTXentLoss", {"temperature": 0.2, "memory_bank_size": (64, 40)}, (12, 40)),
+        ("BarlowTwinsLoss", {"lambda_param": 0.1}, (12, 40)),
+        ("VICRegLoss", {"lambda_param": 2.0}, (12, 40)),
+        ("VICRegLoss", {}, (12, 3, 40)),
+    ],
+)
+def test_gather_distributed(ranks, name, options, shape):
+    if peers.lightly() is None:
+        pytest.skip("lightly is not installed")
+    results = [ranks(run_lightly, theirs, name, options, shape) for theirs in (True, False)]
+    for theirs, mine in zip(*results, strict=True):
+        for x, y in zip(theirs, mine, strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(results[1][0][1], results[1][1][1])
+
+
+def simclr(z, indexes):
+    logits = (F.normalize(z) @ F.normalize(z).t() / 0.1).fill_diagonal_(-torch.inf)
+    positives = logits.masked_fill(indexes[:, None] != indexes, -torch.inf)
+    return logits.logsumexp(1) - positives.logsumexp(1)
+
+
+def run_simclr(rank, world, indexes):
+    z = torch.cat(views(rank, len(indexes[0]) // 2, 16)).detach().requires_grad_()
+    loss = solo.simclr_loss_func(z, indexes[rank])
+    return z.detach(), loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+@pytest.mark.parametrize(
+    "indexes",
+    [torch.randperm(20).view(2, 10).repeat(1, 2), torch.arange(10).repeat(2, 1), torch.arange(6).repeat(2, 3)],
+    ids=["two views", "the same images on both ranks", "three views"],
+)
+def test_simclr_by_index(ranks, indexes):
+    """A rank's loss is its rows' mean; gradients are those of the sum over ranks, for DDP to average."""
+    results = ranks(run_simclr, indexes)
+    z = torch.cat([z for z, _, _ in results]).double().requires_grad_()
+    losses = simclr(z, indexes.flatten()).view(2, -1).mean(1)
+    (gradient,) = torch.autograd.grad(losses.sum(), z)
+    torch.testing.assert_close(torch.stack([loss for _, loss, _ in results]).double(), losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([g for _, _, g in results]).double(), gradient, rtol=1e-4, atol=1e-6)
+
+
+def run_solo(rank, world, name):
+    inputs = views(rank, 12, 40)
+    loss = getattr(solo, name)(*inputs)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("barlow_loss_func", lambda: (lightly.BarlowTwinsLoss, {}, 0.025)),
+        ("vicreg_loss_func", lambda: (lightly.VICRegLoss, {"mu_param": 50.0}, 1.0)),
+    ],
+)
+def test_solo_is_lightly_up_to_its_factors(ranks, name, make):
+    loss, options, factor = make()
+    theirs = ranks(run_lightly, False, loss.__name__, options, (12, 40))
+    for x, y in zip(theirs, ranks(run_solo, name), strict=True):
+        for expected, got in zip(x, y, strict=False):  # of the first step
+            torch.testing.assert_close(got, factor * expected)
+
+
+def train(rank, world, steps):
+    """DDP, NT-Xent over the ranks, and the momentum update of what DDP wraps."""
+    torch.manual_seed(0)
+    online, images = nn.Linear(8, 4), torch.randn(steps, 2, 12, 8)
+    target = copy.deepcopy(online)
+    model = DistributedDataParallel(online) if world > 1 else online
+    loss, ema = sslops.nn.NTXentLoss(0.2, group="world" if world > 1 else None), sslops.nn.EMA(target, model, 0.9)
+    optimizer = torch.optim.SGD(online.parameters(), 0.1)
+    for x in images:
+        loss(*model(x.chunk(world, 1)[rank].flatten(0, 1)).chunk(2)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step()
+    return [p.detach() for p in target.parameters()]
+
+
+def test_ddp_with_the_momentum_update(ranks):
+    """The targets of one process that has the whole batch, the same bits on both ranks."""
+    alone = train(0, 1, 5)
+    first, second = ranks(train, 5)
+    assert all(map(torch.equal, first, second))
+    for x, y in zip(first, alone, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
