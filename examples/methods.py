@@ -1,0 +1,130 @@
+"""The methods that pretrain.py trains: what each makes of an image, its networks, and its loss fused and eager."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sslops
+
+
+def augment(images: Tensor) -> Tensor:
+    """A random affine map and a smooth random warp of each image, the whole batch at once."""
+    batch = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(batch).uniform_(low, high)
+
+    angle, scale, stretch, shear = uniform(-0.35, 0.35), uniform(0.8, 1.25), uniform(0.85, 1.18), uniform(-0.3, 0.3)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = [cos * stretch, shear - sin, uniform(-0.15, 0.15), sin, cos / stretch, uniform(-0.15, 0.15)]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(batch, 2, 3), list(images.shape), align_corners=False)
+    warp = F.interpolate(0.08 * torch.randn(batch, 2, 4, 4), size=images.shape[-2:], mode="bilinear")
+    views = F.grid_sample(images, grid + warp.permute(0, 2, 3, 1), align_corners=False)
+    return views.contiguous(memory_format=torch.channels_last)
+
+
+def conv_encoder(side: int) -> tuple[nn.Module, int]:
+    """A network from `[N, 1, side, side]` to features `[N, F]`, and F."""
+    channels = [1, 16, 32, 64, 128]
+    blocks = []
+    for wide_in, wide_out in pairwise(channels):
+        conv = nn.Conv2d(wide_in, wide_out, 3, stride=2, padding=1, bias=False)
+        blocks += [conv, nn.BatchNorm2d(wide_out), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.Flatten()), channels[-1] * (-(-side // 16)) ** 2
+
+
+def mlp(wide_in: int, hidden: int, wide_out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(wide_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, wide_out))
+
+
+class Method(nn.Module):
+    """What pretrain.py asks of a method; `encoder` is what pretraining is for, and what the probe looks at."""
+
+    encoder: nn.Module
+    # "sslops" and "eager": the same value from the same arguments, the tensors that forward gives.
+    losses: ClassVar[dict[str, Callable[..., Tensor]]]
+    steps, batch, learning_rate = 150, 2048, 5e-3
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        """All that is random in a step, from images `[N, 1, S, S]`: what forward takes."""
+        raise NotImplementedError
+
+    def update(self) -> None:
+        """What follows the optimizer's step."""
+
+
+class TwoViews(Method):
+    """One network for both views of an image; the loss takes their projections, `[N, D]` each."""
+
+    hidden, projection = 256, 128
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.encoder, features = conv_encoder(side)
+        self.head = mlp(features, self.hidden, self.projection)
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (augment(torch.cat([images, images])),)
+
+    def forward(self, views: Tensor) -> tuple[Tensor, ...]:
+        return self.head(self.encoder(views)).chunk(2)
+
+
+def eager_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
+    """NT-Xent as it is usually written: the whole `[2N, 2N]` matrix of logits."""
+    z = F.normalize(torch.cat([z0, z1]), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+    positives = torch.arange(len(z)).roll(len(z0))
+    return F.cross_entropy(logits, positives)
+
+
+class SimCLR(TwoViews):
+    # The one-line change: both take the projections [N, D] of the two views and give a scalar.
+    losses: ClassVar = {
+        "sslops": partial(sslops.nt_xent, temperature=0.2),
+        "eager": partial(eager_nt_xent, temperature=0.2),
+    }
+
+
+def off_diagonal(c: Tensor) -> Tensor:
+    """The sum of the squares of all but the diagonal."""
+    return c.square().sum() - c.diagonal().square().sum()
+
+
+def eager_barlow_twins(z0: Tensor, z1: Tensor, lambd: float) -> Tensor:
+    a, b = (F.batch_norm(z, None, None, training=True) for z in (z0, z1))
+    c = a.T @ b / len(a)
+    return (1 - c.diagonal()).square().sum() + lambd * off_diagonal(c)
+
+
+class BarlowTwins(TwoViews):
+    hidden, projection = 512, 2048
+    steps, batch = 200, 256
+    losses: ClassVar = {
+        "sslops": partial(sslops.barlow_twins, lambd=5e-3),
+        "eager": partial(eager_barlow_twins, lambd=5e-3),
+    }
+
+
+def eager_vicreg(z0: Tensor, z1: Tensor) -> Tensor:
+    n, d = z0.shape
+    loss = 25 * F.mse_loss(z0, z1)
+    for z in (z0, z1):
+        z = z - z.mean(dim=0)
+        deviation = (z.var(dim=0) + 1e-4).sqrt()
+        loss = loss + 25 * F.relu(1 - deviation).mean() / 2 + off_diagonal(z.T @ z / (n - 1)) / d
+    return loss
+
+
+class VICReg(TwoViews):
+    hidden, projection = 512, 2048
+    steps, batch = 200, 256
+    losses: ClassVar = {"sslops": sslops.vicreg, "eager": eager_vicreg}
+
+
+METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "barlow": BarlowTwins, "vicreg": VICReg}
