@@ -14,11 +14,21 @@ from .ema import EMA
 from .ops.barlow_twins import barlow_twins
 from .ops.gather_patches import gather_patches
 from .ops.info_nce import info_nce
+from .ops.masked_patch_mse import masked_patch_mse
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
 from .ops.vicreg import vicreg
 
-__all__ = ["EMA", "BarlowTwinsLoss", "InfoNCELoss", "MaskedPatchEmbed", "NTXentLoss", "RELICLoss", "VICRegLoss"]
+__all__ = [
+    "EMA",
+    "BarlowTwinsLoss",
+    "InfoNCELoss",
+    "MaskedPatchEmbed",
+    "MaskedPatchMSE",
+    "NTXentLoss",
+    "RELICLoss",
+    "VICRegLoss",
+]
 
 
 class _Loss(nn.Module):
@@ -64,6 +74,10 @@ class BarlowTwinsLoss(_Loss, op=barlow_twins):
 
 class InfoNCELoss(_Loss, op=info_nce):
     """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D]) -> [] or [B]: see `sslops.info_nce`."""
+
+
+class MaskedPatchMSE(_Loss, op=masked_patch_mse):
+    """MAE's loss, (pred [B, L, p * p * C], images [B, C, H, W], mask [B, L]) -> []: see `sslops.masked_patch_mse`."""
 
 
 class RELICLoss(_Loss, op=relic):

@@ -26,6 +26,15 @@ def simclr(z, indexes, temperature=0.1):
     return (logits.logsumexp(1) - positives.logsumexp(1)).mean()
 
 
+def mae(imgs, pred, mask, patch_size, norm_pix_loss=True):
+    p = patch_size
+    target = imgs.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    if norm_pix_loss:
+        variance, mean = torch.var_mean(target, dim=2, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    return ((pred - target).square().mean(2) * mask).sum() / mask.sum()
+
+
 def theirs(file, name):
     module = peers.solo_file(f"solo/{file}.py")
     if module is None:
@@ -140,6 +149,19 @@ def test_simclr_compiles():
         compiled(z, torch.arange(len(z)))
 
 
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_mae(norm_pix_loss):
+    imgs, mask = torch.randn(5, 3, 32, 32), (torch.rand(5, 16) < 0.75).float()
+    pred = torch.randn(5, 16, 192)
+    got = run(lambda p, *rest: ours.mae_loss_func(imgs.to(p), p, *rest), [pred], mask, 8, norm_pix_loss)
+    eager, truth = (
+        run(lambda p, *rest: mae(imgs.to(p), p, *rest), [pred], mask, 8, norm_pix_loss, dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    for label, *results in zip(("loss", "gradient"), got, eager, truth, strict=True):
+        oracle.assert_accurate(label, *results, torch.float32)
+
+
 def test_momentum_updater():
     updaters = [make(0.9, 1.0) for make in (theirs("utils/momentum", "MomentumUpdater"), ours.MomentumUpdater)]
     online = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
@@ -222,8 +244,8 @@ def test_other_versions_are_refused(solo, options, message):
 
 def test_what_does_not_import_is_named(solo):
     solo()
-    Path(importlib.import_module("solo.losses.byol").__file__).unlink()
-    del sys.modules["solo.losses.byol"]
+    Path(importlib.import_module("solo.losses.mae").__file__).unlink()
+    del sys.modules["solo.losses.mae"]
     importlib.invalidate_caches()
-    with pytest.raises(ImportError, match=r"patch_solo: solo-learn 1\.0\.6 does not import solo\.losses\.byol"):
+    with pytest.raises(ImportError, match=r"patch_solo: solo-learn 1\.0\.6 does not import solo\.losses\.mae"):
         sslops.patch_solo()

@@ -92,6 +92,19 @@ class TestLosses:
         assert torch.equal(*weights)
 
 
+def test_masked_patch_mse():
+    module = sslops.nn.MaskedPatchMSE(8, norm_pix=False)
+    images, mask = torch.randn(5, 3, 32, 32), torch.rand(5, 16) < 0.75
+    pred = torch.randn(5, 16, 192)
+    expected = gradients(lambda p: sslops.masked_patch_mse(p, images, mask, 8, norm_pix=False), [pred])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(module, (pred, images, mask)).module()
+    for same in (module, pickle.loads(pickle.dumps(module)), compiled):
+        assert all(map(torch.equal, gradients(lambda p, f=same: f(p, images, mask), [pred]), expected))
+    assert torch.equal(exported(pred, images, mask), expected[0])
+    assert repr(module) == "MaskedPatchMSE(patch_size=8, norm_pix=False, eps=1e-06, backend=None)"
+
+
 def test_a_learned_temperature_is_a_parameter():
     module = sslops.nn.NTXentLoss(nn.Parameter(torch.tensor(0.3)))
     module(*views()).backward()

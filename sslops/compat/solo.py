@@ -1,9 +1,10 @@
 """solo-learn 1.0.6's loss functions and momentum updater on our ops: the same names, arguments and defaults.
 
 What differs: losses are float32 for bf16 and float16 inputs and under autocast; arguments that no loss is meant for
-raise ValueError or TypeError; simclr_loss_func has no overflow at low temperatures; MomentumUpdater writes the
-parameters in place, where solo-learn gives them new memory. Over several ranks the values are solo-learn's; gradients
-are what DDP's averaging makes right, where solo-learn's own lack what other ranks' losses contribute.
+raise ValueError or TypeError; simclr_loss_func has no overflow at low temperatures; mae_loss_func is 0, not NaN, where
+nothing is masked; MomentumUpdater writes the parameters in place, where solo-learn gives them new memory. Over several
+ranks the values are solo-learn's; gradients are what DDP's averaging makes right, where solo-learn's own lack what other
+ranks' losses contribute.
 """
 
 import math
@@ -16,6 +17,7 @@ from .. import _check, distributed
 from ..ops.barlow_twins import barlow_twins
 from ..ops.ema_update import ema_update_
 from ..ops.info_nce import info_nce
+from ..ops.masked_patch_mse import masked_patch_mse
 from ..ops.nt_xent import nt_xent
 from .lightly import barlow_twins_of_average, vicreg_of_own_invariance, world
 
@@ -96,6 +98,10 @@ def byol_loss_func(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
     return 2 - 2 * cosine.mean()
 
 
+def mae_loss_func(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int, norm_pix_loss: bool = True) -> Tensor:
+    return masked_patch_mse(pred, imgs, mask, patch_size, norm_pix=norm_pix_loss)
+
+
 class MomentumUpdater:
     def __init__(self, base_tau: float = 0.996, final_tau: float = 1.0) -> None:
         assert 0 <= base_tau <= 1
@@ -120,5 +126,6 @@ REPLACED = {
     "solo.losses.barlow": (barlow_loss_func,),
     "solo.losses.vicreg": (vicreg_loss_func,),
     "solo.losses.byol": (byol_loss_func,),
+    "solo.losses.mae": (mae_loss_func,),
     "solo.utils.momentum": (MomentumUpdater,),
 }
