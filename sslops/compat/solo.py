@@ -3,8 +3,8 @@
 What differs: losses are float32 for bf16 and float16 inputs and under autocast; arguments that no loss is meant for
 raise ValueError or TypeError; simclr_loss_func has no overflow at low temperatures; mae_loss_func is 0, not NaN, where
 nothing is masked; MomentumUpdater writes the parameters in place, where solo-learn gives them new memory. Over several
-ranks the values are solo-learn's; gradients are what DDP's averaging makes right, where solo-learn's own lack what other
-ranks' losses contribute.
+ranks the values are solo-learn's; gradients are what DDP's averaging makes right, where solo-learn's own lack what
+other ranks' losses contribute.
 """
 
 import math
