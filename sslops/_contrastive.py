@@ -5,15 +5,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check
+from . import _check, distributed
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def reduce(losses: Tensor, reduction: str) -> Tensor:
+def reduce(losses: Tensor, reduction: str, group: str = "", parts: int = 1) -> Tensor:
+    """Of the losses of all ranks; "none": this rank's rows of each of their parts"""
     if reduction == "mean":
         return losses.mean()
-    return losses.sum() if reduction == "sum" else losses
+    return losses.sum() if reduction == "sum" else distributed.own_rows(losses, group, parts)
 
 
 class Metrics(NamedTuple):

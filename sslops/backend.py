@@ -53,7 +53,7 @@ def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype, dis
         return f"the {backend} backend does not run on {device.type} tensors"
     if backend == "triton" and not _exists("triton"):
         return "triton is not installed"
-    if distributed and not {"own", "group"} & inspect.signature(kernel(backend, op).forward).parameters.keys():
+    if distributed and not {"first", "group", "own"} & inspect.signature(kernel(backend, op).forward).parameters.keys():
         return f"{op}'s {backend} kernel has no distributed form"
     reason: str | None = kernel(backend, op).refuses(device, dtype)
     return reason

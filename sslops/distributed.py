@@ -24,9 +24,11 @@ __all__ = [
     "all_gather",
     "gather_views",
     "gathered",
+    "gathered_ids",
     "name",
     "own_rows",
     "rank",
+    "reduce_scatter",
     "size",
     "spread",
 ]
@@ -92,7 +94,7 @@ def gather_views(views: list[Tensor], group: str) -> Tensor:
     return all_gather(torch.stack(views), group, 1)
 
 
-def _reduce_scatter(x: Tensor, group: str, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, group: str, dim: int) -> Tensor:
     """This rank's part, along `dim`, of the sum of the ranks' x: the way back from all_gather"""
     collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     parts = x.unflatten(dim, (size(group), -1)).movedim(dim, 0).contiguous()
@@ -208,7 +210,7 @@ _define(
 )
 _define(
     "reduce_scatter(Tensor x, str group, int dim, str op) -> Tensor",
-    lambda x, group, dim, op: _reduce_scatter(x, group, dim),
+    lambda x, group, dim, op: reduce_scatter(x, group, dim),
     lambda x, group, dim, op: _resized(x, dim, x.shape[dim] // size(group)),
     _keep,
     lambda ctx, grad: (torch.ops.sslops.all_gather(grad, *ctx.rest), None, None, None),
@@ -224,6 +226,14 @@ def gathered(op: str, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return together
 
 
-def own_rows(x: Tensor, group: str, parts: int) -> Tensor:
+def gathered_ids(op: str, group: str, ids: Tensor | None) -> Tensor | None:
+    """The ranks' [B] as [N]"""
+    if ids is None or not group:
+        return ids
+    together: Tensor = torch.ops.sslops.all_gather(ids, group, 0, f"{op}'s ids")
+    return together
+
+
+def own_rows(x: Tensor, group: str, parts: int = 1) -> Tensor:
     """This rank's rows of each of the `parts` of x [parts * N]"""
     return x.view(parts, size(group), -1)[:, rank(group)].flatten() if group else x

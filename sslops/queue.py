@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _check
+from . import _check, distributed
 
 __all__ = ["NegativeQueue"]
 
@@ -60,27 +60,35 @@ class NegativeQueue(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, *, ids: Tensor | None = None) -> None:
+    def enqueue(self, keys: Tensor, *, ids: Tensor | None = None, group: distributed.Group = None) -> None:
         """Puts the keys in the place of the oldest rows.
 
         Args:
             keys: [N, D] with N at most K, floating-point of any precision, on the queue's device.
             ids: [N] int64, not negative, what `info_nce` knows the keys by.
+            group: None, or "world" or a ProcessGroup: the keys of all its W ranks are enqueued, N on each and at most K
+                in all, in the order of the ranks, so that queues that were equal stay so.
 
         Raises:
-            TypeError, ValueError: arguments of the wrong type, shape or device; the queue is as it was.
+            TypeError, ValueError: arguments of the wrong type, shape or device; torch.distributed not initialised;
+                other shapes on other ranks (see `info_nce`). The queue is as it was.
         """
         size, dim = self.negatives.shape
         op = "NegativeQueue.enqueue"
+        group = distributed.name(op, group)
+        ranks = distributed.size(group)
         _check.floats(op, "[N, D]", keys=keys)
-        if keys.shape[1] != dim or len(keys) > size:
-            _check.bad_value(op, "keys", f"shape [N, {dim}], N at most {size}", list(keys.shape))
+        if keys.shape[1] != dim or len(keys) * ranks > size:
+            _check.bad_value(op, "keys", f"shape [N, {dim}], N at most {size // ranks}", list(keys.shape))
         _check.same_device(op, "the queue", self.negatives, keys=keys)
         if ids is not None:
             _check.ids(op, "[N]", ids=ids)
             _check.same_device(op, "the queue", self.negatives, ids=ids)
             if len(ids) != len(keys):
                 _check.bad_value(op, "ids", f"shape [{len(keys)}]", list(ids.shape))
+        if group:
+            keys = torch.ops.sslops.all_gather(keys, group, 0, op)
+            ids = distributed.gathered_ids(op, group, ids)
         rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
         wide = torch.promote_types(keys.dtype, torch.float32)
         self.negatives.index_copy_(0, rows, F.normalize(keys.to(wide)).to(self.negatives.dtype))

@@ -14,6 +14,7 @@ from sslops import backend as backends
 from sslops import distributed
 
 BACKENDS = ("cpu", "eager")
+OPS = [sslops.nt_xent, sslops.info_nce, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -61,9 +62,9 @@ def shard(x: Tensor, rank: int, world: int, parts: int = 1) -> Tensor:
 def evaluate(rank: int, world: int, op, inputs: list[Tensor], options: dict) -> list[Tensor]:
     leaves = [shard(x, rank, world).clone().requires_grad_() for x in inputs]
     out = op(*leaves, group="world", **options)
-    weights = cotangent([2 * len(inputs[0])]) if options.get("reduction") == "none" else cotangent(out.shape)
-    if weights.dim() == 1:
-        weights = shard(weights, rank, world, parts=2)
+    weights = cotangent([len(out) * world] if out.dim() == 1 else out.shape)
+    if out.dim() == 1:
+        weights = shard(weights, rank, world, parts=len(out) // len(leaves[0]))
     return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(out))]
 
 
@@ -72,7 +73,8 @@ def check(ranks: Ranks, op, inputs: list[Tensor], backend: str, truth_of=None, *
     answers = ranks(evaluate, op, inputs, options | {"backend": backend})
     values, *gradients = zip(*answers, strict=True)
     if options.get("reduction") == "none":
-        got = [torch.cat([torch.cat([v.chunk(2)[half] for v in values]) for half in (0, 1)])]
+        parts = len(values[0]) * ranks.world // len(inputs[0])
+        got = [torch.cat([torch.cat([v.chunk(parts)[part] for v in values]) for part in range(parts)])]
     else:
         assert all(torch.equal(values[0], value) for value in values)
         got = [values[0]]
@@ -100,6 +102,77 @@ def test_nt_xent(ranks, backend, dtype, reduction, rows, temperature):
 def test_temperature_gradient(two, backend, reduction, normalize):
     inputs = [*views(60, 24), torch.tensor(0.3)]
     check(two, nt_xent, inputs, backend, reduction=reduction, normalize=normalize)
+
+
+def info_nce(query, key, temperature=None, *, tau=0.1, negatives=None, **options):
+    if negatives is not None:
+        negatives = negatives.to(query.dtype)
+    return sslops.info_nce(query, key, negatives, temperature=tau if temperature is None else temperature, **options)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("queue", [False, True])
+def test_info_nce(ranks, backend, dtype, reduction, queue):
+    options = {"negatives": views(700, 40)[0]} if queue else {}
+    check(ranks, info_nce, views(37 * ranks.world, 40, dtype), backend, reduction=reduction, **options)
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_temperature_gradient_of_info_nce(two, backend, reduction):
+    check(two, info_nce, [*views(60, 24), torch.tensor(0.3)], backend, reduction=reduction)
+
+
+def with_ids(rank, world, inputs, ids, backend):
+    z0, z1, ids = (shard(x, rank, world) for x in (*inputs, ids))
+    return sslops.info_nce(z0, z1, query_ids=ids, return_metrics=True, group="world", backend=backend)
+
+
+@each_backend
+def test_ids_and_metrics_of_all_ranks(two, backend):
+    inputs, ids = views(40, 6), torch.arange(40) % 9
+    expected = sslops.info_nce(*inputs, query_ids=ids, return_metrics=True)
+    assert expected[0] < 0.999 * sslops.info_nce(*inputs)
+    assert 0 < expected[1].top1 < 1
+    for got in two(with_ids, inputs, ids, backend):
+        torch.testing.assert_close(got, expected)
+
+
+def trainable_negatives(rank, world, inputs, negatives, backend):
+    negatives = negatives.clone().requires_grad_()
+    sslops.info_nce(*(shard(x, rank, world) for x in inputs), negatives, group="world", backend=backend).backward()
+    return negatives.grad
+
+
+@each_backend
+def test_trainable_negatives(two, backend):
+    inputs, negatives = views(40, 6), views(50, 6)[1].requires_grad_()
+    sslops.info_nce(*inputs, negatives).backward()
+    got = torch.stack(two(trainable_negatives, inputs, negatives.detach(), backend)).mean(0)
+    torch.testing.assert_close(got, negatives.grad)
+
+
+def enqueued(rank, world, keys, ids):
+    torch.manual_seed(5)
+    queue = sslops.NegativeQueue(20, 3)
+    for _ in range(2):
+        queue.enqueue(shard(keys, rank, world), ids=shard(ids, rank, world), group="world")
+    with pytest.raises(ValueError, match=r"NegativeQueue\.enqueue: keys: wanted shape"):
+        queue.enqueue(torch.ones(20 // world + 1, 3), group="world")
+    return queue.state_dict()
+
+
+def test_queue(ranks):
+    keys, ids = views(12, 3)[0], torch.arange(12)
+    torch.manual_seed(5)
+    queue = sslops.NegativeQueue(20, 3)
+    for _ in range(2):
+        queue.enqueue(keys, ids=ids)
+    for state in ranks(enqueued, keys, ids):
+        for name, expected in queue.state_dict().items():
+            assert torch.equal(state[name], expected), name
 
 
 @each_backend
@@ -260,6 +333,7 @@ def compiled(rank, world, inputs, options, by_name):
         z0, z1 = z0 * 2, z1 + 1
         return (
             sslops.nt_xent(z0, z1, group=group, **options)
+            + sslops.info_nce(z0, z1, group=group, **options)
             + sslops.barlow_twins(z0, z1, group=group, **options)
             + sslops.vicreg(z0, z1, group=group, **options)
             + sslops.cross_correlation(z0, z1, group=group, **options).square().mean()
@@ -329,7 +403,7 @@ def refusals(rank, world, op, backend, sizes):
     return errors
 
 
-@pytest.mark.parametrize("op", [sslops.nt_xent, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation])
+@pytest.mark.parametrize("op", OPS)
 @each_backend
 def test_uneven_batches_are_refused(ranks, op, backend):
     sizes = [(5, 4, 4, 4), (4, 4, 4, 4), (4, 4, 4, 7), (4, 4, 4, 4)]
@@ -358,7 +432,7 @@ def without_waiting(rank, world, op):
         distributed._HOST_WAITS.add("cpu")
 
 
-@pytest.mark.parametrize("op", [sslops.nt_xent, sslops.barlow_twins, sslops.vicreg])
+@pytest.mark.parametrize("op", [sslops.nt_xent, sslops.info_nce, sslops.barlow_twins, sslops.vicreg])
 def test_a_gpu_host_is_not_kept_waiting(two, op):
     (value, later), (at_once,) = two(without_waiting, op)
     assert value.isnan()
@@ -391,7 +465,7 @@ def test_subgroups(four):
         torch.testing.assert_close(value, [sslops.nt_xent(*inputs)] * 2)
 
 
-@pytest.mark.parametrize("op", [sslops.nt_xent, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation])
+@pytest.mark.parametrize("op", OPS)
 def test_bad_groups(op):
     inputs = views(4, 6)
     for error, group in ((ValueError, "world"), (ValueError, "wrld"), (ValueError, object())):

@@ -59,3 +59,15 @@ def check(inputs, backend, kind, op=losses, **kwargs):
 def test_accuracy(device, backend, kind, dtype, b, k, d, temperature):
     with oracle.poisoned_memory():
         check(pairs(b, d, k, dtype=dtype, device=device), backend, kind, temperature=temperature)
+
+
+def test_temperature_gradient_of_the_reference_in_batch():
+    """What is masked out must not make it NaN."""
+    query, key = torch.randn(2, 5, 4, dtype=torch.float64)
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 1, 0, 2, 1])
+
+    def loss(temperature):
+        return sslops.info_nce(query, key, temperature=temperature, query_ids=ids, backend="eager")
+
+    assert torch.autograd.gradcheck(loss, temperature)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _check
+from .. import _check, distributed
 from .._contrastive import autograd_wanted, check_options, metrics, reduce
 from .._library import register
 from .._precision import compute_dtype
@@ -34,12 +34,16 @@ def reference(
         q, k, candidates = F.normalize(q), F.normalize(k), F.normalize(candidates)
     positive = (q * k[first : first + len(q)]).sum(1)
     similarity = (q.to(operand_dtype) @ candidates.to(operand_dtype).t()).to(wide)
+    left_out = []
     if negatives is None:
         columns = torch.arange(len(k), device=q.device)
-        similarity = similarity.masked_fill(columns == first + columns[: len(q), None], float("-inf"))
+        left_out.append(columns == first + columns[: len(q), None])
     if query_ids is not None and negative_ids is not None:
-        similarity = similarity.masked_fill(query_ids[:, None] == negative_ids, float("-inf"))
-    logits = torch.cat([positive[:, None], similarity], 1) / temperature
+        left_out.append(query_ids[:, None] == negative_ids)
+    logits = similarity / temperature
+    for mask in left_out:  # after the division: the temperature's gradient would be NaN
+        similarity, logits = (x.masked_fill(mask, float("-inf")) for x in (similarity, logits))
+    logits = torch.cat([positive[:, None] / temperature, logits], 1)
     losses = F.cross_entropy(logits, torch.zeros_like(positive, dtype=torch.int64), reduction="none")
     return losses, positive, (similarity > positive[:, None]).sum(1).to(wide)
 
@@ -59,6 +63,8 @@ class _Arguments(NamedTuple):
     key_grad: bool  # the key's,
     negatives_grad: bool  # the negatives'
     version: int  # of the negatives, to know them again in backward
+    group: str  # all of the above but the negatives and their ids are the rank's; in-batch its ids for both
+    shared: bool  # all ranks' losses have the same gradient on all ranks; else each knows that of its own
     backend: str
 
 
@@ -106,24 +112,38 @@ def _check_pointers(x: _Arguments) -> None:
         _check.scratch("info_nce", x.query.device, temperature=(x.temperature, ()))
 
 
+def _with_all_keys(x: _Arguments) -> _Arguments:
+    """In-batch, the ranks' keys are one another's negatives"""
+    if not x.group or x.negatives is not None:
+        return x
+    ids = None if x.query_ids is None else distributed.all_gather(x.query_ids, x.group)
+    first = distributed.rank(x.group) * len(x.key)
+    return x._replace(key=distributed.all_gather(x.key, x.group), negative_ids=ids, first=first)
+
+
 def _forward(x: _Arguments) -> tuple[Tensor, ...]:
     _check_pointers(x)
-    outputs = kernel(x.backend, "info_nce").forward(*_common(x), x.query_grad)
-    return *outputs, x.query.new_empty(0, x.version)
+    *rows, dquery, dtemperature, stats = kernel(x.backend, "info_nce").forward(
+        *_common(_with_all_keys(x)), x.query_grad
+    )
+    if x.group:
+        rows = [row.clone() for row in distributed.all_gather(torch.stack(rows), x.group, 1)]
+    return *rows, dquery, dtemperature, stats, x.query.new_empty(0, x.version)
 
 
 def _shapes(x: _Arguments) -> dict[str, tuple[int, ...]]:
     """Of what forward keeps, besides the version"""
     b, d = x.query.shape
-    graded = b if x.query_grad else 0
+    graded, n = b if x.query_grad else 0, b * distributed.size(x.group)
     return {
-        "similarity": (b,), "above": (b,), "dquery": (graded, d), "dtemperature": (graded,), "stats": (3, b),
+        "similarity": (n,), "above": (n,), "dquery": (graded, d), "dtemperature": (graded,), "stats": (3, b),
     }  # fmt: skip
 
 
 def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
-    losses = x.query.new_empty(x.query.shape[0], dtype=torch.float32)
-    kept = (losses.new_empty(shape) for shape in _shapes(x).values())
+    shapes = _shapes(x)
+    losses = x.query.new_empty(shapes["similarity"], dtype=torch.float32)
+    kept = (losses.new_empty(shape) for shape in shapes.values())
     return losses, *kept, x.query.new_empty(0, x.version)
 
 
@@ -150,17 +170,21 @@ def _backward(
     shapes = _shapes(x)
     kept = {"dquery": dquery, "dtemperature": dtemperature, "stats": stats}
     checked = {name: (tensor, shapes[name]) for name, tensor in kept.items()}
-    _check.scratch("info_nce", x.query.device, grad=(grad, (len(x.query),)), **checked)
+    _check.scratch("info_nce", x.query.device, grad=(grad, shapes["similarity"]), **checked)
+    if x.group:
+        grad = distributed.own_rows(grad, x.group) * (distributed.size(x.group) if x.shared else 1)
     found = _backward_fake(grad, x)
     if x.query_grad:
         torch.mul(dquery, grad[:, None], out=found[0])
         found = (*found[:3], (grad * dtemperature).sum())
     if x.key_grad or x.negatives_grad:
         _check_pointers(x)
-        common, wanted = _common(x), (x.key_grad, x.negatives_grad)
+        common, wanted = _common(_with_all_keys(x)), (x.key_grad, x.negatives_grad)
         dkey, dnegatives = kernel(x.backend, "info_nce").backward(
             grad.contiguous(), stats.contiguous(), *common, *wanted
         )
+        if x.group and x.key_grad and x.negatives is None:
+            dkey = distributed.reduce_scatter(dkey.float(), x.group, 0).to(x.key.dtype)
         found = (found[0], dkey, dnegatives, found[3])
     return found
 
@@ -198,6 +222,7 @@ def info_nce(
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     return_metrics: bool = False,
+    group: distributed.Group = None,
     backend: str | None = None,
 ) -> Any:
     """InfoNCE: the cross entropy of each query's own key among shared negatives, the loss of CPC and MoCo.
@@ -220,13 +245,20 @@ def info_nce(
         query_ids, negative_ids: int64 [B] and [K]; a negative with its query's id is left out (the same sample in the
             queue, say). In-batch, query_ids are the keys' too.
         return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of the positive, and its mean similarity.
+        group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, B rows on each: in-batch, all
+            ranks' keys are negatives; given negatives are replicated. A mean or a sum is that of all rows, and so are
+            the metrics, the same on every rank, and so must be what is built on it; "none" gives the rank's own losses.
+            Gradients are W times the rank's share, which DDP's averaging makes those of the whole batch. Backward
+            communicates only for in-batch keys that require a gradient.
         backend: "cpu", "cuda", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no rows.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; inputs of other shapes on other ranks (on a GPU some ranks notice at their next call, and have
+            NaN until then).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend; trainable
             negatives, or under activation checkpointing (not the reentrant one) any, that changed before backward.
 
@@ -246,20 +278,25 @@ def info_nce(
     _check_ids(query, key if negatives is None else negatives, query_ids, negative_ids)
     _check.temperature("info_nce", temperature, query.device)
     check_options("info_nce", normalize, reduction, return_metrics)
+    group = distributed.name("info_nce", group)
     operand_dtype = compute_dtype(query)
-    backend = resolve("info_nce", query.device, query.dtype, backend)
-    tensors = (query, key, negatives, query_ids, negative_ids)
+    backend = resolve("info_nce", query.device, query.dtype, backend, group)
     if backend == "eager":
-        outputs = reference(*tensors, temperature, 0, normalize, operand_dtype)
+        query, key = distributed.gathered("info_nce", group, query, key)
+        query_ids = distributed.gathered_ids("info_nce", group, query_ids)
+        ids = query_ids, query_ids if negatives is None else negative_ids
+        outputs = reference(query, key, negatives, *ids, temperature, 0, normalize, operand_dtype)
     else:
+        tensors = (query, key, negatives, query_ids, negative_ids)
         learnt = temperature.float() if isinstance(temperature, Tensor) else None
         tau = 0.0 if isinstance(temperature, Tensor) else temperature
         wanted = autograd_wanted(query, temperature), autograd_wanted(key), autograd_wanted(negatives)
         outputs = torch.ops.sslops.info_nce(
-            *tensors, learnt, tau, 0, normalize, operand_dtype, *wanted, _version(negatives), backend
-        )[:3]
+            *tensors, learnt, tau, 0, normalize, operand_dtype, *wanted, _version(negatives),
+            group, reduction != "none", backend,
+        )[:3]  # fmt: skip
     losses, similarity, above = outputs
-    loss = reduce(losses, reduction)
+    loss = reduce(losses, reduction, group)
     return (loss, metrics(similarity, above)) if return_metrics else loss
 
 

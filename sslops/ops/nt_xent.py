@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check, distributed
+from .._contrastive import REDUCTIONS, reduce
 from .._library import register
 from .._precision import compute_dtype
 from ..backend import kernel, resolve
@@ -155,7 +156,7 @@ def nt_xent(
     _check.embeddings("nt_xent", z0=z0, z1=z1)
     _check.temperature("nt_xent", temperature, z0.device)
     _check.flag("nt_xent", "normalize", normalize)
-    _check.choice("nt_xent", "reduction", reduction, ("mean", "sum", "none"))
+    _check.choice("nt_xent", "reduction", reduction, REDUCTIONS)
     group = distributed.name("nt_xent", group)
     operand_dtype = compute_dtype(z0)
     backend = resolve("nt_xent", z0.device, z0.dtype, backend, group)
@@ -166,6 +167,4 @@ def nt_xent(
         tau = (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, temperature)
         options = (normalize, group, reduction != "none", operand_dtype, backend)
         losses = torch.ops.sslops.nt_xent(z0, z1, *tau, *options)[0]
-    if reduction == "mean":
-        return losses.mean()
-    return losses.sum() if reduction == "sum" else distributed.own_rows(losses, group, parts=2)
+    return reduce(losses, reduction, group, parts=2)
