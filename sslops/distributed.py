@@ -218,12 +218,12 @@ _define(
 
 
 def gathered(op: str, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """For a reference: the ranks' [B, ..] tensors, of one shape, as [N, ..] in float32 (or float64), differentiable."""
+    """The ranks' [B, ..] tensors, of one shape, as [N, ..] in float32 (or float64), differentiable where they are."""
     if not group:
         return tensors
     wide = torch.stack(tensors).to(torch.promote_types(tensors[0].dtype, torch.float32))
-    together: tuple[Tensor, ...] = torch.ops.sslops.all_gather(wide, group, 1, op).unbind()
-    return together
+    together = torch.ops.sslops.all_gather(wide, group, 1, op).unbind()
+    return tuple(t if x.requires_grad else t.detach() for t, x in zip(together, tensors, strict=True))
 
 
 def gathered_ids(op: str, group: str, ids: Tensor | None) -> Tensor | None:

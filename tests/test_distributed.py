@@ -125,6 +125,44 @@ def test_temperature_gradient_of_info_nce(two, backend, reduction):
     check(two, info_nce, [*views(60, 24), torch.tensor(0.3)], backend, reduction=reduction)
 
 
+def relic(online, target, temperature=0.2, *, drawn=None, **options):
+    generator = torch.Generator().manual_seed(9)
+    if dist.is_initialized() and dist.get_rank():
+        generator.manual_seed(1)  # rank 0 draws the order
+    return sslops.relic(
+        online,
+        target,
+        temperature=temperature,
+        alpha=1.5,
+        beta=0.7,
+        num_negatives=drawn,
+        generator=generator,
+        **options,
+    )
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("drawn", [None, 5])
+def test_relic(ranks, backend, dtype, reduction, drawn):
+    check(ranks, relic, views(23 * ranks.world, 40, dtype), backend, reduction=reduction, drawn=drawn)
+
+
+@each_backend
+def test_temperature_gradient_of_relic(two, backend):
+    check(two, relic, [*views(60, 24), torch.tensor(0.3)], backend)
+
+
+def multicrop(a, b, **options):
+    return sslops.relic_multicrop([a, b], [a * b], [b, a * 2], temperature=0.3, alpha=1.0, beta=0.5, **options)
+
+
+@each_backend
+def test_relic_multicrop(two, backend):
+    check(two, multicrop, views(30, 12), backend)
+
+
 def with_ids(rank, world, inputs, ids, backend):
     z0, z1, ids = (shard(x, rank, world) for x in (*inputs, ids))
     return sslops.info_nce(z0, z1, query_ids=ids, return_metrics=True, group="world", backend=backend)
@@ -334,6 +372,7 @@ def compiled(rank, world, inputs, options, by_name):
         return (
             sslops.nt_xent(z0, z1, group=group, **options)
             + sslops.info_nce(z0, z1, group=group, **options)
+            + sslops.relic(z0, z1, temperature=0.2, alpha=1.0, beta=0.5, group=group, **options)
             + sslops.barlow_twins(z0, z1, group=group, **options)
             + sslops.vicreg(z0, z1, group=group, **options)
             + sslops.cross_correlation(z0, z1, group=group, **options).square().mean()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _check
+from .. import _check, distributed
 from .._contrastive import Metrics, autograd_wanted, check_options, metrics, reduce
 from .._library import register
 from .._precision import compute_dtype
@@ -135,13 +135,14 @@ def _check_all(
     beta: float,
     num_negatives: int | None,
     generator: torch.Generator | None,
+    ranks: int,
 ) -> None:
     _check.embeddings(op, **embeddings)
     online = next(iter(embeddings.values()))
     _check.temperature(op, temperature, online.device)
     _check.non_negative(op, alpha=alpha, beta=beta)
     if num_negatives is not None:
-        _check.count(op, "num_negatives", num_negatives, 1, len(online) - 1)
+        _check.count(op, "num_negatives", num_negatives, 1, len(online) * ranks - 1)
     if generator is not None and not isinstance(generator, torch.Generator):
         _check.bad_type(op, "generator", "a torch.Generator", type(generator).__name__)
 
@@ -156,16 +157,22 @@ def _rows(
     generator: torch.Generator | None,
     normalize: bool,
     count: bool,
+    operand_dtype: torch.dtype,
+    group: str,
     backend: str,
 ) -> tuple[Tensor, Metrics]:
-    """losses [B], and what scripts log if count; the order of the rows is drawn here, alike for all backends."""
+    """losses [B], and what scripts log if count; the order of the rows is drawn here, alike for all backends.
+
+    With a group, B rows are those of all its ranks, and the order is that which rank 0 drew.
+    """
     n, order = online.shape[0], None  # len() would fix it in torch.export
     if num_negatives == n - 1:
         num_negatives = None
     if num_negatives is not None:
         order = torch.randperm(n, generator=generator, device=online.device)
+        if group:
+            order = torch.ops.sslops.all_gather(order, group, 0, "relic's order")[:n]
         online, target = online.index_select(0, order), target.index_select(0, order)
-    operand_dtype = compute_dtype(online)
     weights = (float(alpha), float(beta), num_negatives, normalize, operand_dtype)
     if backend == "eager":
         losses, similarity, exceeded = reference(online, target, temperature, *weights)
@@ -191,6 +198,7 @@ def relic(
     normalize: bool = True,
     reduction: str = "mean",
     return_metrics: bool = False,
+    group: distributed.Group = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Metrics]:
     """RELIC's loss for one pair of views: alpha (-log p_ii) + beta KL(p_i || q_i) for each row i.
@@ -220,25 +228,37 @@ def relic(
         reduction: "mean" or "sum" over the B rows, or "none": the losses [B].
         return_metrics: return (loss, Metrics(top1, top5, positive_similarity)), the accuracy of online_i in finding
             target_i among its negatives.
+        group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, B / W rows on each. Every rank goes
+            through the gathered batch as one process would. A mean or a sum is that of all rows, and so are the
+            metrics, the same on every rank, and so must be what is built on it; "none" gives the rank's own losses.
+            Gradients are W times the rank's share, which DDP's averaging makes those of the whole batch (the
+            temperature's is the whole batch's on every rank). Rank 0 draws the order.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no rows.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; inputs of other shapes on other ranks (on a GPU some ranks notice at their next call, and have
+            NaN until then).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Mitrovic et al., Representation Learning via Invariant Causal Mechanisms, arXiv:2010.07922, Eq. 3, in the
     form of Tomasev et al., Pushing the limits of self-supervised ResNets (RELICv2), arXiv:2201.05119.
     """
-    _check_all("relic", {"online": online, "target": target}, temperature, alpha, beta, num_negatives, generator)
+    group = distributed.name("relic", group)
+    inputs, ranks = {"online": online, "target": target}, distributed.size(group)
+    _check_all("relic", inputs, temperature, alpha, beta, num_negatives, generator, ranks)
     check_options("relic", normalize, reduction, return_metrics)
     backend = resolve("relic", online.device, online.dtype, backend)
+    operand_dtype = compute_dtype(online)
+    online, target = distributed.gathered("relic", group, online, target)
     losses, logged = _rows(
-        online, target, temperature, alpha, beta, num_negatives, generator, normalize, return_metrics, backend
-    )
-    loss = reduce(losses, reduction)
+        online, target, temperature, alpha, beta, num_negatives, generator, normalize, return_metrics,
+        operand_dtype, group, backend,
+    )  # fmt: skip
+    loss = reduce(losses, reduction, group)
     return (loss, logged) if return_metrics else loss
 
 
@@ -254,6 +274,7 @@ def relic_multicrop(
     generator: torch.Generator | None = None,
     normalize: bool = True,
     return_metrics: bool = False,
+    group: distributed.Group = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Metrics]:
     """RELICv2's loss for multiple crops: `relic` (mean over rows) of every online crop with every large target crop.
@@ -265,7 +286,7 @@ def relic_multicrop(
         online_large: the L large crops from the online network, [B, D] each.
         online_small: the S small ones, [B, D] each; may be empty.
         target_large: the large crops from the target network, in the same order, [B, D] each.
-        temperature, alpha, beta, num_negatives, generator, normalize, backend: as `relic` has them.
+        temperature, alpha, beta, num_negatives, generator, normalize, group, backend: as `relic` has them.
         return_metrics: return (loss, Metrics), the means over all pairs.
 
     Returns, raises: as `relic`.
@@ -282,13 +303,15 @@ def relic_multicrop(
     if len(target_large) != len(online_large):
         _check.bad_value(op, "target_large", f"{len(online_large)} crops, as online_large has", len(target_large))
     named = {f"{name}[{k}]": x for name, list_ in crops.items() for k, x in enumerate(list_)}
-    _check_all(op, named, temperature, alpha, beta, num_negatives, generator)
+    group = distributed.name(op, group)
+    _check_all(op, named, temperature, alpha, beta, num_negatives, generator, distributed.size(group))
     check_options(op, normalize, "mean", return_metrics)
     backend = resolve("relic", online_large[0].device, online_large[0].dtype, backend)
-    pairs = [
-        _rows(o, t, temperature, alpha, beta, num_negatives, generator, normalize, return_metrics, backend)
-        for o, t in itertools.product((*online_large, *online_small), target_large)
-    ]
+    operand_dtype = compute_dtype(online_large[0])
+    all_crops = distributed.gathered(op, group, *online_large, *online_small, *target_large)
+    online, target = all_crops[: -len(target_large)], all_crops[-len(target_large) :]
+    options = (temperature, alpha, beta, num_negatives, generator, normalize, return_metrics)
+    pairs = [_rows(o, t, *options, operand_dtype, group, backend) for o, t in itertools.product(online, target)]
     loss = torch.stack([losses.mean() for losses, _ in pairs]).mean()
     if not return_metrics:
         return loss
