@@ -40,7 +40,9 @@ class _Loss(nn.Module):
     _op: Callable[..., Any]
     __signature__: inspect.Signature
 
-    def __init_subclass__(cls, op: Callable[..., Any]) -> None:
+    def __init_subclass__(cls, op: Callable[..., Any] | None = None) -> None:
+        if op is None:  # a user's subclass
+            return
         tensors = (Tensor, Tensor | None)
         parameters = inspect.signature(op).parameters.values()
         options = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters if p.annotation not in tensors]

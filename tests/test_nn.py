@@ -105,6 +105,15 @@ def test_masked_patch_mse():
     assert repr(module) == "MaskedPatchMSE(patch_size=8, norm_pix=False, eps=1e-06, backend=None)"
 
 
+def test_subclass():
+    class Halved(sslops.nn.NTXentLoss):
+        def forward(self, z0, z1):
+            return super().forward(z0, z1) / 2
+
+    inputs = views()
+    assert torch.equal(Halved(0.3)(*inputs), sslops.nt_xent(*inputs, temperature=0.3) / 2)
+
+
 def test_a_learned_temperature_is_a_parameter():
     module = sslops.nn.NTXentLoss(nn.Parameter(torch.tensor(0.3)))
     module(*views()).backward()
