@@ -330,17 +330,11 @@ void bind_embeddings(py::module_& m) {
       },
       NoGil());
   m.def(
-      "embeddings_dots",
-      [](Address z, Address w, int64_t n, int64_t d, Address dots) {
-        table().dots(at<float>(z), at<float>(w), n, d, at<float>(dots));
-      },
-      NoGil());
-  m.def(
       "embeddings_gradient",
       [](Address x, int dtype, int64_t n, int64_t d, bool normalize, double tau, Address inv_norm, Address pull,
-         Address positive, Address dz, int64_t ld, Address dx, Address dots) {
+         Address positive, Address dz, int64_t ld, int dx_dtype, Address dx, Address dots) {
         table().gradient(at<void>(x), DType(dtype), n, d, normalize, tau, at<float>(inv_norm), at<float>(pull),
-                         at<float>(positive), at<float>(dz), ld, at<void>(dx), at<float>(dots));
+                         at<float>(positive), at<float>(dz), ld, DType(dx_dtype), at<void>(dx), at<float>(dots));
       },
       NoGil());
 }

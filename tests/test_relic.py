@@ -131,3 +131,412 @@ def test_accuracy(device, backend, dtype, n, d, temperature, negatives):
     inputs = views(n, d, dtype=dtype, device=device, noise=4.0)  # hard positives: float64 still knows 1 - p
     with oracle.poisoned_memory():
         oracle.check(losses, inputs, backend, temperature=temperature, num_negatives=negatives)
+
+
+@each_target
+def test_batches_of_more_than_one_route(device, backend):
+    """On both sides of the batch that the CPU's forward pass finds the gradient of."""
+    for n in (1024, 1100):
+        oracle.check(mean_loss, views(n, 24, device=device, noise=4.0), backend)
+
+
+def mean_loss(online, target, **kwargs):
+    return losses(online, target, **kwargs).mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+@pytest.mark.parametrize("negatives", [None, 100])
+def test_every_instruction_set(isa, dtype, temperature, negatives):
+    with oracle.poisoned_memory():
+        inputs = views(350, 72, dtype=dtype, noise=4.0)
+        oracle.check(losses, inputs, "cpu", temperature=temperature, num_negatives=negatives)
+
+
+@each_target
+@pytest.mark.parametrize("op", [losses, mean_loss])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.5, 0.05])
+def test_aligned_pairs(device, backend, op, dtype, temperature):
+    """Easy positives: the loss and the pull of the positive are small differences of large numbers."""
+    inputs = views(600, 128, dtype=dtype, device=device, noise=1e-2)
+    if temperature == 0.05 and dtype == torch.float32:
+        assert losses(**inputs, temperature=temperature, backend=backend).max() < 1e-3
+    oracle.check(op, inputs, backend, temperature=temperature)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_collapsed(device, backend, dtype):
+    """All embeddings equal: the gradient is zero, a sum of terms of size 1 / tau per row that cancel."""
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    inputs = {"online": row.repeat(300, 1), "target": row.repeat(300, 1)}
+    size = 2 / 0.1 / float(row.float().norm()) / 64**0.5
+    oracle.check(losses, inputs, backend, temperature=0.1, scale={"online": size, "target": size})
+
+
+@each_target
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e-4, 1e4, 1e18, 1e25])
+def test_magnitudes(device, backend, magnitude):
+    inputs = {name: x * magnitude for name, x in views(130, 24, device=device).items()}
+    oracle.check(losses, inputs, backend, temperature=0.1)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
+def test_unnormalised(device, backend, dtype, size):
+    inputs = {name: x * size for name, x in views(301, 33, dtype=dtype, device=device).items()}
+    oracle.check(losses, inputs, backend, temperature=0.7, normalize=False)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.5, 0.03])
+@pytest.mark.parametrize("negatives", [None, 20])
+def test_temperature_gradient(device, backend, dtype, temperature, negatives):
+    inputs = {name: x * 0.3 for name, x in views(200, 48, dtype=dtype, device=device).items()}
+    inputs["temperature"] = torch.tensor(temperature, device=device)
+    oracle.check(losses_of_tensor_temperature, inputs, backend, dtype=dtype, num_negatives=negatives)
+
+
+@each_target
+def test_temperature_gradient_under_equal_weights(device, backend):
+    inputs = views(200, 48, device=device) | {"temperature": torch.tensor(0.2, device=device)}
+    oracle.check(lambda *x, **kwargs: losses_of_tensor_temperature(*x, **kwargs).mean(), inputs, backend)
+
+
+@each_target
+@pytest.mark.parametrize("weights", [{"alpha": 0.0}, {"beta": 0.0}, {"alpha": 0.0, "beta": 0.0}])
+def test_terms(device, backend, weights):
+    oracle.check(losses, views(150, 32, device=device), backend, **weights)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast(device, backend, dtype):
+    def autocast():
+        return torch.autocast(device, dtype)
+
+    inputs = views(300, 64, device=device)
+    oracle.check(losses, inputs, backend, dtype=dtype, context=autocast)
+    with autocast():
+        rounded = losses(**inputs, backend=backend)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, losses(**inputs, backend=backend))
+
+
+@each_target
+def test_no_rows_and_one(device, backend):
+    for n in (0, 1):
+        inputs = views(n, 8, device=device)
+        oracle.check(losses, inputs, backend)
+        assert not losses(**inputs, backend=backend).any()
+        assert sslops.relic(**inputs, temperature=0.1, **WEIGHTS, backend=backend).isnan() == (n == 0)
+
+
+@each_target
+def test_not_a_number_as_eager(device, backend):
+    inputs = views(20, 8, device=device)
+    inputs["online"][3] = torch.nan
+    for negatives in (None, 4):
+        ours, eager = (losses(**inputs, num_negatives=negatives, backend=b) for b in (backend, "eager"))
+        assert torch.equal(ours.isnan(), eager.isnan())
+
+
+@each_target
+def test_non_contiguous(device, backend):
+    inputs = views(96, 40, device=device)
+    strided = {name: x.repeat(2, 2)[::2, 1:41] for name, x in inputs.items()}
+    strided["target"] = inputs["target"].t().contiguous().t()
+    oracle.check(losses, strided, backend)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_every_run(device, backend, dtype):
+    inputs = list(views(700, 64, dtype=dtype, device=device).values())
+    first = oracle.evaluate(losses, inputs, backend, num_negatives=600)
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        again = oracle.evaluate(losses, inputs, backend, num_negatives=600)
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, first, again))
+
+
+@each_target
+@pytest.mark.parametrize("op", [losses, mean_loss])
+def test_gradient_of_one_view(device, backend, op):
+    """Without the target's, as in training: the same numbers for online, and none for the target."""
+    online, target = views(300, 16, device=device).values()
+    expected = oracle.evaluate(op, [online, target], backend)[1]
+    found = oracle.evaluate(lambda x, **kwargs: op(x, target, **kwargs), [online], backend)[1]
+    torch.testing.assert_close(found, expected)
+    other = oracle.evaluate(lambda x, **kwargs: op(online, x, **kwargs), [target], backend)[1]
+    torch.testing.assert_close(other, oracle.evaluate(op, [online, target], backend)[2])
+
+
+@each_target
+def test_backward_twice(device, backend):
+    """What forward keeps is not used up."""
+    leaves = [x.requires_grad_() for x in views(60, 16, device=device).values()]
+    loss = mean_loss(*leaves, backend=backend)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, leaves)))
+
+
+@each_target
+@pytest.mark.parametrize("negatives", [None, 3])
+@pytest.mark.parametrize("gradients", [1, 2])
+def test_opcheck(device, backend, negatives, gradients):
+    online, target = views(6, 8, device=device).values()
+    online.requires_grad_()
+    target.requires_grad_(gradients == 2)
+    temperature = torch.tensor(0.3, device=device, requires_grad=True) if negatives else None
+    arguments = (online, target, temperature, 0.3, 1.0, 2.0, negatives, True, torch.float32, True, gradients, backend)
+    torch.library.opcheck(torch.ops.sslops.relic.default, arguments)
+    with torch.no_grad():
+        found, *saved = torch.ops.sslops.relic(*arguments)
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        torch.library.opcheck(torch.ops.sslops.relic_backward.default, (found, *detached, *saved))
+
+
+@each_target
+@pytest.mark.parametrize("return_metrics", [False, True])
+def test_compile(device, backend, return_metrics):
+    def step(online, target):
+        arguments = {"temperature": 0.2, **WEIGHTS, "return_metrics": return_metrics, "backend": backend}
+        found = sslops.relic(online * 2, target + 1, **arguments)
+        return found[0] + found[1].top1 if return_metrics else found
+
+    oracle.assert_compiles(step, *views(64, 16, device=device).values())
+
+
+@each_target
+def test_compile_with_drawn_negatives(device, backend):
+    """fullgraph with the default generator: the loss of some draw."""
+
+    def step(online, target):
+        return sslops.relic(online, target, temperature=0.2, **WEIGHTS, num_negatives=3, backend=backend)
+
+    inputs = views(64, 16, device=device).values()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    draws = torch.stack([compiled(*inputs) for _ in range(8)])
+    expected = torch.stack([step(*inputs) for _ in range(8)])
+    assert len(draws.unique()) > 1
+    assert (draws.mean() - expected.mean()).abs() < 4 * (draws.std() + expected.std())
+
+
+@each_target
+def test_second_derivative(device, backend):
+    online, target = (x.requires_grad_() for x in views(6, 8, device=device).values())
+    (gradient,) = torch.autograd.grad(mean_loss(online, target, backend=backend), online, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("negatives", [None, 4000])
+def test_memory_is_linear(negatives):
+    """Forward and backward in a process of their own grow by a few B x D, where B x B takes 1 GB."""
+    options = f"temperature=0.1, alpha=1.0, beta=1.0, num_negatives={negatives}"
+    grown = oracle.grown_memory(
+        "o, t = (torch.randn(16384, 64, requires_grad=True) for _ in range(2)); "
+        "sslops.relic(o[:600], t[:600], temperature=0.1, alpha=1.0, beta=1.0).backward()",
+        f"sslops.relic(o, t, {options}).backward()",
+    )
+    assert grown < 96, f"{grown:.0f} MB"
+
+
+class TestNegatives:
+    def test_all_backends_draw_the_same(self):
+        """... and advance the generator alike."""
+        inputs = views(40, 8)
+        states = []
+        for backend in ["eager", *(backend for device, backend in TARGETS if device == "cpu")]:
+            generator = torch.Generator().manual_seed(3)
+            drawn = [losses(**inputs, num_negatives=5, generator=generator, backend=backend) for _ in range(2)]
+            assert not torch.equal(*drawn)
+            states.append((*drawn, generator.get_state()))
+        for one, other in zip(states[0], states[-1], strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_nothing_is_drawn_for_all(self):
+        generator = torch.Generator().manual_seed(3)
+        state = generator.get_state()
+        expected = losses(**views(40, 8))
+        assert torch.equal(losses(**views(40, 8), num_negatives=39, generator=generator), expected)
+        assert torch.equal(generator.get_state(), state)
+
+    def test_each_subset_is_as_likely_as_any_other(self):
+        """Of 4 other rows 2 are drawn: the loss of row 0 tells which."""
+        online, target = views(5, 4).values()
+        generator = torch.Generator().manual_seed(0)
+        found = [
+            float(sslops.relic(online, target, temperature=0.5, alpha=1.0, beta=0.0, num_negatives=2,
+                               generator=generator, reduction="none", backend="eager")[0])
+            for _ in range(1200)
+        ]  # fmt: skip
+        counts = torch.tensor(found).mul(1e4).round().unique(return_counts=True)[1].double()
+        assert len(counts) == 6
+        assert float((counts - 200).square().sum() / 200) < 20.5  # chi-squared, 5 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize(("device", "backend"), [*TARGETS, ("cpu", "eager")])
+@pytest.mark.parametrize("negatives", [None, 30])
+def test_metrics(device, backend, negatives):
+    online, target = views(300, 16, device=device, noise=2.0).values()
+    arguments = {"num_negatives": negatives, "backend": backend, "reduction": "mean"}
+    loss, found = losses(online.requires_grad_(), target, return_metrics=True, **arguments)
+    torch.testing.assert_close(loss, losses(online, target, **arguments))
+    assert not any(value.requires_grad for value in found)
+    o, t = F.normalize(online.detach()), F.normalize(target)
+    similarities = o @ t.t()
+    if negatives:
+        order = torch.randperm(300, generator=torch.Generator(device).manual_seed(5), device=device)
+        at = order.argsort()
+        left_out = (at - at[:, None]) % 300 > negatives
+        similarities.masked_fill_(left_out, -torch.inf)
+    best = similarities.topk(5, 1).indices == torch.arange(300, device=device)[:, None]
+    torch.testing.assert_close(found.top1, best[:, 0].float().mean())
+    torch.testing.assert_close(found.top5, best.any(1).float().mean())
+    torch.testing.assert_close(found.positive_similarity, (o * t).sum(1).mean())
+    assert 0 < found.top1 < found.top5 < 1
+
+
+class TestMultiCrop:
+    def crops(self, large=2, small=3, n=40, d=8):
+        g = torch.Generator().manual_seed(0)
+        image = torch.randn(n, d, generator=g)
+        return [[image + torch.randn(n, d, generator=g) for _ in range(k)] for k in (large, small, large)]
+
+    @pytest.mark.parametrize("backend", ["cpu", "eager"])
+    @pytest.mark.parametrize("small", [3, 0])
+    @pytest.mark.parametrize("negatives", [None, 5])
+    def test_sum_and_scale(self, backend, small, negatives):
+        large_crops, small_crops, targets = self.crops(small=small)
+        generator = torch.Generator().manual_seed(5)
+        arguments = {"temperature": 0.2, **WEIGHTS, "num_negatives": negatives, "backend": backend}
+        expected = sum(
+            sslops.relic(o, t, generator=generator, **arguments) for o in large_crops + small_crops for t in targets
+        ) / ((2 + small) * 2)
+        generator.manual_seed(5)
+        ours, logged = sslops.relic_multicrop(
+            large_crops, small_crops, targets, generator=generator, return_metrics=True, **arguments
+        )
+        torch.testing.assert_close(ours, expected)
+        assert 0 <= logged.top1 <= logged.top5 <= 1
+
+    @each_target
+    def test_accuracy(self, device, backend):
+        def op(*crops, **kwargs):
+            return sslops.relic_multicrop(crops[:2], crops[2:5], crops[5:], temperature=0.1, **WEIGHTS, **kwargs)
+
+        crops = {f"crop {k}": x.to(device) for k, x in enumerate(x for each in self.crops(n=300) for x in each)}
+        oracle.check(op, crops, backend)
+
+    def test_bad_input(self):
+        large, small, targets = self.crops()
+
+        def refused(error, argument, *crops, **kwargs):
+            arguments = {"temperature": 0.2, **WEIGHTS, **kwargs}
+            oracle.assert_refused(
+                error, "relic_multicrop", argument, lambda: sslops.relic_multicrop(*crops, **arguments)
+            )
+
+        refused(ValueError, "online_small[1]", large, [small[0], small[1][:-1]], targets)
+        refused(ValueError, "target_large[1]", large, small, [targets[0], targets[1].double()])
+        refused(ValueError, "target_large", large, small, targets[:1])
+        refused(ValueError, "online_large", [], small, [])
+        refused(TypeError, "online_large", large[0], small, targets)
+        refused(TypeError, "online_small", large, None, targets)
+        refused(TypeError, "target_large[0]", large, small, [None, None])
+        refused(ValueError, "num_negatives", large, small, targets, num_negatives=40)
+        refused(ValueError, "temperature", large, small, targets, temperature=0.0)
+
+
+def test_bad_input():
+    online, target = views(4, 8).values()
+
+    def refused(error, argument, *args, **kwargs):
+        arguments = {"temperature": 0.2, **WEIGHTS, **kwargs}
+        oracle.assert_refused(error, "relic", argument, lambda: sslops.relic(*args, **arguments))
+
+    refused(ValueError, "target", online, target[:3])
+    refused(ValueError, "target", online, target.double())
+    refused(ValueError, "target", online, target.to("meta"))
+    refused(ValueError, "online", online[0], target[0])
+    refused(TypeError, "online", online.int(), target.int())
+    refused(TypeError, "online", online.tolist(), target)
+    for temperature in (0, -1.0, float("nan"), float("inf")):
+        refused(ValueError, "temperature", online, target, temperature=temperature)
+    refused(ValueError, "temperature", online, target, temperature=torch.ones(1))
+    for name in ("alpha", "beta"):
+        for value in (-1.0, float("nan"), float("inf")):
+            refused(ValueError, name, online, target, **{name: value})
+        refused(TypeError, name, online, target, **{name: "1"})
+    for negatives in (0, -1, 4, 5):
+        refused(ValueError, "num_negatives", online, target, num_negatives=negatives)
+    refused(ValueError, "num_negatives", online[:1], target[:1], num_negatives=1)
+    for negatives in (2.0, True, "all"):
+        refused(TypeError, "num_negatives", online, target, num_negatives=negatives)
+    refused(TypeError, "generator", online, target, num_negatives=2, generator=0)
+    refused(ValueError, "reduction", online, target, reduction="median")
+    refused(TypeError, "normalize", online, target, normalize="no")
+    refused(TypeError, "return_metrics", online, target, return_metrics=1)
+    refused(ValueError, "backend", online, target, backend="tpu")
+
+
+def test_bad_input_to_the_registered_op():
+    """torch.ops.sslops can be called by anyone: nothing that reaches a pointer goes unchecked."""
+    online, target = views(4, 8).values()
+    names = "online target temperature tau alpha beta num_negatives normalize operand_dtype count gradients backend"
+    good = dict(
+        zip(names.split(), (online, target, None, 0.5, 1.0, 1.0, 2, True, torch.float32, False, 2, "cpu"), strict=True)
+    )
+    _, *saved = torch.ops.sslops.relic(*good.values())
+    wrong = {
+        "target": target[:3], "temperature": torch.ones(2), "num_negatives": 4, "gradients": 3, "backend": "tpu",
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"relic: {name}"):
+            torch.ops.sslops.relic(*{**good, name: value}.values())
+    for k, name in enumerate(("grad", "stats", "of_sum", "temperature_of_sum")):
+        tensors = [torch.ones(4), *saved]
+        tensors[k] = torch.ones(4, 4)
+        with pytest.raises(ValueError, match=f"relic: {name}"):
+            torch.ops.sslops.relic_backward(tensors[0], *good.values(), *tensors[1:])
+
+
+def test_odd_temperatures_on_a_tensor():
+    for value in (-0.5, 0.0, float("nan")):
+        assert losses(**views(10, 8), temperature=torch.tensor(value), backend="cpu").isnan().all()
+
+
+class TestTheOracleItself:
+    """Broken kernels must not pass."""
+
+    def refuse(self, **kwargs):
+        with pytest.raises(AssertionError, match="above"):
+            oracle.check(losses, views(300, 32), "cpu", **kwargs)
+
+    @pytest.mark.parametrize("negatives", [None, 100])
+    def test_a_lost_tile(self, monkeypatch, negatives):
+        from sslops.kernels.cpu import relic as kernel
+
+        places = kernel.tile_places
+        monkeypatch.setattr(kernel, "tile_places", lambda *sizes: places(*sizes)[:-1])
+        self.refuse(num_negatives=negatives)
+
+    def test_a_band_that_ends_too_early(self, monkeypatch):
+        from sslops.kernels.cpu import relic as kernel
+
+        batch = kernel._C.RelicBatch
+        monkeypatch.setattr(kernel._C, "RelicBatch", lambda n, negatives, *rest: batch(n, negatives - 1, *rest))
+        self.refuse(num_negatives=100)
+
+    def test_a_fixed_maximum_that_underflows(self, monkeypatch):
+        from sslops.kernels.cpu import relic as kernel
+
+        monkeypatch.setattr(kernel, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
+        self.refuse(temperature=0.005)

@@ -21,20 +21,8 @@ void normalize(const void* x, DType dtype, int64_t n, int64_t d, bool normalize,
   });
 }
 
-void dots(const float* z, const float* w, int64_t n, int64_t d, float* dots) {
-  parallel_for(n, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      F product{};
-      for_each_vector(d, [&](int64_t j, int lanes) {
-        product += load_lanes(z + i * d + j, lanes, 0.f) * load_lanes(w + i * d + j, lanes, 0.f);
-      });
-      dots[i] = sum(product);
-    }
-  });
-}
-
 void gradient(const void* x, DType dtype, int64_t n, int64_t d, bool normalize, double tau, const float* inv_norm,
-              const float* pull, const float* positive, float* dz, int64_t ld, void* dx, float* dots) {
+              const float* pull, const float* positive, float* dz, int64_t ld, DType dx_dtype, void* dx, float* dots) {
   const float inv_tau = static_cast<float>(1.0 / tau);
   parallel_for(n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -54,7 +42,7 @@ void gradient(const void* x, DType dtype, int64_t n, int64_t d, bool normalize, 
       for_each_vector(d, [&](int64_t j, int lanes) {
         F v = load_lanes(g + j, lanes, 0.f);
         if (project) v -= at(j, lanes) * (inv * dot);
-        store_from_float(dx, dtype, i * d + j, lanes, v * inv);
+        store_from_float(dx, dx_dtype, i * d + j, lanes, v * inv);
       });
     }
   });
@@ -63,7 +51,7 @@ void gradient(const void* x, DType dtype, int64_t n, int64_t d, bool normalize, 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{normalize, dots, gradient};
+extern const Table table{normalize, gradient};
 }
 
 }  // namespace sslops::embeddings

@@ -44,15 +44,15 @@ def row_tiles(rows: slice, columns: int) -> Iterator[tuple[slice, slice]]:
 
 
 class Float32Tiles:
-    """Z Z^T in float32 tiles, and W Z accumulated from symmetric W; `scratch` tiles can be held at once.
+    """Z Z^T in float32 tiles, and W Z accumulated from symmetric W.
 
     z: [M, D] float32. Half-precision operands come as the float32 numbers that they are, and are multiplied as torch's
     float32 matmul precision says: exactly, unless it was lowered.
     """
 
-    def __init__(self, z: Tensor, scratch: int = 1) -> None:
+    def __init__(self, z: Tensor, side: int, held: int) -> None:
         self._z = z
-        self._tiles = z.new_empty(scratch, min(TILE, len(z)), min(TILE, len(z))).unbind()
+        self._tiles = z.new_empty(held, side, side).unbind()
         self._blocks: dict[tuple[int, int], Tensor] = {}  # of rows, sliced once for many tiles
 
     def _rows(self, i: slice) -> Tensor:
@@ -61,17 +61,18 @@ class Float32Tiles:
             block = self._blocks[i.start, i.stop] = self._z[i]
         return block
 
-    def logits(self, i: slice, j: slice, scratch: int = 0) -> Tensor:
-        """z[i] z[j]^T in a scratch tile, which the next call for it overwrites."""
+    def logits(self, i: slice, j: slice, slot: int = 0) -> Tensor:
+        """z[i] z[j]^T in one of the scratch tiles, which the next call for that slot overwrites."""
         left, right = self._rows(i), self._rows(j)
-        shape, tile = (len(left), len(right)), self._tiles[scratch]
-        if tile.shape != shape:
-            tile = tile[: shape[0], : shape[1]]
-        return torch.mm(left, right.t(), out=tile)
+        return torch.mm(left, right.t(), out=self.scratch(len(left), len(right), slot))
 
-    def zeros(self) -> Tensor:
-        """[M, D] to accumulate into; the row stride is its own."""
-        return torch.zeros_like(self._z)
+    def scratch(self, rows: int, cols: int, slot: int = 0) -> Tensor:  # the next call for that slot overwrites it
+        tile = self._tiles[slot]
+        return tile if tile.shape == (rows, cols) else tile[:rows, :cols]
+
+    def zeros(self, rows: int | None = None) -> Tensor:
+        """[M, D], or its first rows, to accumulate into; the row stride is its own."""
+        return torch.zeros_like(self._z[:rows])
 
     def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor, sides: str = "both") -> None:
         """out[i] += w z[j], the left side, and for a tile off the diagonal out[j] += w^T z[i], the right one."""
@@ -89,28 +90,31 @@ def padded(size: int) -> int:
 class Bf16Tiles:
     """The same from bf16 operands on AMX tiles with float32 results; W is rounded to bf16 for its product."""
 
-    def __init__(self, z: Tensor, scratch: int = 1) -> None:
+    def __init__(self, z: Tensor, side: int, held: int) -> None:
         m, d = (padded(size) for size in z.shape)
         # Tiles of rows may start anywhere, and are read and added to in blocks: one more.
         self._z = torch.zeros(m + _C.GEMM_BLOCK, d, dtype=torch.bfloat16, device="cpu")
         self._z[: z.shape[0], : z.shape[1]] = z
         self._as_right, self._transposed_as_right = self._z.new_empty(2, m, d)
         _C.gemm_pack(self._z.data_ptr(), m, d, self._as_right.data_ptr(), self._transposed_as_right.data_ptr())
-        side = min(TILE, m)
-        self._tiles = torch.empty(scratch, side, side, **FLOAT32).unbind()
+        side = padded(side)
+        self._tiles = torch.empty(held, side, side, **FLOAT32).unbind()
         self._w, self._w_transposed = self._z.new_empty(
             2, side, side + _C.GEMM_BLOCK
         )  # rows that miss each other's cache sets
 
-    def logits(self, i: slice, j: slice, scratch: int = 0) -> Tensor:
-        tile = self._tiles[scratch]
+    def logits(self, i: slice, j: slice, slot: int = 0) -> Tensor:
+        tile = self._tiles[slot]
         rows, cols, d = i.stop - i.start, j.stop - j.start, self._z.shape[1]
         left, right = self._z[i.start].data_ptr(), self._transposed_as_right[j.start].data_ptr()
         _C.gemm_matmul(left, d, right, 16 * d, 512, padded(rows), padded(cols), d, tile.data_ptr(), len(tile), False)
         return tile[:rows, :cols]
 
-    def zeros(self) -> Tensor:
-        return torch.zeros(self._z.shape, **FLOAT32)
+    def scratch(self, rows: int, cols: int, slot: int = 0) -> Tensor:  # the next call for that slot overwrites it
+        return self._tiles[slot][:rows, :cols]
+
+    def zeros(self, rows: int | None = None) -> Tensor:
+        return torch.zeros(self._z[:rows].shape, **FLOAT32)
 
     def add_symmetric(self, out: Tensor, i: slice, j: slice, w: Tensor, sides: str = "both") -> None:
         rows, cols = w.shape
@@ -129,9 +133,10 @@ class Bf16Tiles:
         _C.gemm_matmul(w.data_ptr(), w.stride(0), right, 512, 32 * d, m, d, k, out[rows.start].data_ptr(), d, True)
 
 
-def tiles_for(z: Tensor, operand: torch.dtype, scratch: int = 1) -> Float32Tiles | Bf16Tiles:
-    """z [M, D] float32, holding values that `operand` can represent."""
-    return (Bf16Tiles if operand == torch.bfloat16 and _C.has_bf16_gemm() else Float32Tiles)(z, scratch)
+def tiles_for(z: Tensor, operand: torch.dtype, side: int = TILE, held: int = 1) -> Float32Tiles | Bf16Tiles:
+    """z [M, D] float32, holding values that `operand` can represent; `held` tiles of up to `side` rows at once."""
+    kind = Bf16Tiles if operand == torch.bfloat16 and _C.has_bf16_gemm() else Float32Tiles
+    return kind(z, min(side, len(z)), held)
 
 
 def ranges(size: int, step: int) -> Iterator[slice]:

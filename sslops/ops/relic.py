@@ -60,7 +60,7 @@ class _Arguments(NamedTuple):
     normalize: bool
     operand_dtype: torch.dtype
     count_exceeding: bool  # whether to count the negatives that exceed a positive
-    target_grad: bool  # whether the target's gradient will be wanted
+    gradients: int  # which will be wanted: 0: none, 1: of online and temperature, 2: of target as well
     backend: str
 
 
@@ -70,14 +70,17 @@ class _Arguments(NamedTuple):
 # Row i's negatives are rows i + 1 .. i + num_negatives, modulo B; x = sum over them of exp(a_ij - s_i / tau), z of
 # exp(b_ij - s_i / tau): p_ii = 1 / (1 + x), q_ii = 1 / (1 + z). Y_i = sum over them of p_ij (b_ij - s_i / tau).
 #
-# forward(*common, count_exceeding) -> losses [B], stats [8, B], float32: alpha log(1 + x) + beta KL(p_i || q_i), and
+# forward(*common, count_exceeding, gradients) -> losses [B], stats [8, B], of_sum, temperature_of_sum, float32:
+#   losses = alpha log(1 + x) + beta KL(p_i || q_i), of_sum [gradients, B, D] and temperature_of_sum [] the gradients of
+#   their sum, where the CPU has them from small batches ([0, B, D] elsewhere), and stats
 #   0, 1: m_i, any maximum that keeps exp(a_ij - m_i / tau) in range, and 1 / their sum over negatives and positive
 #   2, 3: the same of b
 #   4: alpha + beta Y_i
 #   5: pull_i = -dloss_i/d(s_i / tau) = alpha (1 - p_ii) - beta (p_ii Y_i + q_ii - p_ii)
 #   6: s_i     7: how many a_ij of negatives exceed s_i / tau (0 where not asked for)
-# backward(grad [B], *common, target_grad, stats [8, B]) -> donline, dtarget, dtemperature: in the inputs' dtype,
-#   dtarget [0] where it is not asked for, dtemperature [] float32. Of S = o t^T / tau, off the diagonal,
+# backward(grad [B], *common, gradients, stats, of_sum, temperature_of_sum) -> donline, dtarget, dtemperature:
+#   in the inputs' dtype, dtarget [0] where it is not asked for, dtemperature [] float32. Of S = o t^T / tau, off its
+#   diagonal,
 #   dL/dS_ij = grad_i p_ij (alpha + beta (Y_i + s_i / tau - b_ij)) where j is a negative of i
 #            + grad_j beta (q_ji - p_ji) where i is a negative of j.
 def _common(x: _Arguments) -> tuple[Any, ...]:
@@ -86,39 +89,46 @@ def _common(x: _Arguments) -> tuple[Any, ...]:
         _check.scratch("relic", x.online.device, temperature=(x.temperature, ()))
     if x.num_negatives is not None:
         _check.count("relic", "num_negatives", x.num_negatives, 1, len(x.online) - 1)
+    _check.count("relic", "gradients", x.gradients, 0, 2)
     tau = x.tau if x.temperature is None else x.temperature
     inputs = x.online.contiguous(), x.target.contiguous()
     return *inputs, tau, x.alpha, x.beta, x.num_negatives, x.normalize, x.operand_dtype
 
 
 def _forward(x: _Arguments) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = kernel(x.backend, "relic").forward(*_common(x), x.count_exceeding)
+    outputs: tuple[Tensor, ...] = kernel(x.backend, "relic").forward(*_common(x), x.count_exceeding, x.gradients)
     return outputs
+
+
+def _saved_shapes(x: _Arguments) -> dict[str, tuple[int, ...]]:
+    b, d = x.online.shape
+    return {"stats": (8, b), "of_sum": (x.gradients if x.backend == "cpu" else 0, b, d), "temperature_of_sum": ()}
 
 
 def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
     losses = x.online.new_empty(x.online.shape[0], dtype=torch.float32)
-    return losses, losses.new_empty(8, x.online.shape[0])
+    return losses, *(losses.new_empty(shape) for shape in _saved_shapes(x).values())
 
 
-def _backward(grad: Tensor, x: _Arguments, stats: Tensor) -> tuple[Tensor, ...]:
-    b = len(x.online)
-    _check.scratch("relic", x.online.device, grad=(grad, (b,)), stats=(stats, (8, b)))
+def _backward(grad: Tensor, x: _Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
+    _check.scratch("relic", x.online.device, grad=(grad, (len(x.online),)))
+    for kept, (name, shape) in zip(saved, _saved_shapes(x).items(), strict=True):
+        _check.scratch("relic", x.online.device, **{name: (kept, shape)})
     gradients: tuple[Tensor, ...] = kernel(x.backend, "relic").backward(
-        grad.contiguous(), *_common(x), x.target_grad, stats.contiguous()
+        grad.contiguous(), *_common(x), x.gradients, *(kept.contiguous() for kept in saved)
     )
     return gradients
 
 
-def _backward_fake(grad: Tensor, x: _Arguments, stats: Tensor) -> tuple[Tensor, ...]:
-    dtarget = x.target.new_empty(x.target.shape if x.target_grad else 0)
+def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...]:
+    dtarget = x.target.new_empty(x.target.shape if x.gradients == 2 else 0)
     return x.online.new_empty(x.online.shape), dtarget, grad.new_empty(())
 
 
 register(
     "relic",
     _Arguments,
-    saved=("stats",),
+    saved=("stats", "of_sum", "temperature_of_sum"),
     gradients=("online", "target", "temperature"),
     forward=_forward,
     forward_fake=_forward_fake,
@@ -160,8 +170,8 @@ def _rows(
     operand_dtype: torch.dtype,
     group: str,
     backend: str,
-) -> tuple[Tensor, Metrics]:
-    """losses [B], and what scripts log if count; the order of the rows is drawn here, alike for all backends.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference`, by any backend, its negatives drawn here alike for all. Only losses are in the batch's order.
 
     With a group, B rows are those of all its ranks, and the order is that which rank 0 drew.
     """
@@ -178,12 +188,12 @@ def _rows(
         losses, similarity, exceeded = reference(online, target, temperature, *weights)
     else:
         tau = (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, float(temperature))
-        target_grad = autograd_wanted(target)
-        losses, stats = torch.ops.sslops.relic(online, target, *tau, *weights, count, target_grad, backend)
+        gradients = 2 if autograd_wanted(target) else int(autograd_wanted(online, temperature))
+        losses, stats, *_ = torch.ops.sslops.relic(online, target, *tau, *weights, count, gradients, backend)
         similarity, exceeded = stats[6], stats[7]
     if order is not None:
         losses = losses.index_select(0, order.argsort())
-    return losses, metrics(similarity, exceeded)
+    return losses, similarity, exceeded
 
 
 def relic(
@@ -254,12 +264,12 @@ def relic(
     backend = resolve("relic", online.device, online.dtype, backend)
     operand_dtype = compute_dtype(online)
     online, target = distributed.gathered("relic", group, online, target)
-    losses, logged = _rows(
+    losses, *logged = _rows(
         online, target, temperature, alpha, beta, num_negatives, generator, normalize, return_metrics,
         operand_dtype, group, backend,
     )  # fmt: skip
     loss = reduce(losses, reduction, group)
-    return (loss, logged) if return_metrics else loss
+    return (loss, metrics(*logged)) if return_metrics else loss
 
 
 def relic_multicrop(
@@ -312,7 +322,5 @@ def relic_multicrop(
     online, target = all_crops[: -len(target_large)], all_crops[-len(target_large) :]
     options = (temperature, alpha, beta, num_negatives, generator, normalize, return_metrics)
     pairs = [_rows(o, t, *options, operand_dtype, group, backend) for o, t in itertools.product(online, target)]
-    loss = torch.stack([losses.mean() for losses, _ in pairs]).mean()
-    if not return_metrics:
-        return loss
-    return loss, Metrics(*(torch.stack(values).mean() for values in zip(*(m for _, m in pairs), strict=True)))
+    losses, *logged = (torch.stack(values) for values in zip(*pairs, strict=True))
+    return (losses.mean(), metrics(*logged)) if return_metrics else losses.mean()
