@@ -1,5 +1,6 @@
 """The methods that pretrain.py trains: what each makes of an image, its networks, and its loss fused and eager."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -12,18 +13,22 @@ from torch import Tensor, nn
 import sslops
 
 
-def augment(images: Tensor) -> Tensor:
-    """A random affine map and a smooth random warp of each image, the whole batch at once."""
+def augment(images: Tensor, side: int | None = None, shown: tuple[float, float] = (0.8, 1.25)) -> Tensor:
+    """A random affine map and a smooth random warp of each image, the whole batch at once: `[N, 1, side, side]`.
+
+    `shown`: the least and the most of the image's width and height that a view shows.
+    """
     batch = len(images)
+    side = side or images.shape[-1]
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(batch).uniform_(low, high)
 
-    angle, scale, stretch, shear = uniform(-0.35, 0.35), uniform(0.8, 1.25), uniform(0.85, 1.18), uniform(-0.3, 0.3)
+    angle, scale, stretch, shear = uniform(-0.35, 0.35), uniform(*shown), uniform(0.85, 1.18), uniform(-0.3, 0.3)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     rows = [cos * stretch, shear - sin, uniform(-0.15, 0.15), sin, cos / stretch, uniform(-0.15, 0.15)]
-    grid = F.affine_grid(torch.stack(rows, dim=1).view(batch, 2, 3), list(images.shape), align_corners=False)
-    warp = F.interpolate(0.08 * torch.randn(batch, 2, 4, 4), size=images.shape[-2:], mode="bilinear")
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(batch, 2, 3), [batch, 1, side, side], align_corners=False)
+    warp = F.interpolate(0.08 * torch.randn(batch, 2, 4, 4), size=(side, side), mode="bilinear")
     views = F.grid_sample(images, grid + warp.permute(0, 2, 3, 1), align_corners=False)
     return views.contiguous(memory_format=torch.channels_last)
 
@@ -127,4 +132,98 @@ class VICReg(TwoViews):
     losses: ClassVar = {"sslops": sslops.vicreg, "eager": eager_vicreg}
 
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "barlow": BarlowTwins, "vicreg": VICReg}
+class MomentumTarget(Method):
+    """An online network that is trained, and its moving average, the target, that is not."""
+
+    hidden, projection, momentum = 256, 128, 0.99
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.encoder, features = conv_encoder(side)
+        self.online = nn.Sequential(self.encoder, mlp(features, self.hidden, self.projection))
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.ema = sslops.EMA(self.target, self.online, self.momentum)
+
+    def update(self) -> None:
+        self.ema.step()
+
+
+def eager_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """MoCo's loss as it is usually written, the `[N, 1 + K]` logits in one matrix; negatives are unit rows."""
+    query, key = F.normalize(query), F.normalize(key)
+    positive = (query * key).sum(dim=1, keepdim=True)
+    logits = torch.cat([positive, query @ negatives.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64))
+
+
+class MoCo(MomentumTarget):
+    steps, batch = 150, 512
+    losses: ClassVar = {
+        "sslops": partial(sslops.info_nce, temperature=0.1),
+        "eager": partial(eager_info_nce, temperature=0.1),
+    }
+
+    def __init__(self, side: int):
+        super().__init__(side)
+        self.queue = sslops.NegativeQueue(16384, self.projection)
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return augment(images), augment(images)
+
+    def forward(self, query_view: Tensor, key_view: Tensor) -> tuple[Tensor, ...]:
+        self.keys = self.target(key_view)
+        return self.online(query_view), self.keys, self.queue.negatives
+
+    def update(self) -> None:
+        super().update()
+        self.queue.enqueue(self.keys)  # after the loss: a key is no negative of its own query
+
+
+LARGE, SMALL = 2, 3  # RELICv2's crops
+
+
+def fused_relic(*crops: Tensor, **constants: float) -> Tensor:
+    online, target = crops[:-LARGE], crops[-LARGE:]
+    return sslops.relic_multicrop(online[:LARGE], online[LARGE:], target, **constants)
+
+
+def eager_relic(*crops: Tensor, temperature: float, alpha: float, beta: float) -> Tensor:
+    """RELICv2's loss of all pairs, with `[N, N]` logits for each."""
+    online, target = ([F.normalize(z) for z in part] for part in (crops[:-LARGE], crops[-LARGE:]))
+    total = 0.0
+    for z in online:
+        for t in target:
+            logits = z @ t.T / temperature
+            log_p, log_q = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
+            p = log_p.exp()
+            divergence = (p * log_p).sum(dim=1).detach() - (p * log_q).sum(dim=1)
+            total = total + (beta * divergence - alpha * log_p.diagonal()).mean()
+    return total / (len(online) * len(target))
+
+
+class RELICv2(MomentumTarget):
+    """All crops go through the online network, the large ones through the target too."""
+
+    steps, batch = 100, 512
+    losses: ClassVar = {
+        "sslops": partial(fused_relic, temperature=0.2, alpha=1.0, beta=1.0),
+        "eager": partial(eager_relic, temperature=0.2, alpha=1.0, beta=1.0),
+    }
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        small = round(0.65 * images.shape[-1])  # enough for the encoder to give as many features as of a large crop
+        large_crops = augment(images.repeat(LARGE, 1, 1, 1))
+        return large_crops, augment(images.repeat(SMALL, 1, 1, 1), small, shown=(0.5, 0.85))
+
+    def forward(self, large: Tensor, small: Tensor) -> tuple[Tensor, ...]:
+        online = (*self.online(large).chunk(LARGE), *self.online(small).chunk(SMALL))
+        return *online, *self.target(large).chunk(LARGE)
+
+
+METHODS: dict[str, type[Method]] = {
+    "simclr": SimCLR,
+    "barlow": BarlowTwins,
+    "vicreg": VICReg,
+    "moco": MoCo,
+    "relicv2": RELICv2,
+}
