@@ -3,6 +3,7 @@
     python examples/pretrain.py                    # SimCLR on MNIST, the fused loss beside plain PyTorch
     python examples/pretrain.py --method barlow    # the others are in methods.py
     python examples/pretrain.py --data digits      # scikit-learn's 8 x 8 digits
+    torchrun --nproc-per-node 2 examples/pretrain.py --method simclr --loss sslops    # the same curve
 
 With `--loss both` two copies of one network train in turns on the same views, so that everything
 but the loss is equal and a busy machine slows both alike. Writes report.txt, curves.csv and pictures.
@@ -14,10 +15,13 @@ import multiprocessing
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import spread
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from methods import METHODS, Method, TwoViews
@@ -54,8 +58,11 @@ class Run:
     def __init__(self, network: Method, loss: str, steps: int):
         self.network = copy.deepcopy(network).to(memory_format=torch.channels_last)
         self.loss = network.losses[loss]
-        trained = [x for x in self.network.parameters() if x.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, weight_decay=1e-4)
+        self.trained = [x for x in self.network.parameters() if x.requires_grad]
+        if dist.is_initialized():
+            self.loss = partial(self.loss, group="world")
+            spread.convert(self.network)
+        self.optimizer = torch.optim.AdamW(self.trained, weight_decay=1e-4)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, network.learning_rate, total_steps=steps)
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
@@ -72,6 +79,8 @@ class Run:
         self.loss_seconds.append(time.perf_counter() - loss_start)
         trained = [(x, leaf.grad) for x, leaf in zip(outputs, self.leaves, strict=True) if x.requires_grad]
         torch.autograd.backward(*zip(*trained, strict=True))
+        if dist.is_initialized():
+            spread.average_gradients(self.trained)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -82,10 +91,12 @@ class Run:
 
 def pretrain(network: Method, names: list[str], images: Tensor, batch: int, steps: int) -> dict[str, Run]:
     runs = {name: Run(network, name, steps) for name in names}
-    with tqdm(range(steps), desc="pretraining", unit="step") as bar:
+    with tqdm(range(steps), desc="pretraining", unit="step", disable=not spread.leads()) as bar:
         for step in bar:
             start = time.perf_counter()
             views = network.views(images[torch.randperm(len(images))[:batch]])
+            if dist.is_initialized():
+                views = tuple(map(spread.own_rows, views))  # all ranks have drawn the same
             views_seconds = time.perf_counter() - start
             for name in names if step % 2 else reversed(names):
                 runs[name].step(views, views_seconds)
@@ -186,15 +197,22 @@ def main(argv: list[str] | None = None) -> None:
     if min(steps, batch) < 1:
         parser.error(f"--steps and --batch must be at least 1, got {steps} and {batch}")
 
+    if spread.start() and ((args.method, args.loss) != ("simclr", "sslops") or batch % dist.get_world_size()):
+        parser.error("torchrun takes --method simclr --loss sslops and a --batch that its processes can share")
     began = time.perf_counter()
     names = ["sslops", "eager"] if args.loss == "both" else [args.loss]
     train, test, *labels = load(args.data)
     batch = min(batch, len(train))
     torch.manual_seed(args.seed)
     network = method(side=train.shape[-1])
-    print(f"{args.method} on {args.data}: {len(train)} images to pretrain on, {len(test)} held out")
-    print(f"{steps} steps of {batch} images, {torch.get_num_threads()} threads")
+    if spread.leads():
+        print(f"{args.method} on {args.data}: {len(train)} images to pretrain on, {len(test)} held out")
+        print(f"{steps} steps of {batch} images, {torch.get_num_threads()} threads")
     runs = pretrain(network, names, train, batch, steps)
+    leads = spread.leads()
+    spread.end()
+    if not leads:
+        return
 
     lines = [f"{'':32}" + "".join(f"{name:>12}" for name in names)]
 

@@ -1,6 +1,8 @@
 """The pretraining demo, run small: what it writes, and that the fused losses train as the eager ones do."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,3 +72,19 @@ def test_a_run_of_no_steps_is_refused(pretrain, capsys):
     with pytest.raises(SystemExit):
         pretrain.main(["--steps", "0"])
     assert "--steps" in capsys.readouterr().err
+
+
+def test_two_processes_train_as_one(pretrain, tmp_path):
+    small = ["--data", "digits", "--steps", str(STEPS), "--batch", "64", "--method", "simclr", "--loss", "sslops"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's processes: another rounding of the convolutions grows with every step
+    try:
+        pretrain.main([*small, "--out", str(tmp_path / "one")])
+    finally:
+        torch.set_num_threads(threads)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [*torchrun, pretrain.__file__, *small, "--out", str(tmp_path / "two")]
+    subprocess.run(command, check=True, timeout=300, env=here)
+    one, two = (np.loadtxt(tmp_path / runs / "simclr-digits" / "curves.csv", skiprows=1) for runs in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-5)
