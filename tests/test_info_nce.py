@@ -1,8 +1,10 @@
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sslops
+from sslops import _C
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -23,10 +25,6 @@ def pairs(b: int, d: int, k: int = 0, *, dtype=torch.float32, device="cpu", nois
 
 def losses(query, key, negatives=None, **kwargs):
     return sslops.info_nce(query, key, negatives, reduction="none", **kwargs)
-
-
-def losses_of_tensor_temperature(query, key, temperature, negatives=None, **kwargs):
-    return losses(query, key, negatives, temperature=temperature, **kwargs)
 
 
 def check(inputs, backend, kind, op=losses, **kwargs):
@@ -71,3 +69,508 @@ def test_temperature_gradient_of_the_reference_in_batch():
         return sslops.info_nce(query, key, temperature=temperature, query_ids=ids, backend="eager")
 
     assert torch.autograd.gradcheck(loss, temperature)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_every_instruction_set(isa, kind, dtype, temperature):
+    with oracle.poisoned_memory():
+        check(pairs(150, 72, 1100, dtype=dtype), "cpu", kind, temperature=temperature)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.5, 0.05])
+def test_aligned_pairs(device, backend, kind, dtype, temperature):
+    """Easy positives: the loss and the pull of the positive are small differences of large numbers."""
+    inputs = pairs(600, 128, 1200, dtype=dtype, device=device, noise=1e-2)
+    if temperature == 0.05 and dtype == torch.float32:
+        assert losses(**inputs, temperature=temperature, backend=backend).max() < 1e-3
+    check(inputs, backend, kind, temperature=temperature)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_collapsed(device, backend, kind, dtype):
+    """All embeddings equal: the gradient is zero, a sum of terms of size 1 / tau per row that cancel."""
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    inputs = {"query": row.repeat(300, 1), "key": row.repeat(300, 1), "negatives": row.repeat(300, 1)}
+    size = 1 / 0.1 / float(row.float().norm()) / 64**0.5
+    check(inputs, backend, kind, temperature=0.1, scale=dict.fromkeys(inputs, size))
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e-4, 1e4, 1e18, 1e25])
+def test_magnitudes(device, backend, kind, magnitude):
+    inputs = {name: x * magnitude for name, x in pairs(130, 24, 70, device=device).items()}
+    check(inputs, backend, kind, temperature=0.1)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
+def test_unnormalised(device, backend, kind, dtype, size):
+    inputs = {name: x * size for name, x in pairs(301, 33, 290, dtype=dtype, device=device, noise=1.0).items()}
+    check(inputs, backend, kind, temperature=0.7, normalize=False)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.5, 0.03])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_temperature_gradient(device, backend, kind, dtype, temperature, normalize):
+    inputs = {name: x * 0.3 for name, x in pairs(200, 48, 190, dtype=dtype, device=device).items()}
+    negatives = inputs.pop("negatives")
+    inputs["temperature"] = torch.tensor(temperature, device=device)
+    if kind == "trainable":
+        inputs["negatives"] = negatives
+
+    def op(query, key, temperature, negatives_=None, **kwargs):
+        if kind == "queue":
+            negatives_ = negatives.to(query.dtype)
+        return losses(query, key, negatives_, temperature=temperature, **kwargs)
+
+    oracle.check(op, inputs, backend, dtype=dtype, normalize=normalize)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast(device, backend, kind, dtype):
+    def autocast():
+        return torch.autocast(device, dtype)
+
+    check(pairs(300, 64, 1100, device=device), backend, kind, dtype=dtype, temperature=0.1, context=autocast)
+
+
+@each_target
+def test_a_queue_of_another_dtype_under_autocast(device, backend):
+    """bf16 embeddings and a float32 queue, as autocast leaves them, and the other way around"""
+    inputs = pairs(20, 16, 50, device=device)
+    for half in ({"query", "key"}, {"negatives"}):
+        mixed = {name: x.bfloat16() if name in half else x for name, x in inputs.items()}
+        with torch.autocast(device, torch.bfloat16):
+            ours, eager = (losses(**mixed, backend=each) for each in (backend, "eager"))
+        torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2)
+
+
+def of_ids(query, key, negatives=None, **kwargs):
+    """40 ids, so that a row has a few false negatives"""
+    ids = torch.arange(len(query), device=query.device) % 40
+    others = None if negatives is None else torch.arange(len(negatives), device=query.device) % 41
+    return losses(query, key, negatives, query_ids=ids, negative_ids=others, **kwargs)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_ids(device, backend, kind, dtype, temperature):
+    check(pairs(120, 40, 1200, dtype=dtype, device=device), backend, kind, of_ids, temperature=temperature)
+
+
+@each_target
+def test_ids_leave_out_what_they_name(device, backend):
+    """With and without the false negatives in the queue"""
+    inputs = pairs(10, 8, 30, device=device)
+    query_ids, negative_ids = torch.arange(10), torch.cat([torch.arange(10).repeat(2), torch.arange(100, 110)])
+    inputs["query"] = inputs["query"][:1].repeat(10, 1)
+    for i in range(10):
+        left = negative_ids != i
+        expected = losses(inputs["query"], inputs["key"], inputs["negatives"][left.to(device)], backend=backend)[i]
+        ours = losses(**inputs, query_ids=query_ids.to(device), negative_ids=negative_ids.to(device), backend=backend)[
+            i
+        ]
+        torch.testing.assert_close(ours, expected)
+    same = torch.zeros(30, dtype=torch.int64, device=device)  # no negative at all
+    assert not losses(**inputs, query_ids=same[:10], negative_ids=same, temperature=0.02, backend=backend).any()
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("temperature", [0.048, 0.046, 0.02])
+def test_one_row_opposite_all_others(device, backend, kind, temperature):
+    """The smallest exponentials that there are, on both sides of the temperature where the maximum is no longer fixed;
+    the loss as GradScaler scales it."""
+    row = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    query, key, negatives = 1e-2 * torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(1)) - row
+    query[0] += 2 * row
+    inputs = {"query": query.to(device), "key": key.to(device), "negatives": negatives.to(device)}
+    check(inputs, backend, kind, lambda *x, **kwargs: 65536 * losses(*x, **kwargs), temperature=temperature)
+
+
+@each_target
+@pytest.mark.parametrize("temperature", [1e10, 1e30])
+def test_high_temperatures(device, backend, temperature):
+    inputs = pairs(30, 8, 20, device=device)
+    oracle.check(losses, inputs, backend, temperature=temperature, scale=dict.fromkeys(inputs, 1.0))
+
+
+@each_target
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_under_another_default_dtype(device, backend, dtype):
+    inputs = list(pairs(80, 16, 60, device=device).values())
+    expected = oracle.evaluate(losses, inputs, backend)
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, expected, oracle.evaluate(losses, inputs, backend)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@each_target
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(device, backend, reduction):
+    def op(*tensors, **kwargs):
+        return sslops.info_nce(*tensors, reduction=reduction, **kwargs)
+
+    oracle.check(op, pairs(150, 32, 100, device=device), backend)
+
+
+def test_against_the_formula():
+    """The reference itself, against the definition written as loops."""
+    inputs = {name: x.double() for name, x in pairs(4, 3, 5).items()}
+    q, k, n = (F.normalize(x) for x in inputs.values())
+    for negatives in (n, None):
+        expected = torch.zeros(4, dtype=torch.float64)
+        for i in range(4):
+            own = torch.exp(q[i] @ k[i] / 0.3)
+            others = [k[j] for j in range(4) if j != i] if negatives is None else list(n)
+            expected[i] = -torch.log(own / (own + sum(torch.exp(q[i] @ other / 0.3) for other in others)))
+        ours = losses(inputs["query"], inputs["key"], negatives, temperature=0.3)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_gradients_of_the_reference():
+    inputs = [x.double().requires_grad_() for x in pairs(3, 4, 5).values()]
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def op(query, key, negatives, temperature):
+        return losses(query, key, negatives, temperature=temperature) + losses(query, key, temperature=temperature)
+
+    assert torch.autograd.gradcheck(op, (*inputs, temperature))
+    assert torch.autograd.gradgradcheck(op, (*inputs, temperature))
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize(("b", "k"), [(0, 5), (3, 0), (0, 0), (1, 1)])
+def test_empty_and_single(device, backend, kind, b, k):
+    query, key = torch.randn(2, b, 8, device=device)
+    query.requires_grad_()
+    negatives = None if kind == "in-batch" else torch.randn(k, 8, device=device, requires_grad=kind == "trainable")
+    learnt = [x for x in (query, negatives) if x is not None and x.requires_grad]
+    results = []
+    for each in (backend, "eager"):
+        loss = losses(query, key, negatives, backend=each)
+        results.append((loss, *torch.autograd.grad(loss.sum(), learnt)))
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+    if (b == 1 and negatives is None) or (k == 0 and negatives is not None):
+        assert not results[0][0].any()  # the positive is the only candidate
+    assert sslops.info_nce(query, key, negatives, backend=backend).isnan() == (b == 0)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["query", "key", "negatives"])
+def test_non_finite_rows_as_eager(device, backend, kind, bad, where):
+    inputs = pairs(40, 8, 30, device=device)
+    inputs[where][3, 2] = bad
+    negatives = inputs.pop("negatives")
+    if kind != "in-batch":
+        inputs["negatives"] = negatives
+    learnt = ["query"] if kind == "queue" else list(inputs)
+    results = []
+    for each in (backend, "eager"):
+        leaves = {name: x.detach().requires_grad_(name in learnt) for name, x in inputs.items()}
+        loss = losses(**leaves, backend=each)
+        results.append((loss, *torch.autograd.grad(loss.sum(), [leaves[name] for name in learnt])))
+    for ours, eager in zip(*results, strict=True):
+        assert torch.equal(ours.isnan(), eager.isnan())
+
+
+@each_target
+@each_kind
+def test_zero_rows(device, backend, kind):
+    inputs = pairs(40, 8, 30, device=device)
+    for x in inputs.values():
+        x[5] = 0
+    check(inputs, backend, kind)
+
+
+@each_target
+def test_non_contiguous(device, backend):
+    inputs = {name: x.repeat(2, 2)[::2, 1:41] for name, x in pairs(96, 40, 50, device=device).items()}
+    inputs["key"] = inputs["key"].t().contiguous().t()
+    oracle.check(losses, inputs, backend)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_every_run(device, backend, dtype):
+    inputs = list(pairs(300, 64, 2100, dtype=dtype, device=device).values())
+    threads = torch.get_num_threads()
+    first = oracle.evaluate(losses, inputs, backend)
+    for _ in range(2):
+        assert all(map(torch.equal, first, oracle.evaluate(losses, inputs, backend)))
+    if dtype == torch.bfloat16 and _C.has_bf16_gemm():  # float32 matmuls are torch's
+        torch.set_num_threads(1 if threads > 1 else 2)
+        try:
+            assert all(map(torch.equal, first, oracle.evaluate(losses, inputs, backend)))
+        finally:
+            torch.set_num_threads(threads)
+
+
+@each_target
+@pytest.mark.parametrize("learnt", ["key", "negatives", "query key", "query negatives", "temperature"])
+def test_gradients_of_some(device, backend, learnt):
+    inputs = {**pairs(50, 16, 40, device=device), "temperature": torch.tensor(0.2, device=device)}
+    everything = torch.autograd.grad(
+        losses(**{name: x.requires_grad_() for name, x in inputs.items()}, backend=backend).sum(), inputs.values()
+    )
+    expected = dict(zip(inputs, everything, strict=True))
+    leaves = {name: x.detach().requires_grad_(name in learnt.split()) for name, x in inputs.items()}
+    losses(**leaves, backend=backend).sum().backward()
+    for name, leaf in leaves.items():
+        if name in learnt.split():
+            assert torch.equal(leaf.grad, expected[name])
+        else:
+            assert leaf.grad is None
+
+
+@each_target
+@pytest.mark.parametrize("kind", ["queue", "in-batch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_metrics(device, backend, kind, dtype):
+    inputs = pairs(300, 32, 700, dtype=dtype, device=device, noise=2.0)
+    if kind == "in-batch":
+        del inputs["negatives"]
+    inputs["query"].requires_grad_()
+    loss, found = sslops.info_nce(**inputs, return_metrics=True, backend=backend)
+    assert loss.requires_grad
+    assert not any(x.requires_grad for x in found)
+    q, k, *rest = (F.normalize(x.detach().double()) for x in inputs.values())
+    positive, others = (q * k).sum(1), q @ (rest[0] if rest else k).t()
+    if not rest:
+        others.fill_diagonal_(-2)
+    above = (others > positive[:, None]).sum(1)
+    assert 0.05 < (above < 1).double().mean() < 0.95
+    close = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 0.02, "check_dtype": False}
+    torch.testing.assert_close(found.top1, (above < 1).double().mean(), **close)
+    torch.testing.assert_close(found.top5, (above < 5).double().mean(), **close)
+    torch.testing.assert_close(found.positive_similarity, positive.mean(), **close)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("with_options", [False, True])
+def test_opcheck(device, backend, kind, with_options):
+    inputs = {name: x.requires_grad_() for name, x in pairs(6, 8, 9, device=device).items()}
+    negatives = None if kind == "in-batch" else inputs["negatives"]
+    if kind == "queue":
+        negatives.requires_grad_(False)
+        inputs["key"].requires_grad_(False)
+    temperature = torch.tensor(0.3, device=device, requires_grad=True) if with_options else None
+    ids = [torch.arange(n, device=device) for n in (6, 6 if negatives is None else 9)] if with_options else [None] * 2
+    flags = (True, kind != "queue", kind == "trainable")
+    arguments = (inputs["query"], inputs["key"], negatives, *ids, temperature, 0.3, 0, True, torch.float32, *flags)
+    arguments = (*arguments, 0, backend)
+    torch.library.opcheck(torch.ops.sslops.info_nce.default, arguments)
+    with torch.no_grad():
+        found, *saved = torch.ops.sslops.info_nce(*arguments)
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        torch.library.opcheck(torch.ops.sslops.info_nce_backward.default, (found, *detached, *saved))
+
+
+@each_target
+@each_kind
+def test_positives_from_a_row_on(device, backend, kind):
+    """`first`: rows 3 to 8 of a batch of 9, whose keys are all candidates"""
+    if kind != "in-batch":
+        pytest.skip("first is 0 there")
+    query, key = (x.requires_grad_() for x in pairs(9, 8, device=device).values())
+    options = (None, None, None, None, 0.2, 3, True, torch.float32, True, True, False, 0, backend)
+    part = torch.ops.sslops.info_nce(query[3:8], key, *options)[0]
+    whole = losses(query, key, temperature=0.2, backend=backend)[3:8]
+    torch.testing.assert_close(part, whole)
+    for ours, expected in zip(*(torch.autograd.grad(x.sum(), (query, key)) for x in (part, whole)), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@each_target
+def test_compile(device, backend):
+    negatives = torch.randn(40, 16, device=device)
+
+    def step(query, key):
+        queue = sslops.info_nce(query * 2, key.detach(), negatives, temperature=0.2, backend=backend)
+        return queue + sslops.info_nce(query, key, temperature=0.2, backend=backend)
+
+    oracle.assert_compiles(step, *pairs(64, 16, device=device).values())
+
+
+@each_target
+def test_compile_with_inductor_ids_and_tensor_temperature(device, backend):
+    def step(query, key):
+        temperature = query.detach().mean() * 0 + 0.2
+        loss, found = sslops.info_nce(
+            query, key, temperature=temperature, query_ids=torch.arange(len(query)), return_metrics=True,
+            backend=backend,
+        )  # fmt: skip
+        return loss + found.top1
+
+    oracle.assert_compiles(step, *pairs(16, 8, device=device).values(), backend="inductor")
+
+
+def test_export():
+    class Head(torch.nn.Module):
+        def forward(self, *tensors):
+            return sslops.info_nce(*tensors)
+
+    inputs = tuple(pairs(8, 4, 6).values())
+    exported = torch.export.export(Head(), inputs)
+    torch.testing.assert_close(exported.module()(*inputs), sslops.info_nce(*inputs))
+
+
+@each_target
+def test_second_derivative(device, backend):
+    query, key = (x.requires_grad_() for x in pairs(6, 8, device=device).values())
+    (gradient,) = torch.autograd.grad(sslops.info_nce(query, key, backend=backend), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("learnt", ["query", "query negatives"])
+def test_memory_is_linear(learnt):
+    """B = 4096, K = 65536, D = 32: in a process of their own, forward and backward grow by a few K x D at most, where
+    B x K takes 1 GB."""
+    grown = oracle.grown_memory(
+        "x = {n: torch.randn(s, 32) for n, s in (('query', 4096), ('key', 4096), ('negatives', 65536))}; "
+        f"[x[n].requires_grad_() for n in {learnt.split()}]; "
+        "sslops.info_nce(*(v[:300] for v in x.values())).backward()",
+        "sslops.info_nce(**x).backward()",
+    )
+    assert grown < 64, f"{grown:.0f} MB"
+
+
+def test_bad_input():
+    query, key, negatives = pairs(4, 8, 6).values()
+    ids, six = torch.arange(4), torch.arange(6)
+
+    def refused(error, argument, *args, **kwargs):
+        oracle.assert_refused(error, "info_nce", argument, lambda: sslops.info_nce(*args, **kwargs))
+
+    refused(TypeError, "query", None, key)
+    refused(ValueError, "query", query[0], key)
+    refused(TypeError, "query", query.long(), key.long())
+    refused(ValueError, "key", query, key[:3])
+    refused(ValueError, "key", query, key.half())
+    refused(ValueError, "negatives", query, key, negatives[:, :7])
+    refused(ValueError, "negatives", query, key, negatives.bfloat16())
+    refused(ValueError, "negatives", query, key, negatives.to("meta"))
+    refused(TypeError, "negatives", query, key, negatives.long())
+    refused(TypeError, "negatives", query, key, negatives.to_sparse())
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        refused(ValueError, "temperature", query, key, temperature=wrong)
+    refused(TypeError, "temperature", query, key, temperature="low")
+    refused(ValueError, "temperature", query, key, temperature=torch.ones(1))
+    refused(TypeError, "normalize", query, key, normalize=1)
+    refused(ValueError, "reduction", query, key, reduction="max")
+    refused(TypeError, "return_metrics", query, key, return_metrics=None)
+    refused(TypeError, "negative_ids", query, key, negatives, query_ids=ids)
+    refused(TypeError, "query_ids", query, key, negatives, negative_ids=six)
+    refused(ValueError, "negative_ids", query, key, query_ids=ids, negative_ids=ids)
+    refused(ValueError, "negative_ids", query, key, negatives, query_ids=ids, negative_ids=ids)
+    refused(ValueError, "query_ids", query, key, negatives, query_ids=six, negative_ids=six)
+    refused(TypeError, "query_ids", query, key, query_ids=ids.int())
+    refused(ValueError, "query_ids", query, key, query_ids=ids.to("meta"))
+
+
+def test_the_op_checks_what_pointers_need():
+    """People call torch.ops.sslops: nothing there may reach memory unchecked."""
+    query, key, negatives = pairs(4, 8, 6).values()
+    ids, six = torch.arange(4), torch.arange(6)
+
+    def arguments(query=query, key=key, negatives=negatives, ids=(None, None), first=0, flags=(True, True, True)):
+        return query, key, negatives, *ids, None, 0.2, first, True, torch.float32, *flags, 0, "cpu"
+
+    for bad in (
+        {"key": key[:3]},
+        {"key": key[:, :7]},
+        {"negatives": negatives[:, :7]},
+        {"first": 1},
+        {"first": -1},
+        {"negatives": None, "first": 1},
+        {"ids": (six, six)},
+        {"ids": (ids, ids)},
+    ):
+        with pytest.raises(ValueError, match="info_nce: "):
+            torch.ops.sslops.info_nce(*arguments(**bad))
+    for bad in ({"ids": (ids, None)}, {"ids": (ids.int(), six)}, {"negatives": negatives.double()}):
+        with pytest.raises(TypeError, match="info_nce: "):
+            torch.ops.sslops.info_nce(*arguments(**bad))
+    _, similarity, above, dquery, dtemperature, stats, version = torch.ops.sslops.info_nce(*arguments())
+    for bad in (
+        (torch.ones(3), dquery, dtemperature, stats),
+        (torch.ones(4), dquery[:3], dtemperature, stats),
+        (torch.ones(4), dquery, dtemperature[:3], stats),
+        (torch.ones(4), dquery, dtemperature, stats[:2]),
+    ):
+        grad, *kept = bad
+        with pytest.raises(ValueError, match=r"info_nce: (grad|dquery|dtemperature|stats)"):
+            torch.ops.sslops.info_nce_backward(grad, *arguments(), similarity, above, *kept, version)
+
+
+def test_odd_temperatures_on_a_tensor():
+    for value in (-0.5, 0.0, float("nan")):
+        assert losses(**pairs(10, 8, 20), temperature=torch.tensor(value), backend="cpu").isnan().all()
+
+
+class TestTheOracleItself:
+    """Broken kernels must not pass. Each breaks one thing that a refactoring could."""
+
+    def refuse(self, kind, inputs=None, **kwargs):
+        with pytest.raises(AssertionError, match="above"):
+            check(inputs or pairs(300, 32, 1100), "cpu", kind, **kwargs)
+
+    @each_kind
+    def test_a_lost_tile(self, monkeypatch, kind):
+        from sslops.kernels.cpu import info_nce as kernel
+
+        ranges = kernel.ranges
+        monkeypatch.setattr(kernel, "ranges", lambda size, step: list(ranges(size, step))[1:])
+        self.refuse(kind)
+
+    def test_an_underflowing_fixed_maximum(self, monkeypatch):
+        from sslops.kernels.cpu import info_nce as kernel
+
+        monkeypatch.setattr(kernel, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
+        self.refuse("queue", temperature=0.005)
+
+    def test_accumulated_products_that_do_not_follow_the_maximum(self, monkeypatch):
+        real = _C.info_nce_forward_tile
+        monkeypatch.setattr(_C, "info_nce_forward_tile", lambda *a: real(*a[:17], 0, *a[18:]))  # o
+        self.refuse("queue", temperature=0.02)
+
+    def test_norms_left_out(self, monkeypatch):
+        from sslops.kernels.cpu import info_nce as kernel
+
+        monkeypatch.setattr(kernel, "_load", lambda stream, c, n, i, factors: (factors.fill_(1), stream.load(c)))
+        self.refuse("queue")
+
+    def test_the_pull_of_the_positive_left_out(self, monkeypatch):
+        real = _C.info_nce_finish_candidates
+        monkeypatch.setattr(_C, "info_nce_finish_candidates", lambda *a: real(*a[:15], -1, *a[16:]))  # first
+        self.refuse("in-batch")
+
+    def test_unwritten_memory(self, monkeypatch):
+        monkeypatch.setattr(_C, "info_nce_finish_forward", lambda *args: None)
+        with oracle.poisoned_memory():
+            self.refuse("queue")

@@ -6,6 +6,10 @@
 #include "rows.h"
 #include "vec.h"
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace sslops::info_nce {
 namespace {
 
@@ -66,6 +70,15 @@ void raise_maximum(const Tile& t, const State& state, int64_t row, float scale) 
     });
 }
 
+SSLOPS_INLINE void store_bf16(uint16_t* p, int lanes, F v) {
+#ifdef __AVX512BF16__
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &rounded, lanes * sizeof *p);
+#else
+  store_from_float(p, DType::bf16, 0, lanes, v);
+#endif
+}
+
 enum class Store { none, f32, bf16 };
 
 // kRows rows at once share what belongs to the columns.
@@ -84,9 +97,9 @@ SSLOPS_INLINE void weigh(const Tile& t, const Weights& weights, const State& sta
       const F x = load_lanes(t.s + (row + k) * t.ld + j, lanes, -kInf) * inv_norm;
       const F e = exp2_nonpositive((x - base[k]) * scale);
       total[k] += e;
-      above[k] -= (I)(x > bar[k]);
+      above[k] = x > bar[k] ? above[k] + 1 : above[k];
       if (kStore == Store::f32) store_lanes(static_cast<float*>(weights.w) + out(k) + j, lanes, e * inv_norm);
-      if (kStore == Store::bf16) store_from_float(weights.w, DType::bf16, out(k) + j, lanes, e * inv_norm);
+      if (kStore == Store::bf16) store_bf16(static_cast<uint16_t*>(weights.w) + out(k) + j, lanes, e * inv_norm);
     }
   });
   for (int k = 0; k < kRows; ++k) {

@@ -22,7 +22,7 @@ typedef uint16_t H __attribute__((vector_size(32)));
 #define SSLOPS_INLINE inline __attribute__((always_inline))
 
 SSLOPS_INLINE F splat(float x) { return F{} + x; }
-SSLOPS_INLINE F select(I mask, F a, F b) { return (F)(((I)a & mask) | ((I)b & ~mask)); }
+SSLOPS_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 SSLOPS_INLINE F max(F a, F b) { return select(a > b, a, b); }
 SSLOPS_INLINE float max(float a, float b) { return a > b ? a : b; }
 
