@@ -82,7 +82,7 @@ def forward(
 
     candidates, column = (key, first) if negatives is None else (negatives, -1)
     maximum = torch.full((b,), 1.0 if fixed else torch.finfo(torch.float32).min, **FLOAT32)
-    r, above = torch.zeros(2, b, **FLOAT32)
+    r, above = torch.zeros(b, **FLOAT32), torch.zeros(b, **FLOAT32)
     stream = stream_for(q, operand)
     o = stream.zeros(b if needs_grad else 0)
     weights, factors = stream.weights(), torch.empty(stream.COLUMNS, **FLOAT32)
