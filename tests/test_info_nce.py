@@ -382,7 +382,7 @@ def test_opcheck(device, backend, kind, with_options):
     ids = [torch.arange(n, device=device) for n in (6, 6 if negatives is None else 9)] if with_options else [None] * 2
     flags = (True, kind != "queue", kind == "trainable")
     arguments = (inputs["query"], inputs["key"], negatives, *ids, temperature, 0.3, 0, True, torch.float32, *flags)
-    arguments = (*arguments, 0, backend)
+    arguments = (*arguments, 0, "", False, backend)
     torch.library.opcheck(torch.ops.sslops.info_nce.default, arguments)
     with torch.no_grad():
         found, *saved = torch.ops.sslops.info_nce(*arguments)
@@ -397,7 +397,7 @@ def test_positives_from_a_row_on(device, backend, kind):
     if kind != "in-batch":
         pytest.skip("first is 0 there")
     query, key = (x.requires_grad_() for x in pairs(9, 8, device=device).values())
-    options = (None, None, None, None, 0.2, 3, True, torch.float32, True, True, False, 0, backend)
+    options = (None, None, None, None, 0.2, 3, True, torch.float32, True, True, False, 0, "", False, backend)
     part = torch.ops.sslops.info_nce(query[3:8], key, *options)[0]
     whole = losses(query, key, temperature=0.2, backend=backend)[3:8]
     torch.testing.assert_close(part, whole)
@@ -499,7 +499,7 @@ def test_the_op_checks_what_pointers_need():
     ids, six = torch.arange(4), torch.arange(6)
 
     def arguments(query=query, key=key, negatives=negatives, ids=(None, None), first=0, flags=(True, True, True)):
-        return query, key, negatives, *ids, None, 0.2, first, True, torch.float32, *flags, 0, "cpu"
+        return query, key, negatives, *ids, None, 0.2, first, True, torch.float32, *flags, 0, "", False, "cpu"
 
     for bad in (
         {"key": key[:3]},

@@ -160,9 +160,9 @@ def _backward(
     dquery: Tensor,
     dtemperature: Tensor,
     stats: Tensor,
-    version: Tensor,
+    seen_version: Tensor,
 ) -> tuple[Tensor, ...]:
-    if version.shape[1] != x.version:
+    if seen_version.shape[1] != x.version:
         raise RuntimeError(
             "info_nce: negatives: wanted those of the forward pass, got changed ones in its recomputation "
             "(activation checkpointing): enqueue after backward"
@@ -201,7 +201,7 @@ def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...
 register(
     "info_nce",
     _Arguments,
-    saved=("similarity", "above", "dquery", "dtemperature", "stats", "version"),
+    saved=("similarity", "above", "dquery", "dtemperature", "stats", "seen_version"),
     gradients=("query", "key", "negatives", "temperature"),
     forward=_forward,
     forward_fake=_forward_fake,
