@@ -3,6 +3,7 @@
 import functools
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -44,6 +45,27 @@ def _unwrap(module: nn.Module) -> nn.Module:
 _WRAPPERS = ("", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+def _is(x: object, module: str, name: str) -> bool:
+    """Whether x is of a class of torch.distributed's; without importing it: then there is none."""
+    home = sys.modules.get(f"torch.distributed.{module}")
+    return home is not None and isinstance(x, getattr(home, name))
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    return _is(x, "tensor", "DTensor")
+
+
+def _local(name: str, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank has of two DTensors; other tensors as they are"""
+    if not _is_dtensor(x) and not _is_dtensor(source):
+        return x, source
+    mesh, placements = (getattr(x, each, None) for each in ("device_mesh", "placements"))
+    if (mesh, placements) != tuple(getattr(source, each, None) for each in ("device_mesh", "placements")):
+        got = f"{getattr(source, 'placements', type(source).__name__)}"
+        _check.bad_value("EMA", f"online.{name}", f"placed as in target, {placements}", got)
+    return x._local_tensor, source._local_tensor  # type: ignore[attr-defined]
+
+
 class _Members:
     """A module's parameters and persistent buffers by name, and whether they are still the same objects."""
 
@@ -51,6 +73,8 @@ class _Members:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self._dicts: list[dict[str, Any]] = []
+        self._gathering: list[Any] = [part for part in module.modules() if _is(part, "fsdp", "FSDPModule")]
+        self.reshard()
         for path, part in _unwrap(module).named_modules(remove_duplicate=False):
             prefix = [word for word in path.split(".") if word not in _WRAPPERS]
             for found, members in ((self.parameters, part._parameters), (self.buffers, part._buffers)):
@@ -58,13 +82,19 @@ class _Members:
                     if x is not None and name not in part._non_persistent_buffers_set:
                         found[".".join([*prefix, name])] = x
             self._dicts += [part._parameters, part._buffers, part._modules]
+        self._sharded: list[Any] = [x for x in chain(self.parameters.values(), self.buffers.values()) if _is_dtensor(x)]
         self._objects = list(self._current())
 
+    def reshard(self) -> None:
+        """What fully_shard gathered for a forward pass and kept: an update of that would be lost."""
+        for part in self._gathering:
+            part.reshard()
+
     def _current(self) -> Iterator[object]:
-        return chain.from_iterable(map(dict.values, self._dicts))
+        return chain((x._local_tensor for x in self._sharded), *map(dict.values, self._dicts))
 
     def unchanged(self) -> bool:
-        same_number = sum(map(len, self._dicts)) == len(self._objects)
+        same_number = len(self._sharded) + sum(map(len, self._dicts)) == len(self._objects)
         return same_number and all(map(operator.is_, self._current(), self._objects))
 
 
@@ -84,6 +114,8 @@ class _Plan(NamedTuple):
 
     def holds(self) -> bool:
         """Reads all tensors, too."""
+        for members in self.members:
+            members.reshard()
         if not all(members.unchanged() for members in self.members):
             return False
         changed = [pairs.read() for pairs in (*self.averaged, *self.copied)]
@@ -95,8 +127,9 @@ class EMA:
 
     Parameters and persistent buffers are paired by name, once, and again when either module gets new ones. Each must
     exist in `online`, which may have more of them (BYOL's predictor). Shared parameters are updated once. DDP,
-    FullyShardedDataParallel, checkpoint and torch.compile wrappers on either side do not matter; fully_shard's DTensors
-    are refused (`ema_update_` takes their to_local()). Start from a copy: `target = copy.deepcopy(online)`.
+    FullyShardedDataParallel, checkpoint and torch.compile wrappers on either side do not matter. Of DTensors, as
+    fully_shard makes them, each rank updates what it has: wrap both models alike, and step between backward and the
+    next forward. Start from a copy: `target = copy.deepcopy(online)`, before fully_shard.
 
     Args:
         target: the average; changed in place, under no_grad, whether or not it requires grad.
@@ -174,11 +207,12 @@ class EMA:
             for name, x in getattr(target, kind).items():
                 if name not in sources:
                     _check.bad_value("EMA", f"online.{name}", f"one of target's {kind}", "none of that name")
+                own, source = _local(name, x, sources[name])
                 if kind == "parameters" or (x.is_floating_point() and self._buffers == "average"):
-                    averaged.setdefault((id(x), id(sources[name])), (name, x, sources[name]))
+                    averaged.setdefault((id(own), id(source)), (name, own, source))
                 else:
-                    copied[0].append(x)
-                    copied[1].append(sources[name])
+                    copied[0].append(own)
+                    copied[1].append(source)
         targets = [x for _, x, _ in averaged.values()]
         device = targets[0].device if targets else self._seed.device
         masters: dict[str, Tensor] = {}

@@ -134,3 +134,51 @@ def test_ddp_with_the_momentum_update(ranks):
     assert all(map(torch.equal, first, second))
     for x, y in zip(first, alone, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def train_sharded(rank, world, shard):
+    """The momentum update between two models that fully_shard shards; the target is used in forward only."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    online = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    target = copy.deepcopy(online).requires_grad_(False)
+    images = torch.randn(3, 12, 8)
+    if shard:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+        for module in (online, target):
+            fully_shard(module[2], mesh=mesh)
+            fully_shard(module, mesh=mesh)
+    ema, optimizer = sslops.EMA(target, online, 0.9), torch.optim.SGD(online.parameters(), 0.1)
+    for x in images:
+        (online(x) - target(x)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step()
+    target(images[0])  # leaves the root gathered
+    ema.step()
+    return [getattr(x, "full_tensor", lambda x=x: x)() for x in target.state_dict().values()]
+
+
+def test_the_momentum_update_of_shards(ranks):
+    whole = train_sharded(0, 1, False)
+    for found in ranks(train_sharded, True):
+        for x, y in zip(found, whole, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def pair_up(rank, world):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+    models = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    for model, placement in zip(models, (Shard(0), Replicate()), strict=True):
+        model.weight = nn.Parameter(DTensor.from_local(model.weight.detach(), mesh, [placement]))
+    try:
+        sslops.EMA(*models, 0.9)
+    except ValueError as error:
+        return str(error)
+
+
+def test_differently_placed_models_are_refused(ranks):
+    assert all(text.startswith("EMA: online.weight: wanted placed as in target") for text in ranks(pair_up))
