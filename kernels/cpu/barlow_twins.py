@@ -17,6 +17,7 @@ from sslops import _C
 
 from .columns import (
     PANEL,
+    WIDE_PANEL,
     Group,
     all_reduce,
     batch,
@@ -29,6 +30,7 @@ from .columns import (
     ranks,
     rounded,
 )
+from .memory import empty
 from .tiles import FLOAT32, refuses  # noqa: F401
 
 # Of the squares of C: above it the off-diagonal part, a difference on the gram route, loses more than a digit.
@@ -107,15 +109,15 @@ def _forward_panels(
     n, d = z_a.shape
     moments_a, moments_b = moments_of([z_a, z_b], group if synced else None)
     b = rounded(centre(z_b, 0, d, scale_eps=eps, moments=moments_b)[0], operand)
-    grads = torch.zeros(2, n, d, **FLOAT32) if needs_grad else torch.empty(0, **FLOAT32)
-    s, loss = torch.empty(min(PANEL, d), d, **FLOAT32), 0.0
-    for first, p in panels(d):
+    grads = empty(2, n, d) if needs_grad else torch.empty(0, **FLOAT32)
+    s, loss = empty(min(WIDE_PANEL, d), d), 0.0
+    for first, p in panels(d, WIDE_PANEL):
         a = rounded(centre(z_a, first, p, scale_eps=eps, moments=moments_a)[0], operand)
         c = all_reduce(torch.mm(a.t(), b, out=s[:p]), group)
         loss += _C.barlow_twins_panel(c.data_ptr(), n * ranks(group), d, first, p, lambd)
         if needs_grad:
             torch.mm(b, c.t(), out=grads[0, :, first : first + p])
-            grads[1].addmm_(a, c)
+            torch.addmm(grads[1], a, c, beta=float(first > 0), out=grads[1])
     return torch.tensor(loss, **FLOAT32), torch.empty(0, **FLOAT32), grads
 
 
@@ -139,7 +141,7 @@ def backward(
     if gathered and not by_gram:
         kept = _forward_panels(z_a[own], z_b[own], lambd, eps, operand, True, group, synced)[2]
     moments = [None, None] if gathered else moments_of([z_a, z_b], over)
-    out = torch.empty_like(z_a[own]), torch.empty_like(z_b[own])
+    out = [empty(own.stop - own.start, d, dtype=z_a.dtype) for _ in range(2)]
     slope = (-2 * (1 - c) - 2 * lambd * c) / n  # of the gram route
     t = torch.empty(len(out[0]), min(PANEL, d), **FLOAT32)
     for first, p in panels(d):
@@ -152,4 +154,4 @@ def backward(
                 normalize_backward(dx, first, mine, var, eps, float(grad), *terms, group=over)
             else:
                 normalize_backward(dx, first, mine, var, eps, float(grad), kept[k, :, first:], group=over)
-    return out
+    return out[0], out[1]

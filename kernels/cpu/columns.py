@@ -13,17 +13,19 @@ from torch import Tensor
 
 from sslops import _C
 
+from .memory import empty
 from .tiles import DTYPE_CODES, FLOAT32
 
 Group = Any  # dist.ProcessGroup | None: torch may be built without
 
 PANEL = 512  # columns: [256, 512] in float32 is 512 kB, a quarter of a core's cache
+WIDE_PANEL = 1024  # of many rows, which no cache holds: larger products run nearer to their peak
 
 
-def panels(d: int) -> Iterator[tuple[int, int]]:
+def panels(d: int, width: int = PANEL) -> Iterator[tuple[int, int]]:
     """(first column, columns)"""
-    for first in range(0, d, PANEL):
-        yield first, min(PANEL, d - first)
+    for first in range(0, d, width):
+        yield first, min(width, d - first)
 
 
 def ranks(group: Group) -> int:
@@ -66,7 +68,7 @@ def centre(
     moments: not x's own, but these (from moments_of).
     """
     n, d = x.shape
-    a, mean, var = torch.empty(n, p, **FLOAT32), torch.empty(p, **FLOAT32), torch.empty(p, **FLOAT32)
+    a, mean, var = empty(n, p), torch.empty(p, **FLOAT32), torch.empty(p, **FLOAT32)
     _C.columns_normalize(
         x.data_ptr(), DTYPE_CODES[x.dtype], n, d, first, p, scale_eps is not None, scale_eps or 0.0,
         0 if moments is None else moments.data_ptr(), a.data_ptr(), mean.data_ptr(), var.data_ptr(),

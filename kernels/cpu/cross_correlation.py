@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .columns import Group, all_reduce, centre, moments_of, normalize_backward, panels, ranks, rounded
-from .tiles import FLOAT32, refuses  # noqa: F401
+from .columns import WIDE_PANEL, Group, all_reduce, centre, moments_of, normalize_backward, panels, ranks, rounded
+from .memory import empty
+from .tiles import refuses  # noqa: F401
 
 
 def forward(
@@ -14,8 +15,8 @@ def forward(
     n, d = z_a.shape
     moments_a, moments_b = moments_of([z_a, z_b], group if synced else None)
     b = rounded(centre(z_b, 0, d, scale_eps=eps, moments=moments_b)[0], operand)
-    c = torch.empty(d, d, **FLOAT32)
-    for first, p in panels(d):
+    c = empty(d, d)
+    for first, p in panels(d, WIDE_PANEL):
         a = rounded(centre(z_a, first, p, scale_eps=eps, moments=moments_a)[0], operand)
         torch.mm(a.t(), b, out=c[first : first + p]).div_(n * ranks(group))
     return all_reduce(c, group)
@@ -34,13 +35,13 @@ def backward(
     n, d = z_a.shape
     weight, over = 1 / n, group if synced else None  # W / N: the gradient is W times the share of these rows
     moments_a, moments_b = moments_of([z_a, z_b], over)
-    dz_a, dz_b = torch.empty_like(z_a), torch.empty_like(z_b)
+    dz_a, dz_b = empty(n, d, dtype=z_a.dtype), empty(n, d, dtype=z_b.dtype)
     b, _, var_b = centre(z_b, 0, d, scale_eps=eps, moments=moments_b)
-    db, operand_b = torch.zeros(n, d, **FLOAT32), rounded(b, operand)
-    for first, p in panels(d):
+    db, operand_b = empty(n, d), rounded(b, operand)
+    for first, p in panels(d, WIDE_PANEL):
         a, _, var_a = centre(z_a, first, p, scale_eps=eps, moments=moments_a)
         dc = grad[first : first + p]
         normalize_backward(dz_a, first, a, var_a, eps, weight, torch.mm(operand_b, dc.t()), group=over)
-        db.addmm_(rounded(a, operand), dc)
+        torch.addmm(db, rounded(a, operand), dc, beta=float(first > 0), out=db)
     normalize_backward(dz_b, 0, b, var_b, eps, weight, db, group=over)
     return dz_a, dz_b

@@ -14,7 +14,7 @@ from torch import Tensor
 from sslops import _C
 
 from .columns import (
-    PANEL,
+    WIDE_PANEL,
     Group,
     all_reduce,
     batch,
@@ -26,6 +26,7 @@ from .columns import (
     ranks,
     rounded,
 )
+from .memory import empty
 from .tiles import DTYPE_CODES, FLOAT32, refuses  # noqa: F401
 
 # Of ||S||^2: above it the difference loses more than a digit.
@@ -55,8 +56,8 @@ def _by_panels(z: Tensor, operand: torch.dtype, moments: Tensor, t: Tensor | Non
     a, moments[0], moments[1] = centre(z, 0, d, moments=moments_of([z], group)[0])
     a = rounded(a, operand)
     moments[2] = 0
-    s, total = torch.empty(min(PANEL, d), d, **FLOAT32), 0.0
-    for first, p in panels(d):
+    s, total = empty(min(WIDE_PANEL, d), d), 0.0
+    for first, p in panels(d, WIDE_PANEL):
         rows = all_reduce(torch.mm(a[:, first : first + p].t(), a, out=s[:p]), group)
         total += _C.vicreg_off_diagonal(rows.data_ptr(), n, d, first, p)
         if t is not None:
@@ -88,12 +89,12 @@ def forward(
     moments = torch.empty(len(views), 3, d, **FLOAT32)
     kept = None
     if needs_grad or route == "gram":
-        kept = torch.zeros(len(views), rows, n if route == "gram" else d, **FLOAT32)
+        kept = empty(len(views), rows, n if route == "gram" else d)
     off = 0.0
     for k, z in enumerate(views):
         if route == "gram":
             assert kept is not None
-            _gram(z, operand, moments[k], kept[k], own)
+            _gram(z, operand, moments[k], kept[k].zero_(), own)
             part = _off_diagonal_by_gram(moments[k], kept[k], group)
             if part is None:
                 part = _by_panels(z[own], operand, torch.empty(3, d, **FLOAT32), None, group)
@@ -134,9 +135,9 @@ def backward(
         t = kept[k]
         by_gram = route == "gram" and _off_diagonal_by_gram(moments[k], t, group) is not None
         if route == "gram" and not by_gram:
-            t = torch.empty(rows, d, **FLOAT32)
+            t = empty(rows, d)
             _by_panels(mine[k], operand, torch.empty(3, d, **FLOAT32), t, group)
-        out = torch.empty_like(mine[k])
+        out = empty(rows, d, dtype=z.dtype)
         other = mine[1 - k].data_ptr() if len(views) == 2 else 0
         for first, p in panels(d):
             a = rounded(centre(z, first, p)[0], operand) if by_gram else None
