@@ -23,7 +23,9 @@
 #include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
 #include "cuda/ema_update.h"
+#include "cuda/gather_patches.h"
 #include "cuda/gather_tokens.h"
+#include "cuda/masked_patch_mse.h"
 #include "cuda/probe.h"
 #include "cuda/random_mask.h"
 #include "cuda/random_token_corruption.h"
@@ -247,6 +249,28 @@ void bind_gather_patches(py::module_& m) {
                          at<void>(grad), DType(grad_dtype));
       },
       NoGil());
+#ifdef SSLOPS_CUDA
+  const auto packed = [](const std::vector<float>& scale, const std::vector<float>& shift) {
+    Factors f{!scale.empty(), {}, {}};
+    if (scale.size() > kMaxChannels) throw std::invalid_argument("too many channels");
+    std::copy(scale.begin(), scale.end(), f.scale);
+    std::copy(shift.begin(), shift.end(), f.shift);
+    return f;
+  };
+  m.attr("CUDA_MAX_CHANNELS") = kMaxChannels;
+  m.def("cuda_gather_patches", [=](Address images, int dtype, const Patches& patches, Address ids, int64_t k,
+                                   int layout, const std::vector<float>& scale, const std::vector<float>& shift,
+                                   Address out, int out_dtype, Address stream) {
+    cuda_forward(at<void>(images), DType(dtype), patches, at<int64_t>(ids), k, Layout(layout), packed(scale, shift),
+                 at<void>(out), DType(out_dtype), at<void>(stream));
+  });
+  m.def("cuda_gather_patches_backward",
+        [=](Address d_images, int dtype, const Patches& patches, Address ids, int64_t k, int layout,
+            const std::vector<float>& scale, Address grad, int grad_dtype, Address stream) {
+          cuda_backward(at<void>(d_images), DType(dtype), patches, at<int64_t>(ids), k, Layout(layout),
+                        packed(scale, scale), at<void>(grad), DType(grad_dtype), at<void>(stream));
+        });
+#endif
 }
 
 void bind_masked_patch_mse(py::module_& m) {
@@ -272,6 +296,18 @@ void bind_masked_patch_mse(py::module_& m) {
         table().backward(pred, target, at<float>(mask), static_cast<float>(coefficient), at<void>(d_pred));
       },
       NoGil());
+#ifdef SSLOPS_CUDA
+  m.def("cuda_masked_patch_mse", [](const Prediction& pred, const Target& target, Address mask, Address errors,
+                                    Address loss, Address inverse, Address stream) {
+    cuda_forward(pred, target, at<float>(mask), at<float>(errors), at<float>(loss), at<float>(inverse),
+                 at<void>(stream));
+  });
+  m.def("cuda_masked_patch_mse_backward", [](const Prediction& pred, const Target& target, Address mask, Address grad,
+                                             Address inverse, Address d_pred, Address stream) {
+    cuda_backward(pred, target, at<float>(mask), at<float>(grad), at<float>(inverse), at<void>(d_pred),
+                  at<void>(stream));
+  });
+#endif
 }
 
 void bind_nt_xent(py::module_& m) {

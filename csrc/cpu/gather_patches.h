@@ -13,7 +13,8 @@ struct Table {
   // [B, K] are patches. images: f32, f16, bf16 or u8; out: not u8.
   void (*forward)(const void* images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
                   const float* scale, const float* shift, void* out, DType out_dtype);
-  // d_images = scale times the sum of the rows of grad [B, K, C * height * width] that are of this patch.
+  // d_images = scale times the sum of the rows of grad [B, K, C * height * width] that are of this patch. The pixels
+  // of a row lie side by side.
   void (*backward)(void* d_images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
                    const float* scale, const void* grad, DType grad_dtype);
 };

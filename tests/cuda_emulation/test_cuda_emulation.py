@@ -14,7 +14,15 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 
 # Each driver with the other sources that it needs.
-OPS = ("ema_update", "gather_tokens", "random_mask", "random_token_corruption", "restore_tokens")
+OPS = (
+    "ema_update",
+    "gather_patches",
+    "gather_tokens",
+    "masked_patch_mse",
+    "random_mask",
+    "random_token_corruption",
+    "restore_tokens",
+)
 DRIVERS = {"probe": [], **{op: [f"cpu/{op}.cpp", "common/parallel.cpp"] for op in OPS}}
 SANITIZERS = {
     "plain": "",
@@ -79,6 +87,11 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
             "heap-buffer-overflow",
         ),
         ("gather_tokens", "gather_tokens.cu", "plain", "names += __popc(found)", "names |= found != 0", "differs"),
+        ("gather_patches", "gather_patches.cu", "memory", "size - e < kSize ? size - e : kSize", "kSize", "AddressSan"),
+        ("gather_patches", "gather_patches.cu", "plain", "p.width % kSize == 0 && ", "", "differs"),
+        ("gather_patches", "gather_patches.cu", "memory", "there ? corner(p, row / k, id) : 0", "-1", "AddressSan"),
+        ("masked_patch_mse", "masked_patch_mse.cu", "threads", "    __syncthreads();\n  }", "  }", "data race"),
+        ("masked_patch_mse", "masked_patch_mse.cu", "plain", "if (mask[i] != 0.f) return", "return", "differs"),
     ],
     ids=[
         "a missing barrier",
@@ -94,6 +107,11 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         "an id that is not looked at",
         "a row's end that is not looked at",
         "an id that comes twice",
+        "a patch's end that is not looked at",
+        "values that are not side by side",
+        "a patch before the first",
+        "a sum read while it is written",
+        "a visible patch's gradient",
     ],
 )
 def test_a_planted_fault_is_found(

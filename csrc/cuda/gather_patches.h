@@ -1,0 +1,23 @@
+// Chosen patches of images on a CUDA device, and the gradient's way back: a launch each.
+#pragma once
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/patches.h"
+
+namespace sslops::gather_patches {
+
+constexpr int kMaxChannels = 16;  // with factors: they travel as kernel arguments
+
+struct Factors {
+  bool used;
+  float scale[kMaxChannels], shift[kMaxChannels];
+};
+
+// As the CPU's table says; a row of NaN for an id that is no patch, which backward passes over.
+void cuda_forward(const void* images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
+                  const Factors& factors, void* out, DType out_dtype, void* stream);
+void cuda_backward(void* d_images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
+                   const Factors& factors, const void* grad, DType grad_dtype, void* stream);
+
+}  // namespace sslops::gather_patches

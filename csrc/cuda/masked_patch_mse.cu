@@ -1,0 +1,114 @@
+#include "masked_patch_mse.h"
+#include "patches.cuh"
+
+namespace sslops::masked_patch_mse {
+namespace {
+
+constexpr unsigned kThreads = 128;
+constexpr int kSize = 4;  // values that a thread takes at a time
+
+// The sum of x over the block, to all its threads.
+template <typename T>
+__device__ T block_sum(T x) {
+  __shared__ T part[kThreads];
+  part[threadIdx.x] = x;
+  __syncthreads();
+  for (unsigned half = kThreads / 2; half; half /= 2) {
+    if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+    __syncthreads();
+  }
+  const T total = part[0];
+  __syncthreads();
+  return total;
+}
+
+__device__ Normal normal_of(const Target& t, int64_t from) {
+  const Patches& p = t.patches;
+  const int64_t size = patch_size(p);
+  const auto x = [&](int64_t e) { return pixel(t.images, t.dtype, from + place(p, Layout::chw, e).offset); };
+  float total = 0.f, differences = 0.f, squares = 0.f;
+  for (int64_t e = threadIdx.x; e < size; e += blockDim.x) total += x(e);
+  const float mean = block_sum(total) / size, share = 1.f / size;
+  for (int64_t e = threadIdx.x; e < size; e += blockDim.x) {
+    const float d = x(e) - mean;
+    differences += d;
+    squares += d * (d * share);
+  }
+  differences = block_sum(differences);
+  return normal(size, mean, differences, block_sum(squares), t.eps);
+}
+
+// take(e, n, difference): values e .. e + n of pred - target of patch i, of which this thread takes its share.
+template <typename Take>
+__device__ void for_each_difference(const Prediction& pred, const Target& t, int64_t i, const Take& take) {
+  const Patches& p = t.patches;
+  const int64_t size = patch_size(p), image = i / patch_count(p), id = i % patch_count(p), from = corner(p, image, id);
+  const Normal norm = t.normalized ? normal_of(t, from) : Normal{0.f, 0.f, 1.f};
+  for (int64_t e = kSize * threadIdx.x; e < size; e += kSize * blockDim.x) {
+    const int n = static_cast<int>(size - e < kSize ? size - e : kSize);
+    float difference[kSize];
+    read(pred.data, pred.dtype, image * pred.image_stride + id * pred.patch_stride + e, n, difference);
+    for (int u = 0; u < kSize; ++u)
+      difference[u] -= u < n ? apply(norm, pixel(t.images, t.dtype, from + place(p, Layout::hwc, e + u).offset)) : 0.f;
+    take(e, n, difference);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) forward(Prediction pred, Target t, const float* mask, float* errors) {
+  const int64_t i = blockIdx.x;
+  float squares = 0.f;
+  if (mask[i] != 0.f)
+    for_each_difference(pred, t, i, [&](int64_t, int n, float (&d)[kSize]) {
+      for (int u = 0; u < n; ++u) squares += d[u] * d[u];
+    });
+  const float total = block_sum(squares);
+  if (threadIdx.x == 0) errors[i] = total / patch_size(t.patches);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    finish(const float* errors, const float* mask, int64_t n, float* loss, float* inverse) {
+  double error = 0., weight = 0.;
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    error += static_cast<double>(mask[i]) * errors[i];
+    weight += mask[i];
+  }
+  error = block_sum(error);
+  weight = block_sum(weight);
+  if (threadIdx.x == 0) {
+    const double over = weight == 0. ? 0. : 1. / weight;
+    *loss = static_cast<float>(error * over);
+    *inverse = static_cast<float>(over);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    backward(Prediction pred, Target t, const float* mask, const float* grad, const float* inverse, void* d_pred) {
+  const int64_t i = blockIdx.x, size = patch_size(t.patches);
+  const float weight = 2.f / size * *grad * *inverse * mask[i];
+  const auto put = [&](int64_t e, int n, float (&d)[kSize]) {
+    for (float& each : d) each *= weight;
+    write(d_pred, pred.dtype, i * size + e, n, d);
+  };
+  if (mask[i] != 0.f) return for_each_difference(pred, t, i, put);
+  for (int64_t e = kSize * threadIdx.x; e < size; e += kSize * blockDim.x) {
+    const float zero[kSize] = {};
+    write(d_pred, pred.dtype, i * size + e, static_cast<int>(size - e < kSize ? size - e : kSize), zero);
+  }
+}
+
+}  // namespace
+
+void cuda_forward(Prediction pred, Target t, const float* mask, float* errors, float* loss, float* inverse,
+                  void* stream) {
+  const int64_t patches = t.patches.images * patch_count(t.patches);
+  if (patches > 0) launch(forward, patches, kThreads, stream, pred, t, mask, errors);
+  launch(finish, 1, kThreads, stream, errors, mask, patches, loss, inverse);
+}
+
+void cuda_backward(Prediction pred, Target t, const float* mask, const float* grad, const float* inverse, void* d_pred,
+                   void* stream) {
+  const int64_t patches = t.patches.images * patch_count(t.patches);
+  if (patches > 0) launch(backward, patches, kThreads, stream, pred, t, mask, grad, inverse, d_pred);
+}
+
+}  // namespace sslops::masked_patch_mse
