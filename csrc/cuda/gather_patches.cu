@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kThreads)
     const int n = static_cast<int>(size - e < kSize ? size - e : kSize);
     float value[kSize] = {NAN, NAN, NAN, NAN};
     if (there && together) read(images, dtype, from + place(p, layout, e).offset, n, value);
-    for (int u = 0; u < n && there; ++u) {
-      if (together && !factors.used) break;
+    for (int u = 0; u < kSize; ++u) {
+      if (!there || u >= n || (together && !factors.used)) continue;
       const Place at = place(p, layout, e + u);
       const float x = together ? value[u] : pixel(images, dtype, from + at.offset);
       value[u] = factors.used ? x * factors.scale[at.channel] + factors.shift[at.channel] : x;

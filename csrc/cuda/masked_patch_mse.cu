@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kThreads) forward(Prediction pred, Target t, c
   const int64_t i = blockIdx.x;
   float squares = 0.f;
   if (mask[i] != 0.f)
-    for_each_difference(pred, t, i, [&](int64_t, int n, float (&d)[kSize]) {
-      for (int u = 0; u < n; ++u) squares += d[u] * d[u];
+    for_each_difference(pred, t, i, [&](int64_t, int, float (&d)[kSize]) {
+      for (const float each : d) squares += each * each;  // 0 past the end
     });
   const float total = block_sum(squares);
   if (threadIdx.x == 0) errors[i] = total / patch_size(t.patches);
