@@ -108,23 +108,6 @@ def tile_matmuls(z0: torch.Tensor, z1: torch.Tensor, part: str) -> Variant:
     return run
 
 
-def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """The call for tune.py that launches the Triton kernel `kernel`: the forward pass, or else the backward"""
-    from sslops.kernels.triton import nt_xent as triton_kernels
-
-    dtype = torch.bfloat16 if operands == "half" else torch.float32
-    arguments = (
-        *(z.detach() for z in views(4096 if operands == "ieee" else 16384, width, dtype, device)),
-        TEMPERATURE,
-        True,
-        dtype,
-    )
-    losses, *saved = triton_kernels.forward(*arguments)
-    if kernel == "forward":
-        return lambda: triton_kernels.forward(*arguments)
-    return lambda: triton_kernels.backward(torch.full_like(losses, 1 / len(losses)), *arguments, *saved)
-
-
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     (m, d), dtype, part = case

@@ -4,7 +4,8 @@ Configs near each listed one that compile without a fault (offline.py) are timed
 the place of a listed one only if it gives the same result and is faster by MARGIN, in turn with it; what was measured
 goes to benchmarks/tuned/<device>.json. New configs need new tests/triton_kernels/resources-*.tsv.
 
-An op joins with a function in its bench_<op>.py: tuning(operands, width, kernel, device) -> the call to time.
+A file of configs joins with a function in tests/triton_kernels: tuning(operands, width, kernel, device) -> the call to
+time.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests/triton_kernels"))
+sys.path[:0] = [str(ROOT / "tests/triton_kernels"), str(ROOT / "tests")]
 
 import offline  # noqa: E402
 from _compare import interleave  # noqa: E402
@@ -93,7 +94,7 @@ def filing(task: Task, chip: str) -> Iterator[Callable[[Config], None]]:
 
 
 def call(task: Task, device: str) -> Callable[[], tuple[torch.Tensor, ...]]:
-    return importlib.import_module(f"bench_{task.op}").tuning(task.operands, int(task.width), task.kernel, device)
+    return importlib.import_module(task.op).tuning(task.operands, int(task.width), task.kernel, device)
 
 
 def faults(task: Task, chip: str, config: Config) -> list[str]:

@@ -119,5 +119,6 @@ def explain(op: str, *tensors: Tensor) -> str:
         lines.append(f"  {backend:<8}{'taken' if backend == chosen else reason or 'available'}")
     route = getattr(importlib.import_module(f"sslops.ops.{op}"), "cheaper_route", None)
     if route and tensors and tensors[0].dim() == 2:
-        lines.append(f"  route   {route(*tensors[0].shape)}, the cheaper one for [N, D] = {list(tensors[0].shape)}")
+        shape = list(tensors[0].shape)
+        lines.append(f"  route   {route(*shape, chosen)}, the cheaper exact one for [N, D] = {shape}")
     return "\n".join(lines)

@@ -24,7 +24,10 @@ SHARED = {
     "kernels/cpu/memory.py",
     "kernels/cpu/tiles.py",
     "kernels/cuda/device.py",
+    "kernels/triton/columns.py",
     "kernels/triton/launch.py",
+    "kernels/triton/off_diagonal.json",
+    "kernels/triton/off_diagonal.py",
 }
 
 

@@ -50,6 +50,8 @@ def test_each_term(device, backend, route, only):
 @pytest.mark.parametrize("n", [64, 300])
 def test_unequal_variances(device, backend, route, n):
     """Four columns of standard deviation 100: the off-diagonal part is a small share of what a Gram matrix knows."""
+    if (route, backend) == ("gram", "triton"):
+        pytest.skip("a GPU is not waited for to find out; its default is panels")
     inputs = views(n, 200, device=device, size=0.1)
     for z in inputs.values():
         z[:, 3:7] *= 1000

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_TRITON = (3, 6)
@@ -71,3 +72,18 @@ def nearest(op: str, device: torch.device, dtype: torch.dtype, width: int) -> di
     listed = sorted(map(int, widths))
     kernels = widths[str(next((w for w in listed if w >= width), listed[-1]))]
     return {kernel: config | FUSED for kernel, config in kernels.items()}
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
+    """out = beta out + alpha a b, float32 whatever the operands; out is not read where beta is 0"""
+    if a.dtype == torch.float32:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+
+
+def half_scale(operand: torch.dtype, values: Tensor) -> Tensor | None:
+    """[]: what takes the largest of values near the top of float16, which has 5 bits of exponent; None elsewhere"""
+    if operand != torch.float16:
+        return None
+    return 2.0**14 / torch.linalg.vector_norm(values, float("inf")).clamp(min=1e-30)

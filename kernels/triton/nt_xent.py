@@ -453,9 +453,7 @@ def backward(
     w_z, config = (_w_z_flash, configs["flash"]) if "flash" in configs else (_w_z_panels, configs["panels"])
     with launch.on(z0.device):
         z, _, _ = _operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
-        w_scale = None
-        if compute_dtype == torch.float16:  # 5 bits of exponent: the largest |W| possible to 2**15
-            w_scale = 2.0**14 / (grad * stats[2]).abs().amax().clamp(min=1e-30)
+        w_scale = launch.half_scale(compute_dtype, grad * stats[2])
         rows = (grad * stats[1], stats[0] if maximum is None else None, scale, maximum, w_scale)
         dz = w_z(z, rows, maximum is None, precision, config)
         dots, blocks = torch.empty_like(grad), _row_blocks(d)
@@ -491,15 +489,7 @@ def _w_z_panels(z: Tensor, rows: tuple[Any, ...], search: bool, precision: str, 
             _w_block[triton.cdiv(len(zi), config["BLOCK_M"]), triton.cdiv(len(zj), config["BLOCK_N"])](
                 z, w, *rows, m // 2, m, stride, i, j, len(zj), search, precision, **config
             )
-            _add_product(dz[0, i : i + W_BLOCK], w, zj)
+            launch.multiply(dz[0, i : i + W_BLOCK], w, zj, beta=1.0)
             if i != j:
-                _add_product(dz[0, j : j + W_BLOCK], w.t(), zi)
+                launch.multiply(dz[0, j : j + W_BLOCK], w.t(), zi, beta=1.0)
     return dz
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b in float32"""
-    if a.dtype == torch.float32:
-        out.addmm_(a, b)
-    else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

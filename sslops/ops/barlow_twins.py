@@ -29,7 +29,7 @@ def reference(
     return (1 - diagonal).square().sum() + lambd * off_diagonal.square().sum()
 
 
-def cheaper_route(n: int, d: int) -> str:
+def cheaper_route(n: int, d: int, backend: str | None = None) -> str:
     """The cheaper of two exact ways: 8 N^2 D FLOP by Gram matrices, 6 N D^2 by panels of C."""
     return "gram" if 4 * n < 3 * d else "panels"
 
@@ -137,13 +137,14 @@ def barlow_twins(
         scale: factor of the whole loss (0.024 in the authors' code, 0.1 or 0.025 in others).
         eps: added to the variances, as F.batch_norm does; positive.
         route: "gram" goes by two [N, N] matrices, 8 N^2 D FLOP; "panels" by rows of C, 6 N D^2 FLOP. The cheaper if
-            None. Where the diagonal holds nearly all of C (few columns alive), "gram" goes by panels after all.
+            None. On the CPU, "gram" goes by panels after all where the diagonal holds nearly all of C (few columns
+            alive); a GPU is not waited for to find out.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the loss is
             that of all N rows, the same on every rank, and so must be what is built on it. Gradients are W times the
             rank's share, which DDP's averaging makes those of the whole batch.
         synced: whether a group's columns are normalised by statistics of all rows, as the authors' SyncBatchNorm does,
             or each rank's rows by their own (synced=False, N / W at least 2); nothing without a group.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss, 0-d, in float32 (float64 for float64 input).

@@ -94,7 +94,7 @@ def cross_correlation(
             rank's share, which DDP's averaging makes those of the whole batch.
         synced: whether a group's columns are normalised by statistics of all rows, as the authors' SyncBatchNorm does,
             or each rank's rows by their own (synced=False, N / W at least 2); nothing without a group.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         C [D, D] in float32 (float64 for float64 input), with gradients to both views. Row i belongs to z_a's column i.

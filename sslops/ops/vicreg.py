@@ -40,9 +40,12 @@ def reference(
     return loss
 
 
-def cheaper_route(n: int, d: int) -> str:
-    """The cheaper of two exact ways, for each view: 4 N^2 D FLOP by a Gram matrix, 4 N D^2 by panels of Z^T Z."""
-    return "gram" if n < d else "panels"
+def cheaper_route(n: int, d: int, backend: str | None = None) -> str:
+    """The cheaper of two exact ways, for each view: 4 N^2 D FLOP by a Gram matrix, 4 N D^2 by panels of Z^T Z.
+
+    On a GPU panels: whether a Gram matrix keeps its digits is known there, and not waited for.
+    """
+    return "gram" if n < d and backend != "triton" else "panels"
 
 
 def _check_views(z_a: Tensor, z_b: Tensor | None) -> None:
@@ -161,11 +164,12 @@ def vicreg(
         invariance, variance, covariance: weights, at least 0.
         eps: added to the variances; at least 0.
         route: "gram" goes by [N, N] matrices, 8 N^2 D FLOP for two views; "panels" by rows of Z^T Z, 8 N D^2. The
-            cheaper if None. A view whose variance sits in few columns takes panels anyway, to keep its digits.
+            cheaper if None. A view whose variance sits in few columns takes panels anyway, to keep its digits; but a
+            GPU is not waited for to find out: None is "panels" there, and "gram" exact for variances of one size.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the loss is
             that of all N rows, the same on every rank, and so must be what is built on it. Gradients are W times the
             rank's share, which DDP's averaging makes those of the whole batch.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss, 0-d, in float32 (float64 for float64 input).
@@ -184,11 +188,11 @@ def vicreg(
     ranks = distributed.size(group)
     _check.batch("vicreg", "z_a", z_a, ranks)
     _check.non_negative("vicreg", invariance=invariance, variance=variance, covariance=covariance, eps=eps)
-    if route is None:
-        route = cheaper_route(len(z_a) * ranks, z_a.shape[1])
-    _check.choice("vicreg", "route", route, ROUTES)
     operand_dtype = compute_dtype(z_a)
     backend = resolve("vicreg", z_a.device, z_a.dtype, backend, group)
+    if route is None:
+        route = cheaper_route(len(z_a) * ranks, z_a.shape[1], backend)
+    _check.choice("vicreg", "route", route, ROUTES)
     weights = (invariance, variance, covariance, eps)
     if backend == "eager":
         views = distributed.gathered("vicreg", group, *(z for z in (z_a, z_b) if z is not None))

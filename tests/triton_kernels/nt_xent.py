@@ -7,22 +7,18 @@ from unittest import mock
 
 import pytest
 import torch
+from common import OPERANDS, multiply
 from oracle import assert_accurate
 from torch import Tensor
 
 from sslops.kernels.triton import launch, nt_xent
 from sslops.ops.nt_xent import reference
 
-OPERANDS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
-
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """torch.addmm has no out_dtype there; and W in blocks that small inputs have more than one of"""
-    with (
-        mock.patch.object(nt_xent, "_add_product", lambda out, a, b: out.addmm_(a.float(), b.float())),
-        mock.patch.object(nt_xent, "W_BLOCK", 128),
-    ):
+    """And W in blocks that small inputs have more than one of"""
+    with mock.patch.object(launch, "multiply", multiply), mock.patch.object(nt_xent, "W_BLOCK", 128):
         yield
 
 
@@ -36,6 +32,17 @@ def call(
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
         losses, *saved = nt_xent.forward(z, z, tau, True, compute)
         nt_xent.backward(losses, z, z, tau, True, compute, *saved)
+
+
+def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
+    """The call that tune.py times for `kernel`: the forward pass, or else the backward"""
+    compute = torch.bfloat16 if operands == "half" else torch.float32
+    z = torch.randn(2, 2048 if operands == "ieee" else 8192, width, dtype=compute, device=device)
+    arguments = (z[0], z[1], 0.1, True, compute)
+    losses, *saved = nt_xent.forward(*arguments)
+    if kernel == "forward":
+        return lambda: nt_xent.forward(*arguments)
+    return lambda: nt_xent.backward(torch.full_like(losses, 1 / len(losses)), *arguments, *saved)
 
 
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -44,7 +44,7 @@ CHIPS = {
 # Chips that no config is filed under take the default, which must do on every one.
 CHIPS |= {f"default on {name}": chip._replace(shared=64 * 1024) for name, chip in CHIPS.items()}
 INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
 
 
 class Launch(NamedTuple):
@@ -152,6 +152,8 @@ def works(chips: Iterable[str] = CHIPS) -> list[tuple[str, str, str, Launch]]:
                 with record(chip) as launches:
                     call()
                 for work in launches:
+                    if "default" in chip and "PRECISION" not in work.constants:
+                        continue  # it has no config, and is the same as on the chip itself
                     found.setdefault((op, chip, work.kernel.__name__, str(work[1:])), (op, chip, name, work))
     return list(found.values())
 

@@ -1,0 +1,94 @@
+"""Barlow Twins in Triton: no [D, D] matrix. A, B: the views [N, D], batch-normalised; C = A^T B / N.
+
+The diagonal comes from the columns, what lies off it by a route of off_diagonal.py:
+- gram: dL/dA = (2 / N^2) (lambd (B B^T) A + B * share), where the share takes lambd's part of the diagonal back;
+- panels: dL/dA = B (dL/dC)^T, the diagonal included.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import columns, launch, off_diagonal
+from .launch import refuses  # noqa: F401
+
+BLOCK = 256
+
+
+@triton.jit(do_not_specialize=columns.SIZES)
+def _diagonal(dots, share, terms, lambd, N, D, splits, GRAM: tl.constexpr, BLOCK: tl.constexpr):
+    """terms [programs], float64: sums of (1 - c)^2. On the gram route less lambd c^2, and share [D]: B's in dL/dA.
+
+    c is exact in the former; where a Gram matrix's diagonal is taken back, it is that of the operands.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < D
+    c = tl.zeros([BLOCK], tl.float64)
+    rounded = c
+    for split in range(0, splits):
+        c += tl.load(dots + split * D + i, mask=inside, other=0.0)
+        rounded += tl.load(dots + (splits + split) * D + i, mask=inside, other=0.0)
+    c = 1.0 - c / N
+    term = c * c
+    if GRAM:
+        term -= lambd * (rounded / N) * (rounded / N)
+        tl.store(share + i, (-N * c - lambd * rounded).to(tl.float32), mask=inside)
+    tl.store(terms + tl.program_id(0), tl.sum(tl.where(inside, term, 0.0), 0))
+
+
+def _scale(lambd: float, n: int) -> float:
+    """The power of two that takes (N^2 / 2) dL/dC, at most 2 N or lambd N, near the top of float16"""
+    return 2.0 ** (14 - math.frexp(max(1.0, lambd) * n)[1])
+
+
+def forward(
+    z_a: Tensor, z_b: Tensor, lambd: float, eps: float, operand: torch.dtype, route: str, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss []; share [D] and B B^T, A A^T [2, N, N], or on the panels route nothing and dL/dA, dL/dB [2, N, D]
+
+    The latter times _scale N^2 / 2. Without needs_grad neither matrices nor gradients.
+    """
+    n, d = z_a.shape
+    gram = route == "gram"
+    kept = None
+    with launch.on(z_a.device):
+        x, dots = columns.operands(z_a, z_b, operand, eps, by_columns=not gram)
+        if gram:
+            squares, kept = off_diagonal.grams(x, n, d, paired=True, keep=needs_grad)
+            squares = squares[0]
+        else:
+            if needs_grad:
+                kept = z_a.new_empty((2, n, d), dtype=torch.float32)
+            scale = _scale(lambd, n)
+            squares = off_diagonal.panels(
+                x[0], x[1], n, d, products=() if kept is None else tuple(kept), weight=scale * lambd, corner=scale
+            )
+        share = squares.new_empty(d if gram else 0, dtype=torch.float32)
+        terms = squares.new_empty(triton.cdiv(d, BLOCK))
+        _diagonal[len(terms),](dots, share, terms, lambd, n, d, dots.shape[1], gram, BLOCK, num_warps=4, **launch.FUSED)
+        loss = columns.total(terms, squares, lambd, 1, n)
+    return loss, share, share.new_empty(0) if kept is None else kept
+
+
+def backward(
+    grad: Tensor,
+    z_a: Tensor,
+    z_b: Tensor,
+    lambd: float,
+    eps: float,
+    operand: torch.dtype,
+    route: str,
+    share: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dz_a, dz_b [N, D] in the inputs' dtype"""
+    n, d = z_a.shape
+    with launch.on(z_a.device):
+        if route == "panels":
+            return columns.normalize_backward(z_a, z_b, kept, eps, 1 / _scale(lambd, n), grad=grad)
+        x, _ = columns.operands(z_a, z_b, operand, eps, by_columns=False)
+        t, scale = off_diagonal.gram_products(kept, x, n, d)
+        return columns.normalize_backward(z_a, z_b, t, eps, lambd, t_scale=scale, grad=grad, share=share)

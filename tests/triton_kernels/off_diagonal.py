@@ -1,0 +1,151 @@
+"""The losses on columns: launches for offline.py, small calls for sanitize.py, tests for test_interpreter.py."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from unittest import mock
+
+import pytest
+import test_barlow_twins as of_barlow_twins
+import test_cross_correlation as of_cross_correlation
+import test_vicreg as of_vicreg
+import torch
+from common import OPERANDS, multiply
+from oracle import check, evaluate, poisoned_memory
+from torch import Tensor
+
+import sslops
+from sslops import backend
+from sslops.kernels.triton import barlow_twins, cross_correlation, launch, off_diagonal, vicreg
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """And S in panels that small inputs have more than one of"""
+    with mock.patch.object(launch, "multiply", multiply), mock.patch.object(off_diagonal, "PANEL", 128):
+        yield
+
+
+def call(
+    op: str, n: int, d: int, operands: str, device: str, *, views: int = 2, needs_grad: bool = True,
+    dtype: torch.dtype | None = None, route: str = "",
+) -> None:  # fmt: skip
+    """Forward and, with needs_grad, backward"""
+    compute = OPERANDS[operands]
+    z = torch.ones(n, d, dtype=dtype or compute, device=device)
+    pair = (z, z if views == 2 else None)
+    with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
+        if op == "cross_correlation":
+            cross_correlation.backward(cross_correlation.forward(z, z, 1e-5, compute), z, z, 1e-5, compute)
+            return
+        module, weights = (barlow_twins, (0.1,)) if op == "barlow_twins" else (vicreg, (25.0, 25.0, 1.0))
+        loss, *kept = module.forward(*pair, *weights, 1e-4, compute, route, needs_grad)
+        if needs_grad:
+            module.backward(loss, *pair, *weights, 1e-4, compute, route, *kept)
+
+
+def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
+    """The call that tune.py times: the forward pass of Barlow Twins by the route that `kernel` is on"""
+    compute = torch.bfloat16 if operands == "half" else torch.float32
+    route, n = ("gram", 1024) if kernel == "gram" else ("panels", 4096)
+    z = torch.randn(2, n // 2 if operands == "ieee" else n, width, dtype=compute, device=device)
+    return lambda: barlow_twins.forward(z[0], z[1], 0.005, 1e-5, compute, route, True)
+
+
+def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """All that a chip can launch"""
+    for operands in OPERANDS:
+        for op in ("barlow_twins", "vicreg"):
+            for n, route in ((256, "gram"), (4096, "panels")):
+                work = partial(call, op, n, 8192, operands, "meta", route=route)
+                yield f"{operands} {op} {route}", work
+                yield f"{operands} {op} {route} loss only", partial(work, needs_grad=False)
+        yield f"{operands} cross_correlation", partial(call, "cross_correlation", 1024, 8192, operands, "meta")
+    for n, route in ((256, "gram"), (4096, "panels")):
+        for op in ("barlow_twins", "vicreg"):
+            autocast = partial(call, op, n, 8192, "bf16", "meta", route=route, dtype=torch.float32)
+            yield f"bf16 autocast {op} {route}", autocast
+        yield f"bf16 vicreg {route} one view", partial(call, "vicreg", n, 8192, "bf16", "meta", route=route, views=1)
+
+
+def small() -> Iterator[Callable[[], None]]:
+    """Ragged shapes down every path"""
+    for route in ("gram", "panels"):
+        yield partial(call, "barlow_twins", 2, 1, "f16", "cpu", route=route)
+        for operands in ("tf32", "ieee"):
+            yield partial(call, "barlow_twins", 70, 130, operands, "cpu", route=route, needs_grad=False)
+        for op in ("barlow_twins", "vicreg"):
+            yield partial(call, op, 70, 130, "f16", "cpu", route=route)
+    yield partial(call, "vicreg", 70, 130, "f16", "cpu", route="panels", views=1)
+    yield partial(call, "cross_correlation", 70, 130, "f16", "cpu")
+
+
+# ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
+
+TARGET = ("cpu", "triton")
+ROUTES = ("gram", "panels")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The triton backend on CPU tensors; what is read before it was written shows"""
+    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
+    backend.refusal.cache_clear()
+    backend._choose.cache_clear()
+    with on_cpu(), poisoned_memory():
+        yield
+
+
+def case(test: Callable, *arguments: object) -> object:
+    return pytest.param(partial(test, *TARGET, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))
+
+
+def cases() -> Iterator[object]:
+    """Tests of the ops themselves, on small and on ragged tensors"""
+    for dtype in (torch.float32, torch.float16):  # bf16 is wrong in the interpreter
+        yield case(of_cross_correlation.test_accuracy, dtype, 70, 33)
+        for route in ROUTES:
+            for n, d in ((7, 33), (70, 130)):
+                yield case(of_barlow_twins.test_accuracy, route, dtype, n, d)
+                yield case(of_vicreg.test_accuracy, route, dtype, n, d)
+            yield case(of_vicreg.test_one_view, route, dtype)
+        yield case(of_barlow_twins.test_trained, "panels", dtype)
+    yield case(of_cross_correlation.test_collapsed_columns)
+    yield case(of_cross_correlation.test_is_the_matrix_of_barlow_twins)
+    for route in ROUTES:
+        yield case(of_barlow_twins.test_collapsed_columns, route)
+        yield case(of_barlow_twins.test_large_means, route, 1e5)
+        yield case(of_barlow_twins.test_autocast, route, torch.float16)
+        yield case(of_barlow_twins.test_backward_twice_and_without_grad, route)
+        yield case(of_barlow_twins.test_non_contiguous_and_nan, route)
+        yield case(of_vicreg.test_collapsed_columns, route)
+        yield case(of_vicreg.test_a_tie_at_the_hinge, route)
+        yield case(of_vicreg.test_non_contiguous_and_nan, route)
+    yield case(of_barlow_twins.test_few_live_columns, "gram", 64, 32)
+    yield case(of_vicreg.test_unequal_variances, "panels", 64)
+
+
+@pytest.mark.parametrize("test", [*cases()])
+def test_like_any_backend(test: Callable[[], None]) -> None:
+    test()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("op", [sslops.barlow_twins, sslops.vicreg])
+def test_as_on_sm_90(op: Callable, route: str) -> None:
+    """Its tiles, several splits of the Gram matrix, several parts of the rows; and the same bits again"""
+    inputs = of_barlow_twins.views(150, 140)
+    with mock.patch.object(launch, "chip", return_value="sm_90"), mock.patch.object(off_diagonal, "SPLIT", 64):
+        check(op, inputs, "triton", route=route)
+        once, again = (evaluate(op, list(inputs.values()), "triton", route=route) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
+def test_the_route_of_a_gpu() -> None:
+    """Nothing is read on the host, so VICReg cannot leave the way by Gram matrices where that loses digits."""
+    module = importlib.import_module("sslops.ops.vicreg")
+    assert [module.cheaper_route(64, 200, name) for name in ("cpu", "triton")] == ["gram", "panels"]
+    inputs = of_vicreg.views(64, 200)
+    default, panels = (sslops.vicreg(**inputs, backend="triton", route=route) for route in (None, "panels"))
+    assert torch.equal(default, panels)
