@@ -10,7 +10,9 @@ constexpr int64_t kTile = 1024;  // keys of a row that a block looks at together
 __device__ int32_t key_of(const Noise& noise, int64_t row, int64_t j) {
   if (j < noise.num_prefix) return kFirst;
   if (noise.values) return order(noise.values[row * noise.length + j]);
-  return static_cast<int32_t>(draw(*noise.key, noise.length, row, j / 4).word[j % 4]);
+  const Random4 random = draw(*noise.key, noise.length, row, j / 4);
+  const uint32_t* const w = random.word;  // w[j % 4] itself would put the words in memory
+  return static_cast<int32_t>(j & 2 ? (j & 1 ? w[3] : w[2]) : (j & 1 ? w[1] : w[0]));
 }
 
 // A thread finds the rank of one token: it counts those that come before it.

@@ -44,9 +44,14 @@ __global__ void __launch_bounds__(kThreads)
     if (!is_masked && !positions) continue;
     float value[kSize];
     read(grad.data, grad.dtype, (b * rows + t) * s.d + j, size, value);
-    for (int e = 0; e < kSize; ++e) (is_masked ? masked[e] : visible[e]) += value[e];
+    for (int e = 0; e < kSize; ++e) {  // a choice of arrays would put both in memory
+      masked[e] += is_masked ? value[e] : 0.f;
+      visible[e] += is_masked ? 0.f : value[e];
+    }
   }
-  for (int e = 0; e < size; ++e) {
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) {
+    if (e >= size) break;
     parts[t * s.d + j + e] = masked[e];
     if (positions) positions[t * s.d + j + e] = static_cast<float>(masked[e] + visible[e]);
   }
