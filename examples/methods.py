@@ -205,6 +205,7 @@ class RELICv2(MomentumTarget):
     """All crops go through the online network, the large ones through the target too."""
 
     steps, batch = 100, 512
+    momentum = 0.9  # at 0.99 a third of the target would still be its random start after 100 steps
     losses: ClassVar = {
         "sslops": partial(fused_relic, temperature=0.2, alpha=1.0, beta=1.0),
         "eager": partial(eager_relic, temperature=0.2, alpha=1.0, beta=1.0),
