@@ -135,9 +135,9 @@ class MaskedPatchEmbed(nn.Module):
             ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
         # What autocast would round the pixels to for the product, straight from the images.
         patches = gather_patches(images, ids, self.patch_size, dtype=compute_dtype(self.proj.weight))
-        tokens = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-        if pos_embed is None:
-            return tokens
-        positions = F.embedding(ids, pos_embed.flatten(0, -2))
-        # In place where it can be: a third of the peak memory.
-        return tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions
+        # As a matrix: to add in place to a view would cost autograd a copy.
+        tokens = F.linear(patches.flatten(0, 1), self.proj.weight.flatten(1), self.proj.bias)
+        if pos_embed is not None:
+            positions = F.embedding(ids.flatten(), pos_embed.flatten(0, -2))
+            tokens = tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions
+        return tokens.unflatten(0, ids.shape)
