@@ -19,7 +19,7 @@ build: .venv/installed
 	$(PY) setup.py -q build_ext --inplace
 
 test: build .venv/peers
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(nproc) --dist loadfile
 
 # The libraries that tests and benchmarks compare with, without what they require: lightly would bring Lightning,
 # torchvision another torch, and of solo-learn, which wants torch 1.9, single files are used.

@@ -44,7 +44,7 @@ def _part(x, parts, view, columns, N, D, span, splits, BLOCK_R: tl.constexpr, BL
     total = tl.zeros([BLOCK_D], tl.float64)
     for i in range(first, last, BLOCK_R):
         total += tl.sum(_load(x, i + tl.arange(0, BLOCK_R), columns, N, D).to(tl.float64), 0)
-    mean = total / tl.maximum(last - first, 1)
+    mean = total * (1.0 / tl.maximum(last - first, 1).to(tl.float64))
     squares = tl.zeros([BLOCK_D], tl.float64)
     for i in range(first, last, BLOCK_R):
         rows = i + tl.arange(0, BLOCK_R)

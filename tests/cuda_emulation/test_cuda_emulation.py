@@ -74,7 +74,7 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         ("ema_update", "ema_update.cu", "plain", "r < count; r += blockDim.x)", "r < count; r += count)", "differs"),
         ("random_mask", "random_mask.cu", "threads", "    __syncthreads();\n    for", "    for", "data race"),
         ("random_mask", "random_mask.cu", "threads", "first + i);\n    __syncthreads();", "first + i);", "data race"),
-        ("random_mask", "random_mask.cu", "plain", "j / 4).word", "j / 4 + 1).word", "differs"),
+        ("random_mask", "random_mask.cu", "plain", "row, j / 4)", "row, j / 4 + 1)", "differs"),
         ("restore_tokens", "restore_tokens.cu", "plain", "id >= 0 && id < s.length", "id < s.length", "differs"),
         ("restore_tokens", "restore_tokens.cu", "memory", "if (t >= rows) return;", "", "heap-buffer-overflow"),
         ("gather_tokens", "gather_tokens.cu", "memory", "n >= 0 && n < ids.rows", "n >= 0", "AddressSanitizer"),
@@ -89,9 +89,9 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         ("gather_tokens", "gather_tokens.cu", "plain", "names += __popc(found)", "names |= found != 0", "differs"),
         ("gather_patches", "gather_patches.cu", "memory", "size - e < kSize ? size - e : kSize", "kSize", "AddressSan"),
         ("gather_patches", "gather_patches.cu", "plain", "p.width % kSize == 0 && ", "", "differs"),
-        ("gather_patches", "gather_patches.cu", "memory", "there ? corner(p, row / k, id) : 0", "-1", "AddressSan"),
+        ("gather_patches", "gather_patches.cu", "memory", "row / k, id) : 0", "row / k, id) - 1 : 0", "AddressSan"),
         ("masked_patch_mse", "masked_patch_mse.cu", "threads", "    __syncthreads();\n  }", "  }", "data race"),
-        ("masked_patch_mse", "masked_patch_mse.cu", "plain", "if (mask[i] != 0.f) return", "return", "differs"),
+        ("masked_patch_mse", "masked_patch_mse.cu", "plain", "*inverse * mask[i]", "*inverse", "differs"),
     ],
     ids=[
         "a missing barrier",
@@ -111,7 +111,7 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         "values that are not side by side",
         "a patch before the first",
         "a sum read while it is written",
-        "a visible patch's gradient",
+        "a mask's weight",
     ],
 )
 def test_a_planted_fault_is_found(

@@ -31,7 +31,8 @@ def test_a_bad_config_is_found(chip: str, kernel: str, config: tuple[int, ...], 
     kernels = launch.configs("nt_xent")[chip]["half"]["128"] | {kernel: dict(zip(names, config, strict=True))}
     bad = {chip: {precision: {"128": kernels} for precision in ("half", "tf32", "ieee")}}
     wanted = {"forward": "_negative_sums", "flash": "_flash"}[kernel]
-    with mock.patch.object(launch, "configs", return_value=bad | {"default": bad[chip]}):
+    configs = mock.patch.object(launch, "configs", return_value=bad | {"default": bad[chip]})
+    with configs, mock.patch.object(offline, "OPS", ["nt_xent"]):
         faults = [
             offline.compiled(*work)[1]
             for work in offline.works([chip])
