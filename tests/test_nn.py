@@ -91,6 +91,28 @@ class TestLosses:
         assert losses[2] < losses[0]
         assert torch.equal(*weights)
 
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_cuda_graph(self, name, op, options):
+        """Captured once, replayed on other embeddings."""
+        module, static = getattr(sslops.nn, name)(**options), [x.cuda().requires_grad_() for x in views()]
+
+        def step() -> list[Tensor]:
+            loss = module(*static)
+            return [loss, *torch.autograd.grad(loss, static)]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for x, other in zip(static, views(), strict=True):
+            x.data.copy_(other)
+        graph.replay()
+        torch.testing.assert_close(captured, step())
+
 
 def test_masked_patch_mse():
     module = sslops.nn.MaskedPatchMSE(8, norm_pix=False)
