@@ -38,19 +38,24 @@ class _Loss(nn.Module):
     """
 
     _op: Callable[..., Any]
-    __signature__: inspect.Signature
+    _signature: inspect.Signature
+    __signature__: inspect.Signature  # of the class that is called
 
     def __init_subclass__(cls, op: Callable[..., Any] | None = None) -> None:
         if op is None:  # a user's subclass
+            if "__init__" in vars(cls):
+                own = list(inspect.signature(cls.__init__).parameters.values())
+                cls.__signature__ = inspect.Signature(own[1:])
             return
         tensors = (Tensor, Tensor | None)
         parameters = inspect.signature(op).parameters.values()
         options = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters if p.annotation not in tensors]
-        cls._op, cls.__signature__ = staticmethod(op), inspect.Signature(options)
+        cls._op, cls._signature = staticmethod(op), inspect.Signature(options)
+        cls.__signature__ = cls._signature
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        bound = self.__signature__.bind(*args, **kwargs)
+        bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         self._names = tuple(bound.arguments)
         for name, value in bound.arguments.items():
@@ -138,6 +143,10 @@ class MaskedPatchEmbed(nn.Module):
         # As a matrix: to add in place to a view would cost autograd a copy.
         tokens = F.linear(patches.flatten(0, 1), self.proj.weight.flatten(1), self.proj.bias)
         if pos_embed is not None:
+            table = (self.num_patches, self.proj.out_channels)
+            if tuple(pos_embed.shape) not in (table, (1, *table)):
+                rows = f"{list(table)} or {[1, *table]}, a row for each patch and none for a class token"
+                _check.bad_value("MaskedPatchEmbed", "pos_embed", rows, list(pos_embed.shape))
             positions = F.embedding(ids.flatten(), pos_embed.flatten(0, -2))
             tokens = tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions
         return tokens.unflatten(0, ids.shape)

@@ -205,7 +205,9 @@ def test_update_momentum():
 
 
 @pytest.mark.parametrize("size", [(3, 50), (2, 1), (4, 0), (0, 9)])
-@pytest.mark.parametrize("options", [{}, {"mask_ratio": 0.75}, {"mask_ratio": 0.0}, {"mask_class_token": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mask_ratio": 0.75}, {"mask_ratio": 0.0}, {"mask_ratio": 1.0}, {"mask_class_token": True}]
+)
 def test_random_token_mask(size, options):
     """The same seed gives the same mask."""
     results = []
@@ -314,6 +316,13 @@ class TestPatch:
         assert bindings() == before
         again.unpatch()
         assert bindings() == before
+
+    def test_a_block_inside_a_block_leaves_it_patched(self):
+        with sslops.patch_lightly():
+            with sslops.patch_lightly():
+                pass
+            assert original("NTXentLoss") is ours.NTXentLoss
+        assert original("NTXentLoss") is not ours.NTXentLoss
 
     @pytest.mark.parametrize(
         ("found", "message"), [(None, "not installed"), ("2.0.1", r"wanted lightly 1, got 2\.0\.1")]

@@ -130,6 +130,14 @@ def test_simclr_by_index(indexes, temperature):
         oracle.assert_accurate(label, *results, torch.float32, scale)
 
 
+def test_simclr_by_index_under_autocast():
+    """In float32 from the embeddings on; indexes of any dtype."""
+    z, indexes = torch.randn(8, 16).repeat(3, 1) + 0.01 * torch.randn(24, 16), torch.arange(8).repeat(3)
+    expected = ours.simclr_loss_func(z, indexes, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours.simclr_loss_func(z, indexes.float(), 0.05), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("indexes", "wanted"), [(torch.arange(8), "two of each"), (torch.arange(4), r"shape \[8\]")])
 def test_simclr_refuses(indexes, wanted):
     with pytest.raises(ValueError, match=f"simclr_loss_func: indexes: wanted .*{wanted}"):

@@ -135,6 +135,13 @@ def test_subclass():
     inputs = views()
     assert torch.equal(Halved(0.3)(*inputs), sslops.nt_xent(*inputs, temperature=0.3) / 2)
 
+    class Inverse(sslops.nn.NTXentLoss):
+        def __init__(self, scale):
+            super().__init__(1 / scale)
+
+    assert list(inspect.signature(Inverse).parameters) == ["scale"]
+    assert Inverse(5.0).temperature == 0.2
+
 
 def test_a_learned_temperature_is_a_parameter():
     module = sslops.nn.NTXentLoss(nn.Parameter(torch.tensor(0.3)))
@@ -164,3 +171,7 @@ def test_masked_patch_embed(bias):
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(module(images), conv["proj"](images).flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    for shape in ((1, 13, 20), (5, 12, 20), (12,)):  # with a class token's, one for each image, of no width
+        oracle.assert_refused(
+            ValueError, "MaskedPatchEmbed", "pos_embed", lambda s=shape: module(images, ids, torch.randn(s))
+        )

@@ -13,19 +13,22 @@ _theirs: dict[Any, Any] = {}  # ours -> what it replaces
 
 
 class Patch:
-    """A library whose names are bound to ours, until unpatch() or the end of a `with` block."""
+    """A library whose names are bound to ours, until unpatch() or the end of the outermost `with` block."""
 
     def __init__(self, package: str, ours: Sequence[Any]) -> None:
         self._package, self._ours = package, ours
-        self._rebind([(_theirs[x], x) for x in ours])
+        self._first = self._rebind([(_theirs[x], x) for x in ours])
 
-    def _rebind(self, changes: list[tuple[Any, Any]]) -> None:
-        changed = {id(old): new for old, new in changes}
+    def _rebind(self, changes: list[tuple[Any, Any]]) -> bool:
+        """Whether there was anything to change"""
+        changed, found = {id(old): new for old, new in changes}, False
         for path, module in list(sys.modules.items()):
             if path.split(".")[0] == self._package:
                 for name, value in list(vars(module).items()):
                     if id(value) in changed:
                         setattr(module, name, changed[id(value)])
+                        found = True
+        return found
 
     def unpatch(self) -> None:
         """Binds every name to the library's own object again."""
@@ -35,7 +38,8 @@ class Patch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.unpatch()
+        if self._first:
+            self.unpatch()
 
 
 def _parameters(x: Any) -> list[tuple[str, object, object]]:

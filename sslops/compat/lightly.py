@@ -1,7 +1,9 @@
 """lightly 1.6's losses and utilities on our ops: the same names, arguments, defaults, attributes and state_dicts.
 
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
-shapes and values that no loss is meant for (a negative temperature, a momentum above 1) raise ValueError or TypeError.
+shapes and values that no loss is meant for (a negative temperature, a momentum above 1, two views of different dtypes)
+raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy. update_momentum takes no DTensors and no two
+models that share memory: for fully_shard there is `sslops.EMA`.
 gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
 own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
 each rank normalised by itself. The ops' `group=` takes one batch that is spread over the ranks.
@@ -157,7 +159,7 @@ class NegativeCosineSimilarity(nn.Module):
 
 @torch.no_grad()
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
-    ema_update_(model_ema.parameters(), model.parameters(), m)
+    ema_update_(model_ema.parameters(), model.parameters(), m if isinstance(m, Tensor) else float(m))
 
 
 def random_token_mask(

@@ -45,7 +45,10 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
         if torch.compiler.is_compiling() or two_views:
             return nt_xent(*z.chunk(2), temperature=temperature, reduction="none", group=group).mean()
     (z,) = distributed.gathered("simclr_loss_func", name, z)
-    return distributed.own_rows(_by_index(F.normalize(z), indexes, temperature), name, 1).mean()
+    wide = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
+    with torch.autocast(z.device.type, enabled=False):  # the positives' terms are found by cancellation
+        losses = _by_index(wide, indexes, temperature)
+    return distributed.own_rows(losses, name, 1).mean()
 
 
 def _by_index(z: Tensor, indexes: Tensor, temperature: float) -> Tensor:
@@ -64,7 +67,7 @@ def _by_index(z: Tensor, indexes: Tensor, temperature: float) -> Tensor:
     positives = similarity.masked_fill(itself | (rows < 0)[:, None], -math.inf).logsumexp(2)[group, place]
     partner = rows[group, 1 - place.clamp(max=1)]  # one of the positives, for negatives on its scale
     losses = info_nce(
-        z, z[partner], z, query_ids=indexes, negative_ids=indexes,
+        z, z[partner], z, query_ids=group, negative_ids=group,
         temperature=temperature, normalize=False, reduction="none",
     ).clamp(min=torch.finfo(torch.float32).tiny)  # fmt: skip
     negatives = (z * z[partner]).sum(1) / temperature + losses + (-torch.expm1(-losses)).log()

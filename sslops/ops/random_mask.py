@@ -161,7 +161,7 @@ def random_token_mask(
     L counts a class token at position 0: it is kept and comes first, so that K = 1 + int((L - 1) * (1 - mask_ratio)),
     unless mask_class_token makes it a token like any other. These are the index pairs of lightly's random_token_mask.
     """
-    _check_sizes("random_token_mask", batch, length, mask_ratio)
+    _check_sizes("random_token_mask", batch, length, 0.0 if mask_ratio == 1 else mask_ratio)  # the class token is left
     _check.flag("random_token_mask", "mask_class_token", mask_class_token)
     prefix = 0 if mask_class_token or length == 0 else 1
     keep = prefix + int((length - prefix) * (1 - mask_ratio))
