@@ -549,9 +549,9 @@ class TestTheOracleItself:
         self.refuse(kind)
 
     def test_an_underflowing_fixed_maximum(self, monkeypatch):
-        from sslops.kernels.cpu import info_nce as kernel
+        from sslops.kernels.cpu import tiles
 
-        monkeypatch.setattr(kernel, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
+        monkeypatch.setattr(tiles, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
         self.refuse("queue", temperature=0.005)
 
     def test_accumulated_products_that_do_not_follow_the_maximum(self, monkeypatch):

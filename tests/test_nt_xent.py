@@ -414,9 +414,9 @@ class TestTheOracleItself:
         self.refuse(views(300, 32))
 
     def test_an_underflowing_fixed_maximum(self, monkeypatch):
-        from sslops.kernels.cpu import nt_xent as kernel
+        from sslops.kernels.cpu import tiles
 
-        monkeypatch.setattr(kernel, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
+        monkeypatch.setattr(tiles, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
         self.refuse(views(300, 32), temperature=0.005)
 
     def test_a_sloppy_temperature(self, monkeypatch):

@@ -536,7 +536,7 @@ class TestTheOracleItself:
         self.refuse(num_negatives=100)
 
     def test_a_fixed_maximum_that_underflows(self, monkeypatch):
-        from sslops.kernels.cpu import relic as kernel
+        from sslops.kernels.cpu import tiles
 
-        monkeypatch.setattr(kernel, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
+        monkeypatch.setattr(tiles, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
         self.refuse(temperature=0.005)

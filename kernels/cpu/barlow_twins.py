@@ -16,6 +16,7 @@ from torch import Tensor
 from sslops import _C
 
 from .columns import (
+    LARGEST_DIAGONAL_SHARE,
     PANEL,
     WIDE_PANEL,
     Group,
@@ -32,9 +33,6 @@ from .columns import (
 )
 from .memory import empty
 from .tiles import FLOAT32, refuses  # noqa: F401
-
-# Of the squares of C: above it the off-diagonal part, a difference on the gram route, loses more than a digit.
-LARGEST_DIAGONAL_SHARE = 0.9
 
 
 def forward(

@@ -20,6 +20,8 @@ Group = Any  # dist.ProcessGroup | None: torch may be built without
 
 PANEL = 512  # columns: [256, 512] in float32 is 512 kB, a quarter of a core's cache
 WIDE_PANEL = 1024  # of many rows, which no cache holds: larger products run nearer to their peak
+# Of a matrix's squares: above it the off-diagonal part, a difference on the gram route, loses more than a digit.
+LARGEST_DIAGONAL_SHARE = 0.9
 
 
 def panels(d: int, width: int = PANEL) -> Iterator[tuple[int, int]]:

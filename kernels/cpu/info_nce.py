@@ -10,20 +10,15 @@ from torch import Tensor
 
 from sslops import _C
 
-from .tiles import DTYPE_CODES, FLOAT32, Stream, ranges, refuses, stream_for  # noqa: F401
-
-# Below this temperature the maximum is tracked. Above it, with 1 for the maximum, no sum of exp((s - 1) / tau) is below
-# exp(-43): half of float32's range, the other half being for grad / r. (|s| is at most 1.01, whatever rounding did.)
-LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 43
+from .tiles import DTYPE_CODES, FLOAT32, Stream, ranges, refuses, softmax_scale, stream_for  # noqa: F401
 
 
 def _scale(temperature: float | Tensor, normalize: bool, operand: torch.dtype) -> tuple[float, bool, bool]:
-    """tau (NaN if not positive: it makes everything NaN), whether the maximum of s is taken to be 1, and whether
-    candidates are normalised in a copy: at a low temperature the rounding of 1 / norm shows in the logits of a column.
+    """As softmax_scale, and whether candidates are normalised in a copy: at a low temperature the rounding of 1 / norm
+    shows in the logits of a column.
     """
-    tau = float(temperature)
-    fixed = normalize and tau >= LOWEST_FIXED_MAXIMUM_TEMPERATURE
-    return (tau if tau > 0 else torch.nan), fixed, normalize and not fixed and operand == torch.float32
+    tau, fixed = softmax_scale(temperature, normalize)
+    return tau, fixed, normalize and not fixed and operand == torch.float32
 
 
 def _inv_norm(x: Tensor, normalize: bool, out: Tensor | None = None) -> Tensor:

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .tiles import DTYPE_CODES, FLOAT32, refuses, row_tiles, tiles_for, upper_tiles  # noqa: F401
-
-# Below this temperature the maximum is tracked, which costs a second exponential per pair. Above it, with 1 for the
-# maximum, no sum of exp((s - 1) / tau) is below exp(-43): half of float32's range, the other half being for grad / r.
-# (|s| is at most 1.01, whatever rounding did to unit rows.)
-LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 43
+from .tiles import DTYPE_CODES, FLOAT32, refuses, row_tiles, softmax_scale, tiles_for, upper_tiles  # noqa: F401
 
 
 def _normalize(z0: Tensor, z1: Tensor, normalize: bool, operand: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -30,12 +25,6 @@ def _normalize(z0: Tensor, z1: Tensor, normalize: bool, operand: torch.dtype) ->
         z.data_ptr(), inv_norm.data_ptr(),
     )  # fmt: skip
     return z, inv_norm
-
-
-def _scale(temperature: float | Tensor, normalize: bool) -> tuple[float, bool]:
-    """tau (NaN if not positive: it makes everything NaN) and whether the maximum of s is taken to be 1"""
-    tau = float(temperature)
-    return (tau if tau > 0 else torch.nan), normalize and tau >= LOWEST_FIXED_MAXIMUM_TEMPERATURE
 
 
 def _tiles(n: int, own: slice | None) -> Iterator[tuple[slice, slice]]:
@@ -57,7 +46,7 @@ def forward(
     """losses [2B] and stats [3, 2B] (see csrc/cpu/nt_xent.h) of the B examples `own`, by default all; inv_norm [2N]"""
     n = len(z0)
     first, count = (0, n) if own is None else (own.start, own.stop - own.start)
-    tau, fixed = _scale(temperature, normalize)
+    tau, fixed = softmax_scale(temperature, normalize)
     z, inv_norm = _normalize(z0, z1, normalize, compute_dtype)
     maximum = torch.full((2 * n,), torch.finfo(torch.float32).min, **FLOAT32)
     r, s_pos = torch.zeros(2 * n, **FLOAT32), torch.empty(n, **FLOAT32)
@@ -93,7 +82,7 @@ def backward(
     """
     n, d = z0.shape
     first, count = (0, n) if own is None else (own.start, own.stop - own.start)
-    tau, fixed = _scale(temperature, normalize)
+    tau, fixed = softmax_scale(temperature, normalize)
     z, _ = _normalize(z0, z1, normalize, compute_dtype)
     maximum, weights = stats[0], grad * stats[1]
     tiles = tiles_for(z, compute_dtype)

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from sslops import _C
 
-from .tiles import DTYPE_CODES, FLOAT32, TILE, padded, refuses, tiles_for, upper_tiles  # noqa: F401
+from .tiles import DTYPE_CODES, FLOAT32, TILE, padded, refuses, softmax_scale, tiles_for, upper_tiles  # noqa: F401
 
-# As in NT-Xent: sums of exp((s - 1) / tau) use half of float32's range, above this temperature.
-LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 43
 # Of the tiles that forward may hold: all pairs of 1024 rows take 5 MiB.
 HELD_BYTES = 16 << 20
 
@@ -77,10 +75,8 @@ class _Batch:
     ) -> None:
         self.n, self.d = online.shape
         self.inputs, self.normalize, self.operand = (online, target), normalize, operand
-        tau = float(temperature)
-        self.tau = tau if tau > 0 else torch.nan  # it makes everything NaN
+        self.tau, fixed = softmax_scale(temperature, normalize)
         self.places, self.side, self.held = _plan(self.n, num_negatives)
-        fixed = normalize and tau >= LOWEST_FIXED_MAXIMUM_TEMPERATURE
         self.native = _C.RelicBatch(
             self.n, self.n - 1 if num_negatives is None else num_negatives, self.tau, fixed, alpha, beta
         )

@@ -13,6 +13,17 @@ TILE: int = _C.MAX_TILE
 FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
+# Below this temperature the maximum is tracked, which costs a second exponential per pair. Above it, with 1 for the
+# maximum, no sum of exp((s - 1) / tau) is below exp(-43): half of float32's range, the other half being for grad / r.
+# (|s| is at most 1.01, whatever rounding did to unit rows.)
+LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 43
+
+
+def softmax_scale(temperature: float | Tensor, normalize: bool) -> tuple[float, bool]:
+    """tau (NaN if not positive: it makes everything NaN) and whether the maximum of s is taken to be 1"""
+    tau = float(temperature)
+    return (tau if tau > 0 else torch.nan), normalize and tau >= LOWEST_FIXED_MAXIMUM_TEMPERATURE
+
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the CPU kernels cannot take such tensors; None if they can."""

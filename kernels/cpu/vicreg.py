@@ -14,6 +14,7 @@ from torch import Tensor
 from sslops import _C
 
 from .columns import (
+    LARGEST_DIAGONAL_SHARE,
     WIDE_PANEL,
     Group,
     all_reduce,
@@ -28,9 +29,6 @@ from .columns import (
 )
 from .memory import empty
 from .tiles import DTYPE_CODES, FLOAT32, refuses  # noqa: F401
-
-# Of ||S||^2: above it the difference loses more than a digit.
-LARGEST_DIAGONAL_SHARE = 0.9
 
 
 def _gram(z: Tensor, operand: torch.dtype, moments: Tensor, gram: Tensor, own: slice) -> None:
