@@ -140,7 +140,7 @@ def nt_xent(
             negatives come from all of them. A mean or a sum is that of all rows, the same on every rank, and so must be
             what is built on it; "none" gives the rank's own losses. Gradients, the temperature's too, are W times the
             rank's share, which DDP's averaging makes those of the whole batch. Backward communicates only after "none".
-        backend: "cpu", "cuda", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [2N] for reduction="none". NaN for the mean of no rows.
