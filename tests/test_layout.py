@@ -28,6 +28,7 @@ SHARED = {
     "kernels/triton/launch.py",
     "kernels/triton/off_diagonal.json",
     "kernels/triton/off_diagonal.py",
+    "kernels/triton/rows.py",
 }
 
 

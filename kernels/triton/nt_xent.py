@@ -19,11 +19,21 @@ from torch import Tensor
 
 from . import launch
 from .launch import refuses  # noqa: F401
+from .rows import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    address,
+    column_tile,
+    fixed_maximum,
+    load,
+    log1p,
+    log2_scale,
+    operand,
+    row_blocks,
+    row_tile,
+)  # fmt: skip
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-HUGE, SHRINK = tl.constexpr(2.0**60), tl.constexpr(2.0**-70)  # of an element whose square may overflow
-LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: LOWEST - LOWEST is no NaN
 # These change from batch to batch: no compilation for each.
 SIZES = ("N", "M", "panel", "span", "splits", "row0", "column0", "width", "first", "panels")
 
@@ -33,30 +43,14 @@ W_BLOCK = 4096  # rows and columns of the panel backward's W: 32 MiB in bf16
 
 
 @triton.jit
-def _row_tile(z, row, M, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """z[row : row + BLOCK, : BLOCK_K], zeros from row M on"""
-    r = tl.arange(0, BLOCK)[:, None]
-    tile = z + tl.cast(row, tl.int64) * stride + (r * stride + tl.arange(0, BLOCK_K)[None, :])
-    return tl.load(tile, mask=row + r < M, other=0.0)
-
-
-@triton.jit
-def _column_tile(z, row, M, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """_row_tile transposed: [BLOCK_K, BLOCK]"""
-    r = tl.arange(0, BLOCK)[None, :]
-    tile = z + tl.cast(row, tl.int64) * stride + (r * stride + tl.arange(0, BLOCK_K)[:, None])
-    return tl.load(tile, mask=row + r < M, other=0.0)
-
-
-@triton.jit
 def _similarities(
     z, i, j, M, stride, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """s [BLOCK_M, BLOCK_N] of the rows from i and from j, in steps of BLOCK_K columns of z"""
     s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, stride, BLOCK_K):
-        a = _row_tile(z + k, i, M, stride, BLOCK_M, BLOCK_K)
-        b = _column_tile(z + k, j, M, stride, BLOCK_N, BLOCK_K)
+        a = row_tile(z + k, i, M, stride, BLOCK_M, BLOCK_K)
+        b = column_tile(z + k, j, M, stride, BLOCK_N, BLOCK_K)
         s = tl.dot(a, b, s, input_precision=PRECISION)
     return s
 
@@ -83,61 +77,6 @@ def _negatives(i, j, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return (rows < M) & (columns < M) & ~paired
 
 
-@triton.jit
-def _inv_norm(x, rows, N, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """1 / max(|x|, 1e-12) of the rows, finite squares or not"""
-    top = tl.zeros([BLOCK_R], tl.float32)
-    for k in range(0, D, BLOCK_D):
-        top = tl.maximum(top, tl.max(tl.abs(_load(x, rows, k, N, D, BLOCK_D)), 1))
-    shrink = tl.where(top > HUGE, SHRINK, 1.0)
-    squares = tl.zeros([BLOCK_R], tl.float32)
-    for k in range(0, D, BLOCK_D):
-        a = _load(x, rows, k, N, D, BLOCK_D) * shrink[:, None]
-        squares += tl.sum(a * a, 1)
-    norm = tl.sqrt_rn(squares) / shrink
-    return tl.div_rn(1.0, tl.where(norm < 1e-12, 1e-12, norm))  # tl.maximum would swallow a NaN
-
-
-@triton.jit
-def _at(x, rows, columns, stride):
-    return x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-
-
-@triton.jit
-def _load(x, rows, k, N, D, BLOCK_D: tl.constexpr):
-    """x[rows, k : k + BLOCK_D] of x [N, D] in float32, zeros outside"""
-    columns = k + tl.arange(0, BLOCK_D)
-    mask = (rows < N)[:, None] & (columns < D)[None, :]
-    return tl.load(_at(x, rows, columns, D), mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _prepare(
-    x0, x1, z, inv_norm, s_pos, N, D, stride,
-    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """z [2N, stride], the matmuls' operand: both views normalised, rounded, padded; s_pos [N] of the unrounded"""
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = rows < N
-    inv0 = tl.full([BLOCK_R], 1.0, tl.float32)
-    inv1 = inv0
-    if NORMALIZE:
-        inv0 = _inv_norm(x0, rows, N, D, BLOCK_R, BLOCK_D)
-        inv1 = _inv_norm(x1, rows, N, D, BLOCK_R, BLOCK_D)
-    s = tl.zeros([BLOCK_R], tl.float32)
-    for k in range(0, stride, BLOCK_D):
-        a = _load(x0, rows, k, N, D, BLOCK_D) * inv0[:, None]
-        b = _load(x1, rows, k, N, D, BLOCK_D) * inv1[:, None]
-        s += tl.sum(a * b, 1)
-        columns = k + tl.arange(0, BLOCK_D)
-        mask = inside[:, None] & (columns < stride)[None, :]
-        tl.store(_at(z, rows, columns, stride), a.to(z.dtype.element_ty), mask=mask)
-        tl.store(_at(z, rows + N, columns, stride), b.to(z.dtype.element_ty), mask=mask)
-    tl.store(inv_norm + rows, inv0, mask=inside)
-    tl.store(inv_norm + N + rows, inv1, mask=inside)
-    tl.store(s_pos + rows, s, mask=inside)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _negative_sums(
     z, r_parts, m_parts, scale, maximum, N, M, stride, panel,
@@ -161,11 +100,11 @@ def _negative_sums(
         r = tl.zeros([BLOCK_M], tl.float32)
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
         if STATIONARY:
-            zi = _row_tile(z, i, M, stride, BLOCK_M, BLOCK_K)
+            zi = row_tile(z, i, M, stride, BLOCK_M, BLOCK_K)
         for j in range(b * panel, tl.minimum(b * panel + panel, M), BLOCK_N):
             columns = j + tl.arange(0, BLOCK_N)
             if STATIONARY:
-                s = tl.dot(zi, _column_tile(z, j, M, stride, BLOCK_N, BLOCK_K), input_precision=PRECISION)
+                s = tl.dot(zi, column_tile(z, j, M, stride, BLOCK_N, BLOCK_K), input_precision=PRECISION)
             else:
                 s = _similarities(z, i, j, M, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
             if SEARCH:
@@ -186,19 +125,6 @@ def _negative_sums(
         if SEARCH:
             tl.store(m_parts + rows_part + rows, top, mask=rows < M)
         tl.debug_barrier()  # the columns' parts are read again by other threads
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for 0 <= x < 1, to float32's last bit: 2 atanh(x / (2 + x)); the chips' own log is not exact near 1"""
-    t = x / (2.0 + x)
-    u = t * t
-    p = u * (1 / 13) + 1 / 11
-    p = p * u + 1 / 9
-    p = p * u + 1 / 7
-    p = p * u + 1 / 5
-    p = p * u + 1 / 3
-    return 2.0 * t * (p * u + 1.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -226,7 +152,7 @@ def _losses(
     e_pos = tl.exp2(positive - top)
     r = r_neg + e_pos
     small = r_neg < e_pos
-    loss = tl.where(small, _log1p(r_neg / tl.where(small, e_pos, 1.0)), tl.log(r) + (top - positive) * LN2)
+    loss = tl.where(small, log1p(r_neg / tl.where(small, e_pos, 1.0)), tl.log(r) + (top - positive) * LN2)
     tl.store(losses + i, loss, mask=inside)
     stats += i
     tl.store(stats, m, mask=inside)
@@ -272,14 +198,14 @@ def _flash(
     scale = tl.load(scale)
     i = tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
-    zi = _row_tile(z, i, M, BLOCK_K, BLOCK_M, BLOCK_K)
+    zi = row_tile(z, i, M, BLOCK_K, BLOCK_M, BLOCK_K)
     weight_i, top_i = _row_stats(weights, m, i, M, maximum, SEARCH, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for j in range(split * span, tl.minimum(split * span + span, M), BLOCK_N):
-        s = tl.dot(zi, _column_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K), input_precision=PRECISION)
+        s = tl.dot(zi, column_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K), input_precision=PRECISION)
         weight_j, top_j = _row_stats(weights, m, j, M, maximum, SEARCH, BLOCK_N)
         w = _w_tile(s, i, j, weight_i, top_i, weight_j, top_j, scale, w_scale, N, M, SEARCH, BLOCK_M, BLOCK_N)
-        zj = _row_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K)
+        zj = row_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K)
         acc = tl.dot(w.to(z.dtype.element_ty), zj, acc, input_precision=PRECISION)
     r = tl.arange(0, BLOCK_M)[:, None]
     to = dz + (tl.cast(split, tl.int64) * M + i) * BLOCK_K + (r * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
@@ -314,15 +240,15 @@ def _dz(
     """z and dz [rows, k : k + BLOCK_D]: the splits' sum less the positive's share, over tau"""
     columns = k + tl.arange(0, BLOCK_D)
     mask = (rows < N)[:, None] & (columns < D)[None, :]
-    total = tl.load(_at(dz, first + rows, columns, stride), mask=mask, other=0.0)
+    total = tl.load(address(dz, first + rows, columns, stride), mask=mask, other=0.0)
     for split in range(1, splits):
         total += tl.load(
-            _at(dz, tl.cast(split, tl.int64) * 2 * N + first + rows, columns, stride), mask=mask, other=0.0
+            address(dz, tl.cast(split, tl.int64) * 2 * N + first + rows, columns, stride), mask=mask, other=0.0
         )
     if w_scale is not None:
         total = total / tl.load(w_scale)
-    own = _load(x, rows, k, N, D, BLOCK_D) * inv[:, None]
-    positive = _load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None]
+    own = load(x, rows, k, N, D, BLOCK_D) * inv[:, None]
+    positive = load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None]
     return own, (total - coefficient[:, None] * positive) * inv_tau
 
 
@@ -357,47 +283,7 @@ def _gradient(
             d = (d - z * along[:, None]) * inv[:, None]
         columns = k + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (columns < D)[None, :]
-        tl.store(_at(dx, rows, columns, D), d.to(dx.dtype.element_ty), mask=mask)
-
-
-def _fixed_maximum(temperature: float | Tensor, normalize: bool, rows: int) -> float | None:
-    """An m that keeps every exp(s / tau - m) and the sums of `rows` of them normal float32; None where there is none.
-
-    |s| <= 1.01, whatever rounding did to unit rows; float32 is normal from exp(-87) to exp(88).
-    """
-    if isinstance(temperature, Tensor) or not normalize:
-        return None
-    if 2.02 / temperature <= 86:
-        return 1 / temperature
-    if 2.02 / temperature <= 86 + 75 and rows <= 200_000:
-        return 1 / temperature - 75
-    return None
-
-
-def _row_blocks(d: int) -> dict[str, int]:
-    """A launch of about 1024 elements a program for the kernels that go over rows"""
-    block_d = min(triton.next_power_of_2(d), 256)
-    return {"BLOCK_R": min(1024 // block_d, 128), "BLOCK_D": block_d, "num_warps": 8, **launch.FUSED}
-
-
-def _operand(
-    z0: Tensor, z1: Tensor, normalize: bool, compute_dtype: torch.dtype, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z [2N, D up to a multiple of step] in compute_dtype, inv_norm [2N], s_pos [N]"""
-    n, d = z0.shape
-    stride = triton.cdiv(d, step) * step
-    z = z0.new_empty((2 * n, stride), dtype=compute_dtype)
-    inv_norm, s_pos = z0.new_empty(2 * n, dtype=torch.float32), z0.new_empty(n, dtype=torch.float32)
-    blocks = _row_blocks(stride)
-    _prepare[triton.cdiv(n, blocks["BLOCK_R"]),](z0, z1, z, inv_norm, s_pos, n, d, stride, normalize, **blocks)
-    return z, inv_norm, s_pos
-
-
-def _log2_scale(temperature: float | Tensor, z: Tensor) -> Tensor:
-    """log2(e) / tau [] on z's device: exp(s / tau) = exp2(s * scale), and nothing is read on the host"""
-    if isinstance(temperature, Tensor):
-        return LOG2E.value / temperature.float()
-    return torch.full((), LOG2E.value / temperature, dtype=torch.float32, device=z.device)
+        tl.store(address(dx, rows, columns, D), d.to(dx.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -411,14 +297,14 @@ def forward(
         return losses, torch.empty_like(losses), stats
     precision = launch.precision(compute_dtype)
     config = launch.nearest("nt_xent", z0.device, compute_dtype, d)["forward"]
-    maximum, scale = _fixed_maximum(temperature, normalize, m), _log2_scale(temperature, z0)
+    maximum, scale = fixed_maximum(temperature, normalize, m), log2_scale(temperature, z0)
     search = maximum is None
     block = config["BLOCK_M"]
     panel = triton.cdiv(triton.cdiv(m, PANELS), block) * block
     panels = triton.cdiv(m, panel)
     odd = panels // 2 * 2 + 1  # the last may have no rows
     with launch.on(z0.device):
-        z, inv_norm, s_pos = _operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
+        z, inv_norm, s_pos = operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
         stride = z.shape[1]
         r_parts = losses.new_empty((odd, m))
         m_parts = torch.empty_like(r_parts) if search else None
@@ -449,14 +335,14 @@ def backward(
         return dz0, dz1, grad.new_zeros(())
     precision = launch.precision(compute_dtype)
     configs = launch.nearest("nt_xent", z0.device, compute_dtype, d)
-    maximum, scale = _fixed_maximum(temperature, normalize, 2 * n), _log2_scale(temperature, z0)
+    maximum, scale = fixed_maximum(temperature, normalize, 2 * n), log2_scale(temperature, z0)
     w_z, config = (_w_z_flash, configs["flash"]) if "flash" in configs else (_w_z_panels, configs["panels"])
     with launch.on(z0.device):
-        z, _, _ = _operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
+        z, _, _ = operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
         w_scale = launch.half_scale(compute_dtype, grad * stats[2])
         rows = (grad * stats[1], stats[0] if maximum is None else None, scale, maximum, w_scale)
         dz = w_z(z, rows, maximum is None, precision, config)
-        dots, blocks = torch.empty_like(grad), _row_blocks(d)
+        dots, blocks = torch.empty_like(grad), row_blocks(d)
         for x, other, dx, first in ((z0, z1, dz0, 0), (z1, z0, dz1, n)):
             _gradient[triton.cdiv(n, blocks["BLOCK_R"]),](
                 x, other, dz, inv_norm, grad, stats[2], w_scale, scale, dx, dots, first, n, d, z.shape[1], len(dz),
