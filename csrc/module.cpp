@@ -330,6 +330,13 @@ void bind_nt_xent(py::module_& m) {
       },
       NoGil());
   m.def(
+      "nt_xent_count_tile",
+      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n, bool mirrored,
+         Address bar, Address above) {
+        table().count_tile({at<float>(s), ld, rows, cols, i0, j0, n, mirrored}, at<float>(bar), at<float>(above));
+      },
+      NoGil());
+  m.def(
       "nt_xent_finish_forward",
       [](int64_t n, int64_t first, int64_t count, double tau, bool fixed, Address max, Address r, Address s_pos,
          Address losses, Address stats) {

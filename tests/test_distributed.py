@@ -178,6 +178,20 @@ def test_ids_and_metrics_of_all_ranks(two, backend):
         torch.testing.assert_close(got, expected)
 
 
+def nt_xent_metrics(rank, world, inputs, backend):
+    z0, z1 = (shard(x, rank, world) for x in inputs)
+    return sslops.nt_xent(z0, z1, return_metrics=True, group="world", backend=backend)
+
+
+@each_backend
+def test_nt_xent_metrics_of_all_ranks(two, backend):
+    inputs = views(40, 6)
+    expected = sslops.nt_xent(*inputs, return_metrics=True)
+    assert 0 < expected[1].top1 < 1
+    for got in two(nt_xent_metrics, inputs, backend):
+        torch.testing.assert_close(got, expected)
+
+
 def trainable_negatives(rank, world, inputs, negatives, backend):
     negatives = negatives.clone().requires_grad_()
     sslops.info_nce(*(shard(x, rank, world) for x in inputs), negatives, group="world", backend=backend).backward()
@@ -399,7 +413,7 @@ def opcheck(rank, world, inputs):
     ops = torch.ops.sslops
     torch.library.opcheck(ops.all_gather.default, (z0, name, 0, "opcheck"))
     torch.library.opcheck(ops.reduce_scatter.default, (z0, name, 0, "opcheck"))
-    torch.library.opcheck(ops.nt_xent.default, (z0, z1, None, 0.3, True, name, True, torch.float32, "cpu"))
+    torch.library.opcheck(ops.nt_xent.default, (z0, z1, None, 0.3, True, name, True, torch.float32, True, "cpu"))
     for route in ("gram", "panels"):
         arguments = (z0, z1, 0.01, 1e-5, torch.float32, route, True, name, True, "cpu")
         torch.library.opcheck(ops.barlow_twins.default, arguments)

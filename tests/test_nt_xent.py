@@ -260,11 +260,31 @@ def test_gradient_of_one_view(device, backend):
 
 
 @each_target
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_metrics(device, backend, temperature, dtype):
+    z0, z1 = views(601, 32, dtype=dtype, device=device, noise=2.0).values()
+    loss, found = sslops.nt_xent(z0.requires_grad_(), z1, temperature=temperature, return_metrics=True, backend=backend)
+    assert torch.equal(loss, sslops.nt_xent(z0, z1, temperature=temperature, backend=backend))
+    assert loss.requires_grad
+    assert not any(x.requires_grad for x in found)
+    z = F.normalize(torch.cat([z0, z1]).detach().double())
+    similarity = (z @ z.t()).fill_diagonal_(-2)
+    positive = similarity[torch.arange(1202), torch.arange(1202).roll(601)]
+    above = (similarity > positive[:, None]).sum(1)
+    assert 0.05 < (above < 1).double().mean() < 0.95
+    close = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 0.02, "check_dtype": False}
+    torch.testing.assert_close(found.top1, (above < 1).double().mean(), **close)
+    torch.testing.assert_close(found.top5, (above < 5).double().mean(), **close)
+    torch.testing.assert_close(found.positive_similarity, positive.mean(), **close)
+
+
+@each_target
 @pytest.mark.parametrize("with_temperature", [False, True])
 def test_opcheck(device, backend, with_temperature):
     z0, z1 = (x.requires_grad_() for x in views(6, 8, device=device).values())
     temperature = torch.tensor(0.3, device=device, requires_grad=True) if with_temperature else None
-    arguments = (z0, z1, temperature, 0.3, True, "", False, torch.float32, backend)
+    arguments = (z0, z1, temperature, 0.3, True, "", False, torch.float32, with_temperature, backend)
     torch.library.opcheck(torch.ops.sslops.nt_xent.default, arguments)
     with torch.no_grad():
         losses, *saved = torch.ops.sslops.nt_xent(*arguments)
@@ -350,13 +370,14 @@ def test_bad_input():
     refused(ValueError, "backend", z0, z1, backend="")
     refused(TypeError, "backend", z0, z1, backend=["cpu"])
     refused(TypeError, "normalize", z0, z1, normalize="no")
+    refused(TypeError, "return_metrics", z0, z1, return_metrics=1)
     refused(TypeError, "z0", z0.to_sparse(), z1.to_sparse())
 
 
 def test_bad_input_to_the_registered_op():
     """torch.ops.sslops can be called by anyone: nothing that reaches a pointer goes unchecked."""
     z0, z1 = views(4, 8).values()
-    arguments = (z0, z1, None, 0.5, True, "", False, torch.float32, "cpu")
+    arguments = (z0, z1, None, 0.5, True, "", False, torch.float32, False, "cpu")
     _, inv_norm, stats, views_of_all = torch.ops.sslops.nt_xent(*arguments)
     grad = torch.ones(8)
     for backend in ("eager", "tpu"):
@@ -364,7 +385,7 @@ def test_bad_input_to_the_registered_op():
             torch.ops.sslops.nt_xent(*arguments[:-1], backend)
     for backend, operand in (("triton", torch.float32), ("cpu", torch.float64)):
         with pytest.raises(RuntimeError, match="nt_xent: backend"):
-            torch.ops.sslops.nt_xent(*arguments[:-2], operand, backend)
+            torch.ops.sslops.nt_xent(*arguments[:-3], operand, False, backend)
     for bad in ((z0, z1[:3]), (z0, z1.double()), (z0[0], z1[0])):
         with pytest.raises(ValueError, match="nt_xent: z"):
             torch.ops.sslops.nt_xent(*bad, *arguments[2:])

@@ -157,6 +157,34 @@ void forward_tile(Tile t, double tau, bool fixed, float* m, float* r, float* s_p
   forward_tile_as<false>(t, scale, m, r, s_pos);
 }
 
+void count_tile(Tile t, const float* bar, float* above) {
+  parallel_for(t.rows, kChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      I count{};
+      const F least = splat(bar[t.i0 + row]);
+      for_each_vector(t.cols, [&](int64_t j, int lanes) {
+        const F s = load_lanes(t.s + row * t.ld + j, lanes, -kInf);
+        count = s > least ? count + 1 : count;
+      });
+      above[t.i0 + row] += sum(__builtin_convertvector(count, F));
+    }
+  });
+  if (!t.mirrored) return;
+  parallel_for((t.cols + kLanes - 1) / kLanes, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kLanes; j < end * kLanes && j < t.cols; j += kLanes) {
+      const int lanes = static_cast<int>(t.cols - j < kLanes ? t.cols - j : kLanes);
+      I count{};
+      const F least = load_lanes(bar + t.j0 + j, lanes, 0.f);
+      for (int64_t row = 0; row < t.rows; ++row) {
+        const F s = load_lanes(t.s + row * t.ld + j, lanes, -kInf);
+        count = s > least ? count + 1 : count;
+      }
+      const F total = load_lanes(above + t.j0 + j, lanes, 0.f) + __builtin_convertvector(count, F);
+      store_lanes(above + t.j0 + j, lanes, total);
+    }
+  });
+}
+
 void finish_forward(Own own, double tau, bool fixed, const float* m, const float* r, const float* s_pos, float* losses,
                     float* stats) {
   const float scale = log2_scale(tau);
@@ -236,7 +264,7 @@ void finish_backward(const void* z0, const void* z1, DType dtype, Own own, int64
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{normalize, forward_tile, finish_forward, backward_tile, finish_backward};
+extern const Table table{normalize, forward_tile, count_tile, finish_forward, backward_tile, finish_backward};
 }
 
 }  // namespace sslops::nt_xent

@@ -30,6 +30,8 @@ struct Table {
   // Adds the tile to r[i], the sum over negatives of exp((s_ij - m[i]) / tau), and stores s_pos [N] as it passes.
   // fixed: the maximum is 1, and m is not read; otherwise m is the running maximum (start: lowest float).
   void (*forward_tile)(Tile tile, double tau, bool fixed, float* m, float* r, float* s_pos);
+  // Once forward_tile has masked it: adds to above[i] how many of the tile's negatives have s_ij > bar[i]; both [2N].
+  void (*count_tile)(Tile tile, const float* bar, float* above);
   // losses [2 count]; stats [3, 2 count] = (maximum of s, 1 / r with the positive in r, share of the negatives in r).
   void (*finish_forward)(Own own, double tau, bool fixed, const float* m, const float* r, const float* s_pos,
                          float* losses, float* stats);

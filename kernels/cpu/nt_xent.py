@@ -41,9 +41,10 @@ def forward(
     temperature: float | Tensor,
     normalize: bool,
     compute_dtype: torch.dtype,
+    count_exceeding: bool = False,
     own: slice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """losses [2B] and stats [3, 2B] (see csrc/cpu/nt_xent.h) of the B examples `own`, by default all; inv_norm [2N]"""
+    """losses [2B] and stats [3 or 5, 2B] of the B examples `own`, by default all; inv_norm [2N]"""
     n = len(z0)
     first, count = (0, n) if own is None else (own.start, own.stop - own.start)
     tau, fixed = softmax_scale(temperature, normalize)
@@ -51,17 +52,21 @@ def forward(
     maximum = torch.full((2 * n,), torch.finfo(torch.float32).min, **FLOAT32)
     r, s_pos = torch.zeros(2 * n, **FLOAT32), torch.empty(n, **FLOAT32)
     tiles = tiles_for(z, compute_dtype)
+    if count_exceeding:
+        positives, above = (z[:n] * z[n:]).sum(1).repeat(2), torch.zeros(2 * n, **FLOAT32)
     for i, j in _tiles(n, own):
         s = tiles.logits(i, j)
-        _C.nt_xent_forward_tile(
-            s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, own is None and i != j, tau, fixed,
-            maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(),
-        )  # fmt: skip
-    losses, stats = torch.empty(2 * count, **FLOAT32), torch.empty(3, 2 * count, **FLOAT32)
+        tile = (s.data_ptr(), s.stride(0), *s.shape, i.start, j.start, n, own is None and i != j)
+        _C.nt_xent_forward_tile(*tile, tau, fixed, maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr())
+        if count_exceeding:
+            _C.nt_xent_count_tile(*tile, positives.data_ptr(), above.data_ptr())
+    losses, stats = torch.empty(2 * count, **FLOAT32), torch.empty(5 if count_exceeding else 3, 2 * count, **FLOAT32)
     _C.nt_xent_finish_forward(
         n, first, count, tau, fixed, maximum.data_ptr(), r.data_ptr(), s_pos.data_ptr(),
         losses.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
+    if count_exceeding:
+        stats[3:].view(2, 2, count)[:] = torch.stack([positives, above]).view(2, 2, n)[..., first : first + count]
     return losses, inv_norm, stats
 
 
@@ -78,7 +83,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz0, dz1 [B, D] of the examples `own` in the inputs' dtype and their share of dtemperature
 
-    From grad [2N] float32 and stats [3, 2N], those of all examples.
+    From grad [2N] float32 and stats [3 or 5, 2N], those of all examples.
     """
     n, d = z0.shape
     first, count = (0, n) if own is None else (own.start, own.stop - own.start)

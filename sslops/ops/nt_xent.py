@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check, distributed
-from .._contrastive import REDUCTIONS, reduce
+from .._contrastive import check_options, metrics, reduce
 from .._library import register
 from .._precision import compute_dtype
 from ..backend import kernel, resolve
@@ -15,18 +15,23 @@ from ..backend import kernel, resolve
 
 def reference(
     z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, operand_dtype: torch.dtype
-) -> Tensor:
-    """losses [2N], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """losses, the positives' similarities, how many negatives exceed them, [2N] each: the maths as it is written,
+    float32 (float64 for float64) around a matmul in operand_dtype.
+    """
     n = len(z0)
     wide = torch.promote_types(z0.dtype, torch.float32)
     z = torch.cat([z0.to(wide), z1.to(wide)])
     if normalize:
         z = F.normalize(z)
     operand = z.to(operand_dtype)
-    logits = (operand @ operand.t()).to(wide) / temperature
+    similarity = (operand @ operand.t()).to(wide)
+    logits = similarity / temperature
     logits.fill_diagonal_(float("-inf"))
-    positives = torch.arange(2 * n, device=z.device).roll(n)
-    return F.cross_entropy(logits, positives, reduction="none")
+    rows = torch.arange(2 * n, device=z.device)
+    positive = similarity.detach()[rows, rows.roll(n)]
+    exceeding = (similarity > positive[:, None]).fill_diagonal_(False).sum(1)
+    return F.cross_entropy(logits, rows.roll(n), reduction="none"), positive, exceeding.to(wide)
 
 
 class _Arguments(NamedTuple):
@@ -38,9 +43,19 @@ class _Arguments(NamedTuple):
     group: str
     shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
     operand_dtype: torch.dtype
+    count_exceeding: bool  # whether to count the negatives that exceed a positive
     backend: str
 
 
+# A backend's kernel, kernels/<backend>/nt_xent.py, has two functions. `common` stands for
+#   z0, z1 (contiguous), temperature (float | Tensor), normalize, operand_dtype.
+# s_ij = <z_i, z_j>, the rows unit if normalize and rounded to operand_dtype.
+#
+# forward(*common, count_exceeding) -> losses [2N], inv_norm [2N], stats [3, 2N] or, if count_exceeding, [5, 2N]:
+#   0: m_i, any maximum that keeps exp((s_ij - m_i) / tau) in range  1: 1 / r_i, their sum over all j != i
+#   2: share of the negatives in r_i     3: the positive's s          4: how many negatives exceed it
+# backward(grad [2N], *common, inv_norm, stats) -> dz0, dz1, dtemperature
+# own=slice: of the examples of a slice only, losses and stats [.., 2B], gradients [B, D] from all rows' grad and stats.
 def _options(x: _Arguments) -> tuple[Any, ...]:
     _check.embeddings("nt_xent", z0=x.z0, z1=x.z1)
     if x.temperature is not None:
@@ -54,21 +69,21 @@ def _own(x: _Arguments) -> slice:
 
 
 def _forward(x: _Arguments) -> tuple[Tensor, ...]:
-    options, run = _options(x), kernel(x.backend, "nt_xent").forward
+    options, run = (*_options(x), x.count_exceeding), kernel(x.backend, "nt_xent").forward
     if not x.group:
         losses, inv_norm, stats = run(x.z0.contiguous(), x.z1.contiguous(), *options)
         return losses, inv_norm, stats, x.z0.new_empty(0)
     views = distributed.gather_views([x.z0, x.z1], x.group)
     losses, inv_norm, stats = run(views[0], views[1], *options, own=_own(x))
-    rows = torch.cat([losses[None], stats]).view(4, 2, -1)
-    losses, *stats = distributed.all_gather(rows, x.group, 2).view(4, -1)
+    rows = torch.cat([losses[None], stats]).unflatten(1, (2, -1))
+    losses, *stats = distributed.all_gather(rows, x.group, 2).flatten(1)
     return losses.clone(), inv_norm, torch.stack(stats), views
 
 
 def _shapes(x: _Arguments) -> tuple[tuple[int, ...], ...]:
     """Of the losses and of what is saved: of all ranks, and their views if there are others"""
     n, d = x.z0.shape[0] * distributed.size(x.group), x.z0.shape[1]
-    return (2 * n,), (2 * n,), (3, 2 * n), (2, n, d) if x.group else (0,)
+    return (2 * n,), (2 * n,), (5 if x.count_exceeding else 3, 2 * n), (2, n, d) if x.group else (0,)
 
 
 def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
@@ -120,9 +135,10 @@ def nt_xent(
     temperature: float | Tensor = 0.5,
     normalize: bool = True,
     reduction: str = "mean",
+    return_metrics: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """Normalised temperature-scaled cross entropy over 2N embeddings, the loss of SimCLR.
 
     With z = [z0; z1] and p(i) the other view of i, row i's loss is -log softmax over j != i of
@@ -136,10 +152,13 @@ def nt_xent(
             tensor: a number that changes recompiles.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the 2N rows, or "none": the losses [2N], rows of z0 first.
+        return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of the positive among all other rows, and its
+            mean similarity.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the
-            negatives come from all of them. A mean or a sum is that of all rows, the same on every rank, and so must be
-            what is built on it; "none" gives the rank's own losses. Gradients, the temperature's too, are W times the
-            rank's share, which DDP's averaging makes those of the whole batch. Backward communicates only after "none".
+            negatives come from all of them. A mean or a sum is that of all rows, and so are the metrics, the same on
+            every rank, and so must be what is built on it; "none" gives the rank's own losses. Gradients, the
+            temperature's too, are W times the rank's share, which DDP's averaging makes those of the whole batch.
+            Backward communicates only after "none".
         backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
@@ -155,16 +174,17 @@ def nt_xent(
     """
     _check.embeddings("nt_xent", z0=z0, z1=z1)
     _check.temperature("nt_xent", temperature, z0.device)
-    _check.flag("nt_xent", "normalize", normalize)
-    _check.choice("nt_xent", "reduction", reduction, REDUCTIONS)
+    check_options("nt_xent", normalize, reduction, return_metrics)
     group = distributed.name("nt_xent", group)
     operand_dtype = compute_dtype(z0)
     backend = resolve("nt_xent", z0.device, z0.dtype, backend, group)
     if backend == "eager":
         z0, z1 = distributed.gathered("nt_xent", group, z0, z1)
-        losses = reference(z0, z1, temperature, normalize, operand_dtype)
+        losses, *logged = reference(z0, z1, temperature, normalize, operand_dtype)
     else:
         tau = (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, temperature)
-        options = (normalize, group, reduction != "none", operand_dtype, backend)
-        losses = torch.ops.sslops.nt_xent(z0, z1, *tau, *options)[0]
-    return reduce(losses, reduction, group, parts=2)
+        options = (normalize, group, reduction != "none", operand_dtype, return_metrics, backend)
+        losses, _, stats, _ = torch.ops.sslops.nt_xent(z0, z1, *tau, *options)
+        logged = stats[3:].unbind()
+    loss = reduce(losses, reduction, group, parts=2)
+    return (loss, metrics(*logged)) if return_metrics else loss

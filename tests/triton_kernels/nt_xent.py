@@ -23,14 +23,20 @@ def on_cpu() -> Iterator[None]:
 
 
 def call(
-    n: int, d: int, operands: str, temperature: float | None, device: str, dtype: torch.dtype | None = None
+    n: int,
+    d: int,
+    operands: str,
+    temperature: float | None,
+    device: str,
+    dtype: torch.dtype | None = None,
+    count: bool = False,
 ) -> None:
     """Forward and backward; without a temperature it is a tensor, and the kernels search for the maximum"""
     compute = OPERANDS[operands]
     z = torch.ones(n, d, dtype=dtype or compute, device=device)
     tau = torch.ones((), device=device) if temperature is None else temperature
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
-        losses, *saved = nt_xent.forward(z, z, tau, True, compute)
+        losses, *saved = nt_xent.forward(z, z, tau, True, compute, count)
         nt_xent.backward(losses, z, z, tau, True, compute, *saved)
 
 
@@ -54,6 +60,8 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
             for how, temperature in (("fixed", 0.1), ("search", None)):
                 yield f"{operands} D={d} {how}", partial(call, 65536, d, operands, temperature, "meta")
     yield "bf16 autocast D=128", partial(call, 65536, 128, "bf16", 0.1, "meta", torch.float32)
+    for how, temperature in (("fixed", 0.1), ("search", None)):
+        yield f"bf16 D=128 {how} metrics", partial(call, 65536, 128, "bf16", temperature, "meta", count=True)
 
 
 def small() -> Iterator[Callable[[], None]]:
@@ -61,7 +69,7 @@ def small() -> Iterator[Callable[[], None]]:
     for n, d in ((1, 1), (33, 7), (70, 100), (35, 300)):
         for operands in ("f16", "tf32", "ieee"):
             for temperature in (0.1, None):
-                yield partial(call, n, d, operands, temperature, "cpu")
+                yield partial(call, n, d, operands, temperature, "cpu", count=operands == "tf32")
 
 
 # ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
@@ -148,6 +156,21 @@ def test_many_panels(monkeypatch: pytest.MonkeyPatch, search: bool, panels: int)
     compare(pairs("random", 170, 20), 0.1, True, torch.float16, "default", search)
 
 
+@pytest.mark.parametrize("panels", [nt_xent.PANELS, 3])
+@pytest.mark.parametrize("search", [False, True])
+def test_metrics(monkeypatch: pytest.MonkeyPatch, search: bool, panels: int) -> None:
+    monkeypatch.setattr(nt_xent, "PANELS", panels)
+    z0, z1 = (x.float() for x in pairs("random", 170, 20))
+    z1 += z0
+    temperature = torch.tensor(0.1) if search else 0.1
+    losses, _, stats = nt_xent.forward(z0, z1, temperature, True, z0.dtype, True)
+    expected, positive, exceeding = reference(z0, z1, 0.1, True, z0.dtype)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(stats[3], positive)
+    assert torch.equal(stats[4], exceeding)
+    assert exceeding.unique().numel() > 20
+
+
 def test_magnitude_does_not_matter() -> None:
     """A power of two cancels to the last bit, squares that overflow or not"""
     z = torch.randn(2, 33, 40)
@@ -173,7 +196,7 @@ def compare(
     with mock.patch.object(launch, "chip", return_value=chip):
         got, again = (evaluate(kernel, z, temperature, dtype) for _ in range(2))
     eager, truth = (
-        evaluate(lambda z0, z1, tau, t=t: reference(z0, z1, tau, normalize, t), z, temperature, t)
+        evaluate(lambda z0, z1, tau, t=t: reference(z0, z1, tau, normalize, t)[0], z, temperature, t)
         for t in (dtype, torch.float64)
     )
     # The temperature's gradient is a sum of terms that may cancel: its floor is of their size.
