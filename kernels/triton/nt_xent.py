@@ -77,28 +77,13 @@ def _negatives(i, j, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return (rows < M) & (columns < M) & ~paired
 
 
-@triton.jit
-def _positives(s_pos, rows, N, M):
-    """Similarities of the rows' pairs"""
-    return tl.load(s_pos + tl.where(rows < N, rows, rows - N), mask=rows < M, other=0.0)
-
-
-@triton.jit
-def _add_columns(part, columns, terms, begun, wanted, M):
-    """Adds the terms to part, which has no value before it is begun"""
-    before = tl.load(part + columns, mask=columns < tl.where(begun, M, 0), other=0.0)
-    tl.store(part + columns, before + terms, mask=columns < tl.where(wanted, M, 0))
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _negative_sums(
-    z, r_parts, m_parts, above_parts, s_pos, scale, maximum, N, M, stride, panel,
+    z, r_parts, m_parts, scale, maximum, N, M, stride, panel,
     SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """r_parts[k, i], m_parts[k, i]: the sum of E_ij and the largest logit over the negatives j of row i in panel k.
-
-    above_parts[k, i], if it is there: how many of them exceed s_pos of row i's pair.
 
     The rows are cut into an odd number P of panels. Program (a, d) has the pair of panels a and b = a + d mod P: with
     d <= P / 2 every pair once, which gives part b of panel a's rows and, by symmetry, part a of panel b's. With the
@@ -107,14 +92,13 @@ def _negative_sums(
     scale = tl.load(scale)
     a = tl.program_id(0)
     b = (a + tl.program_id(1)) % tl.num_programs(0)
-    columns_part = a.to(tl.int64) * M
+    columns_part = r_parts + a.to(tl.int64) * M
     rows_part = b.to(tl.int64) * M
     stride = BLOCK_K if STATIONARY else stride
     for i in range(a * panel, tl.minimum(a * panel + panel, M), BLOCK_M):
         rows = i + tl.arange(0, BLOCK_M)
         r = tl.zeros([BLOCK_M], tl.float32)
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
-        above = tl.zeros([BLOCK_M], tl.float32)
         if STATIONARY:
             zi = row_tile(z, i, M, stride, BLOCK_M, BLOCK_K)
         for j in range(b * panel, tl.minimum(b * panel + panel, M), BLOCK_N):
@@ -123,14 +107,6 @@ def _negative_sums(
                 s = tl.dot(zi, column_tile(z, j, M, stride, BLOCK_N, BLOCK_K), input_precision=PRECISION)
             else:
                 s = _similarities(z, i, j, M, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-            if above_parts is not None:
-                rivals = s
-                if _has_others(i, j, N, M, BLOCK_M, BLOCK_N):
-                    rivals = tl.where(_negatives(i, j, N, M, BLOCK_M, BLOCK_N), s, float("-inf"))
-                above += tl.sum((rivals > _positives(s_pos, rows, N, M)[:, None]).to(tl.float32), 1)
-                if not SEARCH:
-                    more = tl.sum((rivals > _positives(s_pos, columns, N, M)[None, :]).to(tl.float32), 0)
-                    _add_columns(above_parts + columns_part, columns, more, i > a * panel, a != b, M)
             if SEARCH:
                 s = s * scale
                 if _has_others(i, j, N, M, BLOCK_M, BLOCK_N):
@@ -143,10 +119,9 @@ def _negative_sums(
                 if _has_others(i, j, N, M, BLOCK_M, BLOCK_N):
                     e = tl.where(_negatives(i, j, N, M, BLOCK_M, BLOCK_N), e, 0.0)
                 r += tl.sum(e, 1)
-                _add_columns(r_parts + columns_part, columns, tl.sum(e, 0), i > a * panel, a != b, M)
+                before = tl.load(columns_part + columns, mask=columns < tl.where(i > a * panel, M, 0), other=0.0)
+                tl.store(columns_part + columns, before + tl.sum(e, 0), mask=columns < tl.where(a != b, M, 0))
         tl.store(r_parts + rows_part + rows, r, mask=rows < M)
-        if above_parts is not None:
-            tl.store(above_parts + rows_part + rows, above, mask=rows < M)
         if SEARCH:
             tl.store(m_parts + rows_part + rows, top, mask=rows < M)
         tl.debug_barrier()  # the columns' parts are read again by other threads
@@ -154,18 +129,17 @@ def _negative_sums(
 
 @triton.jit(do_not_specialize=SIZES)
 def _losses(
-    r_parts, m_parts, above_parts, s_pos, losses, stats, scale, maximum, N, M, panels,
+    r_parts, m_parts, s_pos, losses, stats, scale, maximum, N, M, panels,
     SEARCH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """losses [M] and stats [3 or 5, M] from the parts, in their order"""
+    """losses [M] and stats [3, M] = (m, 1 / r, r_neg / r) from the parts, in their order"""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < M
     part = tl.arange(0, PARTS)[:, None]
     at = part.to(tl.int64) * M + i[None, :]
     mask = (part < panels) & inside[None, :]
     r = tl.load(r_parts + at, mask=mask, other=0.0)
-    similarity = _positives(s_pos, i, N, M)
-    positive = similarity * tl.load(scale)
+    positive = tl.load(s_pos + tl.where(i < N, i, i - N), mask=inside, other=0.0) * tl.load(scale)
     if SEARCH:
         tops = tl.load(m_parts + at, mask=mask, other=LOWEST)
         m = tl.maximum(tl.max(tops, 0), positive) * LN2
@@ -183,11 +157,25 @@ def _losses(
     stats += i
     tl.store(stats, m, mask=inside)
     tl.store(stats + M, 1.0 / r, mask=inside)
-    stats += 2 * M.to(tl.int64)
-    tl.store(stats, r_neg / r, mask=inside)
-    if above_parts is not None:
-        tl.store(stats + M, similarity, mask=inside)
-        tl.store(stats + 2 * M, tl.sum(tl.load(above_parts + at, mask=mask, other=0.0), 0), mask=inside)
+    tl.store(stats + 2 * M.to(tl.int64), r_neg / r, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _exceeding(
+    z, s_pos, above, N, M, stride, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """above [M]: how many negatives exceed the row's positive. A pass of its own: _negative_sums is full of registers"""
+    i = tl.program_id(0) * BLOCK_M
+    rows = i + tl.arange(0, BLOCK_M)
+    positive = tl.load(s_pos + tl.where(rows < N, rows, rows - N), mask=rows < M, other=0.0)
+    count = tl.zeros([BLOCK_M], tl.float32)
+    for j in range(0, M, BLOCK_N):
+        s = _similarities(z, i, j, M, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        if _has_others(i, j, N, M, BLOCK_M, BLOCK_N):
+            s = tl.where(_negatives(i, j, N, M, BLOCK_M, BLOCK_N), s, float("-inf"))
+        count += tl.sum((s > positive[:, None]).to(tl.float32), 1)
+    tl.store(above + rows, count, mask=rows < M)
 
 
 @triton.jit
@@ -344,15 +332,16 @@ def forward(
         stride = z.shape[1]
         r_parts = losses.new_empty((odd, m))
         m_parts = torch.empty_like(r_parts) if search else None
-        above_parts = torch.empty_like(r_parts) if count_exceeding else None
         _negative_sums[odd, odd if search else odd // 2 + 1](
-            z, r_parts, m_parts, above_parts, s_pos if count_exceeding else None, scale, maximum, n, m, stride, panel,
-            search, precision, stride == config["BLOCK_K"], **config,
+            z, r_parts, m_parts, scale, maximum, n, m, stride, panel, search, precision, stride == config["BLOCK_K"],
+            **config,
         )  # fmt: skip
         _losses[triton.cdiv(m, 128),](
-            r_parts, m_parts, above_parts, s_pos, losses, stats, scale, maximum, n, m, panels, search, 32, 128,
-            **launch.FUSED,
-        )  # fmt: skip
+            r_parts, m_parts, s_pos, losses, stats, scale, maximum, n, m, panels, search, 32, 128, **launch.FUSED
+        )
+        if count_exceeding:
+            torch.cat([s_pos, s_pos], out=stats[3])
+            _exceeding[triton.cdiv(m, block),](z, s_pos, stats[4], n, m, stride, precision, **config)
     return losses, inv_norm, stats
 
 

@@ -58,10 +58,8 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
         widths = table.get(chip, table["default"])[operands if operands in ("tf32", "ieee") else "half"]
         for d in (*map(int, widths), 1000):
             for how, temperature in (("fixed", 0.1), ("search", None)):
-                yield f"{operands} D={d} {how}", partial(call, 65536, d, operands, temperature, "meta")
+                yield f"{operands} D={d} {how}", partial(call, 65536, d, operands, temperature, "meta", count=True)
     yield "bf16 autocast D=128", partial(call, 65536, 128, "bf16", 0.1, "meta", torch.float32)
-    for how, temperature in (("fixed", 0.1), ("search", None)):
-        yield f"bf16 D=128 {how} metrics", partial(call, 65536, 128, "bf16", temperature, "meta", count=True)
 
 
 def small() -> Iterator[Callable[[], None]]:
@@ -156,19 +154,15 @@ def test_many_panels(monkeypatch: pytest.MonkeyPatch, search: bool, panels: int)
     compare(pairs("random", 170, 20), 0.1, True, torch.float16, "default", search)
 
 
-@pytest.mark.parametrize("panels", [nt_xent.PANELS, 3])
-@pytest.mark.parametrize("search", [False, True])
-def test_metrics(monkeypatch: pytest.MonkeyPatch, search: bool, panels: int) -> None:
-    monkeypatch.setattr(nt_xent, "PANELS", panels)
-    z0, z1 = (x.float() for x in pairs("random", 170, 20))
-    z1 += z0
-    temperature = torch.tensor(0.1) if search else 0.1
-    losses, _, stats = nt_xent.forward(z0, z1, temperature, True, z0.dtype, True)
-    expected, positive, exceeding = reference(z0, z1, 0.1, True, z0.dtype)
-    torch.testing.assert_close(losses, expected)
+@pytest.mark.parametrize(("n", "d"), [(170, 20), (40, 300)])
+def test_metrics(n: int, d: int) -> None:
+    z0, z1 = (x.float() for x in pairs("random", n, d))
+    z1 += 2 / d**0.5 * z0
+    _, _, stats = nt_xent.forward(z0, z1, 0.1, True, z0.dtype, True)
+    _, positive, exceeding = reference(z0, z1, 0.1, True, z0.dtype)
     torch.testing.assert_close(stats[3], positive)
     assert torch.equal(stats[4], exceeding)
-    assert exceeding.unique().numel() > 20
+    assert exceeding.unique().numel() > 10
 
 
 def test_magnitude_does_not_matter() -> None:
