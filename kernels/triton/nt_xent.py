@@ -165,7 +165,7 @@ def _exceeding(
     z, s_pos, above, N, M, stride, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """above [M]: how many negatives exceed the row's positive. A pass of its own: _negative_sums has no free registers"""
+    """above [M]: how many negatives exceed the row's positive. Apart: _negative_sums has no registers left for it"""
     i = tl.program_id(0) * BLOCK_M
     rows = i + tl.arange(0, BLOCK_M)
     positive = tl.load(s_pos + tl.where(rows < N, rows, rows - N), mask=rows < M, other=0.0)
