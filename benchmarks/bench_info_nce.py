@@ -1,6 +1,7 @@
-"""InfoNCE against a queue, beside eager PyTorch, torch.compile, libraries and the unavoidable matmuls.
+"""InfoNCE, beside eager PyTorch, torch.compile, libraries and the unavoidable matmuls.
 
 Shapes: B x K x D. The queue holds unit rows, so eager need not normalise it; ours does. Only the query has a gradient.
+K = 0 stands for in-batch negatives, as MoCo v3 has them: the keys learn too.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from peers import inf_cl_info_nce, liger_info_nce, memeff_info_nce
 
 import sslops
 
@@ -17,12 +19,15 @@ CASES = {
     "cpu": [
         *cases("256x65536x128 256x4096x128 1024x65536x256", "float32", "both"),
         *cases("256x65536x128", "bfloat16", "both"),
-        *cases("256x65536x128", "float32", "forward backward"),
+        *cases("256x65536x128", "float32", "forward backward enqueue"),
+        *cases("4096x0x256", "float32", "both"),
         *cases("256x65536x128", "float32 bfloat16", "memory"),
+        *cases("4096x0x256", "float32", "memory"),
     ],
     "cuda": [
-        *cases("256x65536x128 4096x65536x256", "bfloat16", "both"),
+        *cases("256x65536x128 4096x65536x256 4096x0x256 16384x0x256", "bfloat16", "both"),
         *cases("256x65536x128", "float32", "both"),
+        *cases("256x65536x128", "bfloat16", "enqueue"),
     ],
 }
 
@@ -43,28 +48,46 @@ def lean_eager(query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor) -> t
     return (torch.logaddexp((q @ queue.t()).float().logsumexp(1), positive) - positive).mean()
 
 
-def fused(query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor) -> torch.Tensor:
+def usual_in_batch(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    logits = F.normalize(query) @ F.normalize(key).t() / TEMPERATURE
+    return F.cross_entropy(logits.float(), torch.arange(len(query), device=query.device))
+
+
+def lean_in_batch(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    q, k = F.normalize(query) / TEMPERATURE, F.normalize(key)
+    return ((q @ k.t()).float().logsumexp(1) - (q * k).sum(1).float()).mean()
+
+
+def fused(query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor | None = None) -> torch.Tensor:
     return sslops.info_nce(query, key, queue, temperature=TEMPERATURE)
 
 
-def losses() -> dict[str, Callable]:
-    return {
+def losses(k: int) -> dict[str, Callable]:
+    usual, lean = (usual_eager, lean_eager) if k else (usual_in_batch, lean_in_batch)
+    found = {
         "sslops": fused,
-        "eager": usual_eager,
-        "lean eager": lean_eager,
-        "compile": torch.compile(usual_eager, dynamic=False),
-        "lean compile": torch.compile(lean_eager, dynamic=False),
+        "eager": usual,
+        "lean eager": lean,
+        "compile": torch.compile(usual, dynamic=False),
+        "lean compile": torch.compile(lean, dynamic=False),
     }
+    if k == 0 and torch.cuda.is_available():
+        libraries = {"memeff": memeff_info_nce, "inf-cl": inf_cl_info_nce, "liger": liger_info_nce}
+        found |= {name: loss for name, make in libraries.items() if (loss := make(TEMPERATURE))}
+    return found
 
 
 def tensors(b: int, k: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     query, key = (torch.randn(b, d, device=device).to(dtype) for _ in range(2))
+    if k == 0:
+        return [query.requires_grad_(), key.requires_grad_()]
     return [query.requires_grad_(), key, F.normalize(torch.randn(k, d, device=device)).to(dtype)]
 
 
 def variant(loss: Callable, inputs: list[torch.Tensor], part: str) -> Variant:
     def forward() -> torch.Tensor:
-        inputs[0].grad = None
+        for x in inputs:
+            x.grad = None
         return loss(*inputs)
 
     both = {"forward": forward, "backward": (forward, torch.Tensor.backward), "both": lambda: forward().backward()}
@@ -90,20 +113,44 @@ def tile_matmuls(query: torch.Tensor, queue: torch.Tensor) -> Variant:
     return run
 
 
+def enqueues(query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor) -> dict[str, Variant]:
+    """Beside MoCo's way, keys in the columns of [D, K], and a step of our loss."""
+    ours = sslops.NegativeQueue(*queue.shape, dtype=queue.dtype).to(queue.device)
+    columns, pointer = queue.t().contiguous(), torch.zeros(1, dtype=torch.long, device=queue.device)
+
+    def moco() -> None:
+        at = int(pointer)
+        columns[:, at : at + len(key)] = F.normalize(key).t()
+        pointer[0] = (at + len(key)) % len(queue)
+
+    return {
+        "sslops": lambda: ours.enqueue(key),
+        "eager": moco,
+        "the loss": variant(fused, [query, key, queue], "both"),
+    }
+
+
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     (b, k, d), dtype, part = case
-    flop = 4 * b * k * d  # all of it in forward
     inputs = tensors(b, k, d, dtype, device)
+    if part == "enqueue":
+        if k == 0:
+            pytest.skip("in-batch there is no queue")
+        record(benchmark, enqueues(*inputs), b=b, k=k, d=d, dtype=dtype, part=part)
+        return
+    passes = 1 if k else 2
+    flop = passes * 4 * b * (k or b) * d  # against a queue all of it in forward
     torch._dynamo.reset()
-    variants = {name: variant(loss, inputs, part) for name, loss in losses().items()}
-    if dtype == torch.bfloat16:
+    variants = {name: variant(loss, inputs, part) for name, loss in losses(k).items()}
+    if dtype == torch.bfloat16 and k:
         wide = [x.detach().float() for x in inputs]
         variants["float32 eager"] = variant(usual_eager, [wide[0].requires_grad_(), *wide[1:]], part)
     limit = "matmuls" if part != "backward" else None
     if limit:
         with torch.no_grad():
-            variants[limit] = tile_matmuls(inputs[0], inputs[2]) if device == "cpu" else matmul(flop, dtype)
+            once = tile_matmuls(inputs[0], inputs[-1].detach()) if device == "cpu" else matmul(flop / passes, dtype)
+            variants[limit] = lambda: [once() for _ in range(passes)]
     record(benchmark, variants, limit=limit, b=b, k=k, d=d, dtype=dtype, part=part, flop=flop)
 
 
@@ -114,7 +161,7 @@ def test_memory(benchmark, device, case):
 import torch
 from bench_info_nce import losses, tensors, variant
 inputs = tensors({b}, {k}, {d}, {dtype}, "cpu")
-step = variant(losses()[{{!r}}], inputs, "both")
+step = variant(losses({k})[{{!r}}], inputs, "both")
 """
     names = ["sslops"] if settings.only_ours else ["sslops", "eager", "compile"]
     peak_mb = {name: peak_memory(setup.format(name), "step()") for name in names}
