@@ -11,6 +11,7 @@ import sslops
 CASES = {
     "cpu": cases("1024x2048", "float32", "both"),
     "cuda": cases("1024x8192", "bfloat16", "both"),
+    "small": cases("66x7 130x300", "float32 bfloat16", "both"),
 }
 
 

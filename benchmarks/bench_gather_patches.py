@@ -15,6 +15,7 @@ CASES = {
         *cases("64x224x16x768", "float32", "memory"),
     ],
     "cuda": cases("512x224x16x768", "float32 bfloat16", "gather embed"),
+    "small": cases("2x24x8x20", "float32 bfloat16", "gather embed"),
 }
 
 

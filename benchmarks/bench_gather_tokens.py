@@ -9,6 +9,7 @@ import sslops
 CASES = {
     "cpu": cases("64x196x49x768", "float32", "forward both"),
     "cuda": cases("64x196x49x768 1024x196x49x768", "float32 bfloat16", "forward both"),
+    "small": cases("3x50x12x20", "float32 bfloat16", "forward both"),
 }
 
 

@@ -29,6 +29,7 @@ CASES = {
         *cases("256x65536x128", "float32", "both"),
         *cases("256x65536x128", "bfloat16", "enqueue"),
     ],
+    "small": cases("66x70x7 130x700x300 66x0x7", "float32 bfloat16", "both"),
 }
 
 

@@ -10,6 +10,7 @@ RATIO = 0.75
 CASES = {
     "cpu": [*cases("64x224x16", "float32", "both"), *cases("64x224x16", "float32", "memory")],
     "cuda": cases("64x224x16 512x224x16", "float32 bfloat16", "both"),
+    "small": cases("2x24x8", "float32 bfloat16", "both"),
 }
 
 

@@ -9,6 +9,7 @@ import sslops
 CASES = {
     "cpu": cases("64x196 4096x196 64x1568", "float32", "forward"),
     "cuda": cases("64x196 4096x196 64x1568", "float32", "forward"),
+    "small": cases("3x196 2x1568", "float32", "forward"),
 }
 
 

@@ -9,6 +9,7 @@ import sslops
 CASES = {
     "cpu": cases("64x512 1024x512", "int64", "forward"),
     "cuda": cases("64x512 1024x512", "int64", "forward"),
+    "small": cases("3x50", "int64", "forward"),
 }
 MASK, VOCABULARY = 103, 30522
 

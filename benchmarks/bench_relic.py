@@ -24,6 +24,7 @@ CASES = {
         *cases(f"{MULTICROP} 4096x128x1x0x4095 16384x128x1x0x16383", "float32", "memory"),
     ],
     "cuda": cases(f"{MULTICROP} 1024x256x2x6x10 4096x256x1x0x4095 16384x256x1x0x16383", "bfloat16", "both"),
+    "small": cases("66x7x2x1x65 66x7x1x0x10 130x300x1x0x129", "float32 bfloat16", "both"),
 }
 
 Crops = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]

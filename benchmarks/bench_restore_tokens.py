@@ -9,6 +9,7 @@ import sslops
 CASES = {
     "cpu": cases("64x49x196x512", "float32", "forward both"),
     "cuda": cases("64x49x196x512 1024x49x196x512", "float32 bfloat16", "forward both"),
+    "small": cases("3x12x50x20", "float32 bfloat16", "forward both"),
 }
 
 

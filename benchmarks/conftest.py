@@ -1,6 +1,7 @@
 """What every bench_<op>.py gets: its cases, devices and threads from the command line, and a progress bar.
 
-A file whose tests take the fixture `case` has CASES: device -> the selection that runs when nothing else is asked for.
+A file whose tests take the fixture `case` has CASES: device -> the selection that runs when nothing else is asked for,
+and "small", ragged ones that no time is worth measuring of.
 test_memory gets those whose part is "memory", the other tests all others.
 """
 
@@ -37,6 +38,7 @@ def pytest_addoption(parser):
     group.addoption("--threads", help="such as '1 2'; default: 1 and all cores")
     group.addoption("--seconds", type=float, default=settings.seconds, help="spent on timing a row, at least 3 rounds")
     group.addoption("--minutes", type=float, default=float("inf"), help="after which no other row is begun")
+    group.addoption("--small", action="store_true", help="small shapes, for a sanitizer: with --benchmark-disable")
     group.addoption("--only-ours", action="store_true", help="leave the other variants out")
 
 
@@ -65,7 +67,7 @@ def pytest_generate_tests(metafunc):
             counts = [int(count) for count in option("--threads").split()]
         metafunc.parametrize("threads", counts, indirect=True, ids="{}thread".format)
     if "case" in metafunc.fixturenames:
-        selection = metafunc.module.CASES[device]
+        selection = metafunc.module.CASES["small" if option("--small") else device]
         words = [option(name) for name in ("--shapes", "--dtypes", "--parts")]
         if any(words):
             columns = zip(*(str(case).split("-") for case in selection), strict=True)

@@ -1,9 +1,9 @@
 """All that needs a GPU, in one command: `python benchmarks/gpu.py --out DIR`.
 
-Stages: build, tests, sanitizer, tune, bench. Each has less than ten minutes; one that fails or runs out of them does
-not stop the others, and the exit status says whether any did. What they change in the tree (launch configs, results)
-is packed into DIR/changes.tar.gz: unpack it in the root of a clone. Needs torch with CUDA, Triton, pytest,
-pytest-benchmark, ninja and pybind11, and no network.
+Stages: build, tests, sanitizer, tune, bench. Each has --minutes, and what one of its steps leaves of them the next one
+has; one that fails or runs out of them does not stop the others, and the exit status says whether any did. What they
+change in the tree (launch configs, results) is packed into DIR/changes.tar.gz: unpack it in the root of a clone. Needs
+torch with CUDA, Triton, pytest, pytest-benchmark, ninja and pybind11, and no network.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("build", "tests", "sanitizer", "tune", "bench")
-MINUTES = 9.5  # of a stage; each step may take what those before it have left
 CHANGED = ("kernels/triton", "benchmarks/tuned", "benchmarks/results", "RESULTS.md")
 
 
@@ -30,12 +29,20 @@ class Step(NamedTuple):
     command: list[str]
 
 
-def steps(wheels: list[str]) -> list[Step]:
+def steps(wheels: list[str], minutes: float) -> list[Step]:
     python = sys.executable
     ops = sorted(file.stem.removeprefix("bench_") for file in ROOT.glob("benchmarks/bench_*.py"))
     tests = [f"tests/test_{op}.py" for op in ops if (ROOT / f"tests/test_{op}.py").exists()]
-    small = [python, "-m", "pytest", "benchmarks", "-q", "-x", "--benchmark-disable", "--only-ours", "--device=cuda",
-             "--shapes=66x7 202x100 130x300", "--dtypes=bfloat16 float32", "--parts=both"]  # fmt: skip
+    options = ["--small", "--benchmark-disable", "--only-ours", "--device=cuda"]
+    small = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        *(f"benchmarks/bench_{op}.py" for op in ops if op != "limits"),
+        *options,
+    ]
     peers = Step("build", "other libraries' wheels", [python, "-m", "pip", "install", "-q", "--no-deps", *wheels])
     return [
         *([peers] if wheels else []),
@@ -53,10 +60,10 @@ def steps(wheels: list[str]) -> list[Step]:
         Step(
             "tune",
             "launch configs of the Triton kernels",
-            [python, "benchmarks/tune.py", "--minutes", f"{MINUTES - 0.5}"],
+            [python, "benchmarks/tune.py", "--minutes", f"{minutes - 0.5}"],
         ),
         *(
-            Step("bench", op, [python, "-m", "benchmarks", "--device", "cuda", "--save", "--op", op])
+            Step("bench", op, [python, "-m", "benchmarks", "--device", "cuda", "--seconds", "2", "--save", "--op", op])
             for op in sorted(ops, key=lambda op: op != "limits")
         ),
     ]
@@ -94,11 +101,12 @@ def main() -> int:
     )
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="default: all, in this order")
     parser.add_argument("--dry-run", action="store_true", help="say what each stage would do here, and do nothing")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of each stage; default: %(default)s")
     parser.add_argument(
         "--wheels", nargs="*", default=[], metavar="FILE", help="of libraries to measure beside: memeff, inf-cl, ..."
     )
     arguments = parser.parse_args()
-    chosen = [step for step in steps(arguments.wheels) if step.stage in arguments.stage]
+    chosen = [step for step in steps(arguments.wheels, arguments.minutes) if step.stage in arguments.stage]
     if arguments.dry_run:
         for step in chosen:
             missing = "" if shutil.which(step.command[0]) else f" ({step.command[0]} is not here)"
@@ -106,7 +114,7 @@ def main() -> int:
         return 0
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    left = dict.fromkeys(STAGES, 60 * MINUTES)
+    left = dict.fromkeys(STAGES, 60 * arguments.minutes)
     lines = []
     for step in chosen:
         start = time.monotonic()

@@ -135,6 +135,13 @@ class TestGpuScript:
             assert step in done.stdout
         assert not (tmp_path / "out").exists()
 
+    def test_what_the_sanitizer_would_run_runs(self):
+        """Every benchmark, on small shapes"""
+        step = next(step for step in gpu.steps([], 9) if step.stage == "sanitizer")
+        command = [*step.command[step.command.index(sys.executable) :], "--device=cpu", "--threads=1", "-k", "not ema"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
     def test_a_failing_stage_does_not_stop_the_others(self, tmp_path, monkeypatch, capsys):
         def step(stage, code):
             return gpu.Step(stage, "planted", [sys.executable, "-c", code])
@@ -147,10 +154,9 @@ class TestGpuScript:
             step("tune", "print('never')"),
             step("bench", "print('measured')"),
         ]
-        monkeypatch.setattr(gpu, "steps", lambda wheels: planted)
-        monkeypatch.setattr(gpu, "MINUTES", 4 / 60)
+        monkeypatch.setattr(gpu, "steps", lambda wheels, minutes: planted)
         monkeypatch.setattr(gpu, "CHANGED", ("RESULTS.md",))
-        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--minutes", str(4 / 60)])
         assert gpu.main() == 1
         results = [line.split(" s  ")[1] for line in (tmp_path / "summary.txt").read_text().splitlines()]
         assert results[:2] == ["ok", "failed with status 3"]
