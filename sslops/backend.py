@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "choice", "explain", "kernel", "ops", "refusal", "resolve"]
+__all__ = ["BACKENDS", "choice", "explain", "is_distributed", "kernel", "ops", "refusal", "resolve"]
 
 # Per device type, fastest first.
 _ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -43,6 +43,16 @@ def _exists(module: str) -> bool:
 
 
 @functools.cache
+def _parameters(backend: str, op: str) -> frozenset[str]:
+    return frozenset(inspect.signature(kernel(backend, op).forward).parameters)
+
+
+def is_distributed(backend: str, op: str) -> bool:
+    """Whether it takes a batch that lies spread over ranks as it is. The others take the gathered batch."""
+    return backend != "eager" and not _parameters(backend, op).isdisjoint({"first", "group", "own"})
+
+
+@functools.cache
 def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype, distributed: bool = False) -> str | None:
     """Why `backend` cannot run `op` there, for a batch spread over ranks if distributed; None if it can."""
     if backend == "eager":
@@ -53,7 +63,7 @@ def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype, dis
         return f"the {backend} backend does not run on {device.type} tensors"
     if backend == "triton" and not _exists("triton"):
         return "triton is not installed"
-    if distributed and not {"first", "group", "own"} & inspect.signature(kernel(backend, op).forward).parameters.keys():
+    if distributed and not is_distributed(backend, op):
         return f"{op}'s {backend} kernel has no distributed form"
     reason: str | None = kernel(backend, op).refuses(device, dtype)
     return reason
@@ -86,8 +96,9 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | Non
     return _choose(op, device, dtype, wanted, group != "")
 
 
-# torch.compiler.assume_constant_result without its import of torch._dynamo: a trace takes the answer, not the search.
-resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _search in (resolve, is_distributed):
+    # torch.compiler.assume_constant_result without its import of torch._dynamo: a trace takes the answer
+    _search._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def choice(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]:

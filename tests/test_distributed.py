@@ -1,5 +1,8 @@
 """Batches spread over 2 and 4 real processes: values and gradients of the whole batch, and refusals on every rank."""
 
+import sys
+from unittest import mock
+
 import oracle
 import pytest
 import torch
@@ -246,6 +249,19 @@ def test_vicreg_of_one_view(two, backend, route):
 @each_dtype
 def test_cross_correlation(ranks, backend, dtype):
     check(ranks, sslops.cross_correlation, views(20 * ranks.world, 600, dtype), backend)
+
+
+def by_gathering(rank, world, op, inputs, options):
+    with mock.patch.object(sys.modules[op.__module__], "is_distributed", return_value=False):
+        return evaluate(rank, world, op, inputs, options)
+
+
+@pytest.mark.parametrize("op", [sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation])
+def test_a_kernel_without_a_distributed_form_has_the_gathered_batch(two, op):
+    """As a GPU's"""
+    inputs = views(40, 90)
+    apart, together = (two(how, op, inputs, {"backend": "cpu"}) for how in (evaluate, by_gathering))
+    torch.testing.assert_close(together, apart)
 
 
 def one_row(rank, world, op, inputs):

@@ -9,7 +9,7 @@ from .. import _check, distributed
 from .._columns import batch_norm
 from .._library import register
 from .._precision import compute_dtype
-from ..backend import kernel, resolve
+from ..backend import is_distributed, kernel, resolve
 
 ROUTES = ("gram", "panels")
 
@@ -169,9 +169,11 @@ def barlow_twins(
         route = cheaper_route(len(z_a) * ranks, z_a.shape[1])
     _check.choice("barlow_twins", "route", route, ROUTES)
     operand_dtype = compute_dtype(z_a)
-    backend = resolve("barlow_twins", z_a.device, z_a.dtype, backend, group)
-    if backend == "eager":
+    backend = resolve("barlow_twins", z_a.device, z_a.dtype, backend, "" if synced else group)
+    if group and not is_distributed(backend, "barlow_twins"):
         z_a, z_b = distributed.gathered("barlow_twins", group, z_a, z_b)
+        group = ""
+    if backend == "eager":
         loss = reference(z_a, z_b, lambd, eps, operand_dtype, 1 if synced else ranks)
     else:
         needs_grad = torch.is_grad_enabled() and (z_a.requires_grad or z_b.requires_grad)

@@ -9,7 +9,7 @@ from .. import _check, distributed
 from .._columns import batch_norm
 from .._library import register
 from .._precision import compute_dtype
-from ..backend import kernel, resolve
+from ..backend import is_distributed, kernel, resolve
 
 
 def reference(z_a: Tensor, z_b: Tensor, eps: float, operand_dtype: torch.dtype, batches: int = 1) -> Tensor:
@@ -114,9 +114,11 @@ def cross_correlation(
     _check.batch("cross_correlation", "z_a", z_a, ranks if synced else 1)
     _check.positive("cross_correlation", eps=eps)
     operand_dtype = compute_dtype(z_a)
-    backend = resolve("cross_correlation", z_a.device, z_a.dtype, backend, group)
-    if backend == "eager":
+    backend = resolve("cross_correlation", z_a.device, z_a.dtype, backend, "" if synced else group)
+    if group and not is_distributed(backend, "cross_correlation"):
         z_a, z_b = distributed.gathered("cross_correlation", group, z_a, z_b)
+        group = ""
+    if backend == "eager":
         return reference(z_a, z_b, eps, operand_dtype, 1 if synced else ranks)
     c: Tensor = torch.ops.sslops.cross_correlation(z_a, z_b, eps, operand_dtype, group, synced, backend)
     return c

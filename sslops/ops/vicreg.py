@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check, distributed
 from .._library import register
 from .._precision import compute_dtype
-from ..backend import kernel, resolve
+from ..backend import is_distributed, kernel, resolve
 
 ROUTES = ("gram", "panels")
 
@@ -189,14 +189,16 @@ def vicreg(
     _check.batch("vicreg", "z_a", z_a, ranks)
     _check.non_negative("vicreg", invariance=invariance, variance=variance, covariance=covariance, eps=eps)
     operand_dtype = compute_dtype(z_a)
-    backend = resolve("vicreg", z_a.device, z_a.dtype, backend, group)
+    backend = resolve("vicreg", z_a.device, z_a.dtype, backend)
     if route is None:
         route = cheaper_route(len(z_a) * ranks, z_a.shape[1], backend)
     _check.choice("vicreg", "route", route, ROUTES)
     weights = (invariance, variance, covariance, eps)
+    if group and not is_distributed(backend, "vicreg"):
+        z_a, *other = distributed.gathered("vicreg", group, *(z for z in (z_a, z_b) if z is not None))
+        z_b, group = other[0] if other else None, ""
     if backend == "eager":
-        views = distributed.gathered("vicreg", group, *(z for z in (z_a, z_b) if z is not None))
-        return reference(views[0], None if z_b is None else views[1], *weights, operand_dtype)
+        return reference(z_a, z_b, *weights, operand_dtype)
     needs_grad = torch.is_grad_enabled() and (z_a.requires_grad or (z_b is not None and z_b.requires_grad))
     options = (operand_dtype, route, needs_grad, group, backend)
     loss: Tensor = torch.ops.sslops.vicreg(z_a, z_b, *weights, *options)[0]
