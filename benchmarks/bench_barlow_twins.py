@@ -16,6 +16,11 @@ CASES = {
     "cuda": cases("256x8192 1024x8192 4096x8192", "bfloat16", "both"),
     "small": cases("66x7 130x300", "float32 bfloat16", "both"),
 }
+WORK = {
+    # half of each Gram matrix and two products; C and two products, its panels written once and read twice
+    ("both", "N=256 D=8192"): {"flops": 6 * 256**2 * 8192, "bytes": 12 * 256 * 8192 + 16 * 256**2},
+    ("both", "N=4096 D=8192"): {"flops": 6 * 4096 * 8192**2, "bytes": 12 * 4096 * 8192 + 6 * 8192**2},
+}
 
 
 def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The momentum update beside torch's foreach, swa_utils and the libraries' updates, on whole models' tensors."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +23,10 @@ def vit(width: int, depth: int) -> list[tuple[int, ...]]:
     block = [*norm, (3 * width, width), (3 * width,), (width, width), (width,),
              *norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,)]  # fmt: skip
     return [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,), *block * depth, *norm, (1000, width), (1000,)]
+
+
+VIT_B = sum(map(math.prod, vit(768, 12)))
+WORK = {("update", "ViT-B, float32"): {"bytes": 12 * VIT_B}, ("update", "ViT-B, bf16"): {"bytes": 6 * VIT_B}}
 
 
 class ResNet50(nn.Module):

@@ -17,6 +17,7 @@ CASES = {
     "cuda": cases("512x224x16x768", "float32 bfloat16", "gather embed"),
     "small": cases("2x24x8x20", "float32 bfloat16", "gather embed"),
 }
+WORK = {("gather", "512 images, 224, patch 16"): {"bytes": 4 * 512 * 49 * 768}}
 
 
 def visible(shape, device):

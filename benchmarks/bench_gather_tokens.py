@@ -11,6 +11,7 @@ CASES = {
     "cuda": cases("64x196x49x768 1024x196x49x768", "float32 bfloat16", "forward both"),
     "small": cases("3x50x12x20", "float32 bfloat16", "forward both"),
 }
+WORK = {("both", "B=1024 L=196 K=49 D=768"): {"bytes": 2 * 1024 * 768 * (4 * 49 + 196)}}
 
 
 @pytest.mark.usefixtures("threads")

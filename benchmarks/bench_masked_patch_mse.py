@@ -12,6 +12,7 @@ CASES = {
     "cuda": cases("64x224x16 512x224x16", "float32 bfloat16", "both"),
     "small": cases("2x24x8", "float32 bfloat16", "both"),
 }
+WORK = {("both", "512 images, 224, patch 16"): {"bytes": 2 * 512 * 768 * (2 * 147 + 196)}}
 
 
 def inputs(shape, dtype, device):

@@ -11,6 +11,7 @@ CASES = {
     "cuda": cases("64x196 4096x196 64x1568", "float32", "forward"),
     "small": cases("3x196 2x1568", "float32", "forward"),
 }
+WORK = {("forward", "B=4096 L=196"): {"bytes": 4096 * (49 * 8 + 196 * 12)}}
 
 
 def eager(batch: int, length: int, keep: int, device: str) -> tuple[torch.Tensor, ...]:

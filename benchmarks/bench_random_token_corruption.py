@@ -11,6 +11,7 @@ CASES = {
     "cuda": cases("64x512 1024x512", "int64", "forward"),
     "small": cases("3x50", "int64", "forward"),
 }
+WORK = {("forward", "B=1024 L=512"): {"bytes": 24 * 1024 * 512}}
 MASK, VOCABULARY = 103, 30522
 
 

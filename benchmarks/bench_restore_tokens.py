@@ -11,6 +11,7 @@ CASES = {
     "cuda": cases("64x49x196x512 1024x49x196x512", "float32 bfloat16", "forward both"),
     "small": cases("3x12x50x20", "float32 bfloat16", "forward both"),
 }
+WORK = {("both", "B=1024 K=49 L=196 D=512"): {"bytes": 4 * 1024 * 512 * (2 + 49 + 196)}}
 
 
 def eager(x: torch.Tensor, token: torch.Tensor, ids: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:

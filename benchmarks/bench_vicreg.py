@@ -16,6 +16,9 @@ CASES = {
     "cuda": cases("256x8192 1024x8192 4096x8192", "bfloat16", "both"),
     "small": cases("66x7 130x300", "float32 bfloat16", "both"),
 }
+WORK = {  # by panels: of each view S, whose panels are written and read, and a product
+    ("both", f"N={n} D=8192"): {"flops": 8 * n * 8192**2, "bytes": 12 * n * 8192 + 8 * 8192**2} for n in (256, 4096)
+}
 
 
 def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
