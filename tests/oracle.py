@@ -15,6 +15,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
+from sslops._contrastive import Metrics
 from sslops.backend import BACKENDS, refusal
 
 # Two units in the last place of float32. Half-precision errors come from rounded operands and results, which eager
@@ -153,3 +154,15 @@ def assert_compiles(op: Callable[..., Tensor], *inputs: Tensor, backend: str = "
         for ours, theirs in zip([out, *grads], expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding, equal_nan=True)
     assert graphs.frame_count <= 2, f"{graphs.frame_count} graphs: one for the first batch size and one for all others"
+
+
+def assert_metrics(found: Metrics, positive: Tensor, others: Tensor, dtype: torch.dtype) -> None:
+    """Against float64 similarities with the positives [N] and with everything else [N, K]"""
+    above = (others > positive[:, None]).sum(1)
+    close = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 0.02, "check_dtype": False}
+    torch.testing.assert_close(found.top1, (above < 1).double().mean(), **close)
+    torch.testing.assert_close(found.top5, (above < 5).double().mean(), **close)
+    torch.testing.assert_close(found.positive_similarity, positive.mean(), **close)
+    assert not any(x.requires_grad for x in found)
+    assert 0.05 < found.top1 < found.top5 <= 1
+    assert found.top1 < 0.95
