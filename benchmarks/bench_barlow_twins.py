@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from _compare import cases
 from _views import Loss, memory_row, products, time_row
+from peers import lightly_loss, solo_loss
 
 import sslops
 
 CASES = {
     "cpu": [
-        *cases("256x8192 1024x8192 4096x2048", "float32", "both"),
+        *cases("256x2048 256x8192 256x32768 1024x8192 4096x2048", "float32", "both"),
         *cases("256x8192 4096x2048 256x32768", "float32", "memory"),
     ],
     "cuda": cases("256x8192 1024x8192 4096x8192", "bfloat16", "both"),
@@ -32,7 +33,9 @@ def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
 
 
 def losses() -> dict[str, Loss]:
-    return {"sslops": sslops.barlow_twins, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    found = {"sslops": sslops.barlow_twins, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    found |= {"lightly": lightly_loss("BarlowTwinsLoss"), "solo-learn": solo_loss("barlow", scale_loss=1.0)}
+    return {name: loss for name, loss in found.items() if loss}
 
 
 @pytest.mark.usefixtures("threads")

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
-from peers import inf_cl_info_nce, liger_info_nce, memeff_info_nce
+from peers import inf_cl_info_nce, liger_info_nce, lightly_loss, memeff_info_nce, solo_loss
 
 import sslops
 
 TEMPERATURE = 0.1
 CASES = {
     "cpu": [
-        *cases("256x65536x128 256x4096x128 1024x65536x256", "float32", "both"),
+        *cases("256x4096x128 256x16384x128 256x65536x128 256x262144x128 1024x65536x256", "float32", "both"),
         *cases("256x65536x128", "bfloat16", "both"),
         *cases("256x65536x128", "float32", "forward backward enqueue"),
         *cases("4096x0x256", "float32", "both"),
@@ -63,7 +63,25 @@ def fused(query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor | None = N
     return sslops.info_nce(query, key, queue, temperature=TEMPERATURE)
 
 
-def losses(k: int) -> dict[str, Callable]:
+def queue_libraries(k: int, d: int, dtype: torch.dtype, device: str) -> dict[str, Callable | None]:
+    """lightly has the queue in the loss, in float32, and enqueues; solo-learn's is [D, K]."""
+    bank = lightly_loss("NTXentLoss", temperature=TEMPERATURE, memory_bank_size=(k, d))
+    bank = bank.to(device) if bank and dtype == torch.float32 else None
+    moco = solo_loss("moco", temperature=TEMPERATURE)
+    return {
+        "lightly": bank and (lambda query, key, _: bank(query, key)),
+        "solo-learn": moco and (lambda query, key, queue: moco(F.normalize(query), F.normalize(key), queue.t())),
+    }
+
+
+def in_batch_libraries() -> dict[str, Callable | None]:
+    if not torch.cuda.is_available():
+        return {}
+    makers = {"memeff": memeff_info_nce, "inf-cl": inf_cl_info_nce, "liger": liger_info_nce}
+    return {name: make(TEMPERATURE) for name, make in makers.items()}
+
+
+def losses(k: int, d: int, dtype: torch.dtype, device: str) -> dict[str, Callable]:
     usual, lean = (usual_eager, lean_eager) if k else (usual_in_batch, lean_in_batch)
     found = {
         "sslops": fused,
@@ -72,10 +90,8 @@ def losses(k: int) -> dict[str, Callable]:
         "compile": torch.compile(usual, dynamic=False),
         "lean compile": torch.compile(lean, dynamic=False),
     }
-    if k == 0 and torch.cuda.is_available():
-        libraries = {"memeff": memeff_info_nce, "inf-cl": inf_cl_info_nce, "liger": liger_info_nce}
-        found |= {name: loss for name, make in libraries.items() if (loss := make(TEMPERATURE))}
-    return found
+    found |= queue_libraries(k, d, dtype, device) if k else in_batch_libraries()
+    return {name: loss for name, loss in found.items() if loss}
 
 
 def tensors(b: int, k: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
@@ -143,7 +159,7 @@ def test_time(benchmark, device, case):
     passes = 1 if k else 2
     flop = passes * 4 * b * (k or b) * d  # against a queue all of it in forward
     torch._dynamo.reset()
-    variants = {name: variant(loss, inputs, part) for name, loss in losses(k).items()}
+    variants = {name: variant(loss, inputs, part) for name, loss in losses(k, d, dtype, device).items()}
     if dtype == torch.bfloat16 and k:
         wide = [x.detach().float() for x in inputs]
         variants["float32 eager"] = variant(usual_eager, [wide[0].requires_grad_(), *wide[1:]], part)
@@ -162,7 +178,7 @@ def test_memory(benchmark, device, case):
 import torch
 from bench_info_nce import losses, tensors, variant
 inputs = tensors({b}, {k}, {d}, {dtype}, "cpu")
-step = variant(losses({k})[{{!r}}], inputs, "both")
+step = variant(losses({k}, {d}, {dtype}, "cpu")[{{!r}}], inputs, "both")
 """
     names = ["sslops"] if settings.only_ours else ["sslops", "eager", "compile"]
     peak_mb = {name: peak_memory(setup.format(name), "step()") for name in names}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
-from peers import lightly_nt_xent, solo_nt_xent
+from peers import lightly_loss, solo_loss
 
 import sslops
 from sslops.kernels.cpu.tiles import tiles_for, upper_tiles
@@ -69,8 +69,8 @@ def losses(m: int, device: str) -> dict[str, Callable]:
         "lean eager": lean_eager,
         "compile": torch.compile(usual_eager, dynamic=False),
         "lean compile": torch.compile(lean_eager, dynamic=False),
-        "lightly": lightly_nt_xent(TEMPERATURE),
-        "solo-learn": solo_nt_xent(TEMPERATURE),
+        "lightly": lightly_loss("NTXentLoss", temperature=TEMPERATURE),
+        "solo-learn": solo_loss("simclr", temperature=TEMPERATURE),
     }
     if device == "cpu" and m > 8192:  # half a minute a step, for what eager shows too
         del found["lightly"], found["solo-learn"]

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from _compare import cases
 from _views import Loss, memory_row, products, time_row
+from peers import lightly_loss, solo_loss
 
 import sslops
 
@@ -34,7 +35,9 @@ def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
 
 
 def losses() -> dict[str, Loss]:
-    return {"sslops": sslops.vicreg, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    found = {"sslops": sslops.vicreg, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    found |= {"lightly": lightly_loss("VICRegLoss"), "solo-learn": solo_loss("vicreg")}
+    return {name: loss for name, loss in found.items() if loss}
 
 
 @pytest.mark.usefixtures("threads")

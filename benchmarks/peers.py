@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -44,13 +45,13 @@ def solo_file(path: str) -> ModuleType | None:
     return module
 
 
-def lightly_nt_xent(temperature: float) -> Callable | None:
-    return lightly() and importlib.import_module("lightly.loss").NTXentLoss(temperature)
+def lightly_loss(name: str, **options: object) -> Callable | None:
+    return lightly() and getattr(importlib.import_module("lightly.loss"), name)(**options)
 
 
-def solo_nt_xent(temperature: float) -> Callable | None:
-    file = solo_file("solo/losses/simclr.py")
-    return file and (lambda z0, z1: file.simclr_loss_func(z0, z1, temperature))
+def solo_loss(method: str, **options: object) -> Callable | None:
+    file = solo_file(f"solo/losses/{method}.py")
+    return file and partial(getattr(file, f"{method}_loss_func"), **options)
 
 
 def memeff_info_nce(temperature: float) -> Callable | None:
