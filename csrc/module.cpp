@@ -285,15 +285,10 @@ void bind_masked_patch_mse(py::module_& m) {
       }));
   m.def(
       "masked_patch_mse",
-      [](const Prediction& pred, const Target& target, Address mask, Address errors) {
-        const Sums sums = table().forward(pred, target, at<float>(mask), at<float>(errors));
+      [](const Prediction& pred, const Target& target, Address mask, double grad, Address errors, Address d_pred) {
+        const Sums sums =
+            table().loss(pred, target, at<float>(mask), static_cast<float>(grad), at<float>(errors), at<void>(d_pred));
         return std::pair(sums.error, sums.weight);
-      },
-      NoGil());
-  m.def(
-      "masked_patch_mse_backward",
-      [](const Prediction& pred, const Target& target, Address mask, double coefficient, Address d_pred) {
-        table().backward(pred, target, at<float>(mask), static_cast<float>(coefficient), at<void>(d_pred));
       },
       NoGil());
 #ifdef SSLOPS_CUDA

@@ -58,6 +58,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     backward_fake: Callable[..., Any] | None = None,
     kept: Callable[[Any], Any] = lambda x: x,
+    unit: str | None = None,
 ) -> None:
     """Registers `name(arguments) -> (result, *saved)` and `name_backward(grad, arguments, *saved)`.
 
@@ -67,6 +68,8 @@ def register(
     the saved ones, if any, are kept for backward and have no gradient. The backward op returns one gradient for each
     argument named in `gradients`. Differentiating it raises: that is for backend="eager". Without a backward nothing
     is differentiable. kept(x): the arguments as backward gets them, those tensors None that it does not need.
+    unit: the saved output that backward does not get: the gradient itself where grad is 1, or empty. In eager mode on
+    the CPU it is handed out once, scaled in place (half precision only under 1): from there on it is the caller's.
     """
     fields = get_type_hints(arguments)
     names, count = list(fields), len(fields)
@@ -100,23 +103,31 @@ def register(
     if backward is None or backward_fake is None:
         return
     outputs = ", ".join(["Tensor"] * len(gradients))
-    schema = f"({', '.join(['Tensor grad', *inputs, *kept_inputs])}) -> ({outputs})"
+    of_forward = [f"Tensor {each}" for each in saved if each != unit]
+    schema = f"({', '.join(['Tensor grad', *inputs, *of_forward])}) -> ({outputs})"
     define(f"{name}_backward", 1, schema, backward, backward_fake)
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        extra = output[1:] if saved else ()
+        extra = dict(zip(saved, output[1:] if saved else (), strict=True))
         inputs = kept(arguments._make(inputs))
-        ctx.mark_non_differentiable(*extra)
+        ctx.mark_non_differentiable(*extra.values())
+        ctx.unit = extra.pop(unit, None) if unit else None
         ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *extra)
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *extra.values())
 
     def differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
-        values = backward_op(grad, *inputs, *tensors)
+        ready, ctx.unit = ctx.unit, None
+        eager = type(grad) is Tensor and grad.device.type == "cpu" and not torch.is_grad_enabled()
+        if eager and ready is not None and ready.numel() and (ready.dtype == torch.float32 or grad.item() == 1):
+            values = ready if grad.item() == 1 else ready.mul_(grad)
+        else:
+            del ready  # its memory is of use to the kernel
+            values = backward_op(grad, *inputs, *tensors)
         found = dict(zip(gradients, values if isinstance(values, tuple) else (values,), strict=True))
         return tuple(found[n] if n in found and t else None for n, t in zip(names, ctx.is_tensor, strict=True))
 

@@ -21,7 +21,8 @@ void forward(const void* images, DType dtype, Patches p, const int64_t* ids, int
   parallel_for(p.images * k, 8, [&](int64_t begin, int64_t end) {
     const Scratch<float> planes(2 * size);
     for (int64_t i = begin; i < end; ++i) {
-      load_planes(images, dtype, p, corner(p, i / k, ids[i]), planes.data);
+      const int64_t next = i + 1 < end ? i + 1 : i;
+      load_planes(images, dtype, p, corner(p, i / k, ids[i]), corner(p, next / k, ids[next]), planes.data);
       if (scale) scale_planes(planes.data, p, scale, shift);
       const float* const values = arrange(planes.data, p, layout, planes.data + size);
       for_each_vector(size, [&](int64_t j, int lanes) {

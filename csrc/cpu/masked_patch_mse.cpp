@@ -29,74 +29,49 @@ Normal normal_of(const float* x, int64_t n, float eps) {
   return normal(n, mean, differences, mean_square, eps);
 }
 
-// masked(i, difference) for each masked patch i of [B, L], difference(j, lanes) being pred - target there; visible(i)
-// for the others.
-template <typename Masked, typename Visible>
-void for_each_patch(const Prediction& pred, const Target& t, const float* mask, const Masked& masked,
-                    const Visible& visible) {
+Sums loss(Prediction pred, Target t, const float* mask, float grad, float* errors, void* d_pred) {
   const Patches& p = t.patches;
-  const int64_t size = patch_size(p), count = patch_count(p);
-  parallel_for(p.images * count, 8, [&](int64_t begin, int64_t end) {
+  const int64_t size = patch_size(p), count = patch_count(p), patches = p.images * count;
+  const int64_t row = size * (pred.dtype == DType::f32 ? 4 : 2);
+  Sums sums{};
+  for (int64_t i = 0; i < patches; ++i) sums.weight += mask[i];
+  const double coefficient = sums.weight == 0. ? 0. : 2. / size * grad / sums.weight;
+  parallel_for(patches, 8, [&](int64_t begin, int64_t end) {
     const Scratch<float> planes(2 * size);
+    const auto of_pred = [&](int64_t i) { return i / count * pred.image_stride + i % count * pred.patch_stride; };
+    const auto of_image = [&](int64_t i) { return corner(p, i / count, i % count); };
     for (int64_t i = begin; i < end; ++i) {
       if (mask[i] == 0.f) {
-        visible(i);
+        errors[i] = 0.f;
+        if (d_pred) std::memset(static_cast<char*>(d_pred) + i * row, 0, row);
         continue;
       }
-      load_planes(t.images, t.dtype, p, corner(p, i / count, i % count), planes.data);
+      int64_t next = i + 1;
+      while (next < end && mask[next] == 0.f) ++next;
+      if (next == end) next = i;
+      load_planes(t.images, t.dtype, p, of_image(i), of_image(next), planes.data);
       const Normal norm = t.normalized ? normal_of(planes.data, size, t.eps) : Normal{0.f, 0.f, 1.f};
       const float* const x = arrange(planes.data, p, Layout::hwc, planes.data + size);
-      const int64_t from = i / count * pred.image_stride + i % count * pred.patch_stride;
-      masked(i, [&](int64_t j, int lanes) {
-        const F predicted = load_as_float(pred.data, pred.dtype, from + j, lanes);
-        const F d = predicted - apply(norm, load_lanes(x + j, lanes, 0.f));
-        return lanes == kLanes ? d : load(reinterpret_cast<const float*>(&d), lanes, 0.f);  // others must not count
+      const int64_t from = of_pred(i), ahead = of_pred(next);
+      const float weight = static_cast<float>(coefficient * mask[i]);
+      const float squares = sum_of(size, [&](int64_t j, int lanes) {
+        prefetch(pred.data, pred.dtype, ahead + j);
+        F d = load_as_float(pred.data, pred.dtype, from + j, lanes) - apply(norm, load_lanes(x + j, lanes, 0.f));
+        if (d_pred) store_from_float(d_pred, pred.dtype, i * size + j, lanes, d * weight);
+        if (lanes < kLanes) d = load(reinterpret_cast<const float*>(&d), lanes, 0.f);  // the others must not count
+        return d * d;
       });
+      errors[i] = squares / size;
     }
   });
-}
-
-Sums forward(Prediction pred, Target target, const float* mask, float* errors) {
-  const int64_t size = patch_size(target.patches);
-  for_each_patch(
-      pred, target, mask,
-      [&](int64_t i, const auto& difference) {
-        errors[i] = sum_of(size,
-                           [&](int64_t j, int lanes) {
-                             const F d = difference(j, lanes);
-                             return d * d;
-                           }) /
-                    size;
-      },
-      [&](int64_t i) { errors[i] = 0.f; });
-  Sums sums{};
-  for (int64_t i = 0; i < target.patches.images * patch_count(target.patches); ++i) {
-    sums.error += static_cast<double>(mask[i]) * errors[i];
-    sums.weight += mask[i];
-  }
+  for (int64_t i = 0; i < patches; ++i) sums.error += static_cast<double>(mask[i]) * errors[i];
   return sums;
-}
-
-void backward(Prediction pred, Target target, const float* mask, float coefficient, void* d_pred) {
-  const int64_t size = patch_size(target.patches);
-  for_each_patch(
-      pred, target, mask,
-      [&](int64_t i, const auto& difference) {
-        const float weight = coefficient * mask[i];
-        for_each_vector(size, [&](int64_t j, int lanes) {
-          store_from_float(d_pred, pred.dtype, i * size + j, lanes, difference(j, lanes) * weight);
-        });
-      },
-      [&](int64_t i) {
-        for_each_vector(size,
-                        [&](int64_t j, int lanes) { store_from_float(d_pred, pred.dtype, i * size + j, lanes, F{}); });
-      });
 }
 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, backward};
+extern const Table table{loss};
 }
 
 }  // namespace sslops::masked_patch_mse

@@ -13,10 +13,9 @@ struct Sums {
 
 struct Table {
   // The mean squared error of each patch, times its weight in mask [B, L], and the weights, both summed. A patch of
-  // weight 0 is not read. errors: memory for [B, L].
-  Sums (*forward)(Prediction pred, Target target, const float* mask, float* errors);
-  // d_pred [B, L, C * height * width] = coefficient mask (pred - target); 0 where the mask is, and nothing read.
-  void (*backward)(Prediction pred, Target target, const float* mask, float coefficient, void* d_pred);
+  // weight 0 is not read. errors: memory for [B, L]. d_pred [B, L, C * height * width], unless null: grad times the
+  // gradient of the one sum over the other; 0 where the mask is.
+  Sums (*loss)(Prediction pred, Target target, const float* mask, float grad, float* errors, void* d_pred);
 };
 
 SSLOPS_DECLARE_TABLE

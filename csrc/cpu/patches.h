@@ -27,34 +27,43 @@ SSLOPS_INLINE F load_pixels(const void* base, DType dtype, int64_t index, int n)
   return __builtin_convertvector(raw, F);
 }
 
-// kWidth: that of a patch where it is a constant, else 0.
+SSLOPS_INLINE void prefetch(const void* base, DType dtype, int64_t index) {
+  const int64_t size = dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
+  __builtin_prefetch(static_cast<const char*>(base) + index * size, 0, 2);
+}
+
+// kWidth: that of a patch where it is a constant, else 0. `next`: the corner of the patch that comes after; a patch's
+// rows lie too far apart for the hardware to see what will be read, and asking for them is a fifth of the time.
 template <DType kDType, typename T, int kWidth, bool kContiguous>
-void load_planes(const void* images, const Patches& p, int64_t corner, float* planes) {
-  const int64_t width = kWidth ? kWidth : p.width;
+void load_planes(const void* images, const Patches& p, int64_t corner, int64_t next, float* planes) {
+  const int64_t width = kWidth ? kWidth : p.width, ahead = next - corner;
   for (int64_t c = 0; c < p.channels; ++c, corner += p.channel_stride) {
     int64_t from = corner;
-    for (int64_t row = 0; row < p.height; ++row, from += p.row_stride, planes += width)
+    for (int64_t row = 0; row < p.height; ++row, from += p.row_stride, planes += width) {
+      prefetch(images, kDType, from + ahead);
       for_each_vector(width, [&](int64_t j, int lanes) {
         if constexpr (kContiguous) return store_lanes(planes + j, lanes, load_pixels(images, kDType, from + j, lanes));
         T raw[kLanes];
         for (int k = 0; k < lanes; ++k) raw[k] = static_cast<const T*>(images)[from + (j + k) * p.pixel_stride];
         store_lanes(planes + j, lanes, load_pixels(raw, kDType, 0, lanes));
       });
+    }
   }
 }
 
 template <DType kDType, typename T>
-void load_planes(const void* images, const Patches& p, int64_t corner, float* planes) {
-  if (p.pixel_stride != 1) return load_planes<kDType, T, 0, false>(images, p, corner, planes);
-  if (p.width == 16) return load_planes<kDType, T, 16, true>(images, p, corner, planes);
-  load_planes<kDType, T, 0, true>(images, p, corner, planes);
+void load_planes(const void* images, const Patches& p, int64_t corner, int64_t next, float* planes) {
+  if (p.pixel_stride != 1) return load_planes<kDType, T, 0, false>(images, p, corner, next, planes);
+  if (p.width == 16) return load_planes<kDType, T, 16, true>(images, p, corner, next, planes);
+  load_planes<kDType, T, 0, true>(images, p, corner, next, planes);
 }
 
-inline void load_planes(const void* images, DType dtype, const Patches& p, int64_t corner, float* planes) {
-  if (dtype == DType::f32) return load_planes<DType::f32, float>(images, p, corner, planes);
-  if (dtype == DType::u8) return load_planes<DType::u8, uint8_t>(images, p, corner, planes);
-  if (dtype == DType::bf16) return load_planes<DType::bf16, uint16_t>(images, p, corner, planes);
-  load_planes<DType::f16, uint16_t>(images, p, corner, planes);
+inline void load_planes(const void* images, DType dtype, const Patches& p, int64_t corner, int64_t next,
+                        float* planes) {
+  if (dtype == DType::f32) return load_planes<DType::f32, float>(images, p, corner, next, planes);
+  if (dtype == DType::u8) return load_planes<DType::u8, uint8_t>(images, p, corner, next, planes);
+  if (dtype == DType::bf16) return load_planes<DType::bf16, uint16_t>(images, p, corner, next, planes);
+  load_planes<DType::f16, uint16_t>(images, p, corner, next, planes);
 }
 
 // A constant number of channels lets the compiler shuffle vectors.

@@ -21,15 +21,15 @@ def _operands(pred: Tensor, images: Tensor, mask: Tensor, height: int, width: in
 
 
 def forward(
-    pred: Tensor, images: Tensor, mask: Tensor, height: int, width: int, norm: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The loss, and one over the sum of the weights (0 if they are): both float32, 0-d."""
+    pred: Tensor, images: Tensor, mask: Tensor, height: int, width: int, norm: bool, eps: float, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and one over the sum of the weights (0 if they are): both float32, 0-d. No gradient yet, but [0]."""
     errors, loss, inverse = torch.empty_like(mask), mask.new_empty(()), mask.new_empty(())
     operands = _operands(pred, images, mask, height, width, norm, eps)
     launch(
         pred.device, _C.cuda_masked_patch_mse, *operands, errors.data_ptr(), loss.data_ptr(), inverse.data_ptr()
     )  # fmt: skip
-    return loss, inverse
+    return loss, inverse, pred.new_empty(0)
 
 
 def backward(

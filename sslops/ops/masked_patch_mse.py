@@ -33,6 +33,7 @@ class _Arguments(NamedTuple):
     width: int
     norm_pix: bool
     eps: float
+    needs_grad: bool  # from forward, for a backward under a gradient of 1
     backend: str
 
 
@@ -56,13 +57,14 @@ def _kernel_arguments(x: _Arguments) -> tuple[Any, ...]:
 
 
 def _forward(x: _Arguments) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = kernel(x.backend, "masked_patch_mse").forward(*_kernel_arguments(x))
+    outputs: tuple[Tensor, ...] = kernel(x.backend, "masked_patch_mse").forward(*_kernel_arguments(x), x.needs_grad)
     return outputs
 
 
 def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
     loss = x.pred.new_empty((), dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+    ahead = x.needs_grad and x.backend == "cpu"
+    return loss, torch.empty_like(loss), x.pred.new_empty(x.pred.shape if ahead else (0,))
 
 
 def _backward(grad: Tensor, x: _Arguments, inverse: Tensor) -> Tensor:
@@ -78,7 +80,8 @@ def _backward_fake(grad: Tensor, x: _Arguments, inverse: Tensor) -> Tensor:
 register(
     "masked_patch_mse",
     _Arguments,
-    saved=("inverse",),
+    saved=("inverse", "d_pred"),
+    unit="d_pred",
     gradients=("pred",),
     forward=_forward,
     forward_fake=_forward_fake,
@@ -129,5 +132,7 @@ def masked_patch_mse(
     backend = resolve("masked_patch_mse", pred.device, chosen_by, backend)
     if backend == "eager":
         return reference(pred, images, mask, height, width, norm_pix, eps)
-    loss, _ = torch.ops.sslops.masked_patch_mse(pred, images, mask, height, width, norm_pix, eps, backend)
+    needs_grad = pred.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    options = (height, width, norm_pix, eps, needs_grad, backend)
+    loss, _, _ = torch.ops.sslops.masked_patch_mse(pred, images, mask, *options)
     return loss
