@@ -6,7 +6,7 @@
 namespace sslops::gather_tokens {
 namespace {
 
-constexpr int64_t kThreadBytes = 65536;
+constexpr int64_t kThreadBytes = 65536, kLine = 64;
 
 int64_t grain(int64_t row) { return 1 + kThreadBytes / (row + 1); }
 
@@ -14,7 +14,17 @@ char* at(const Rows& rows, int64_t b, int64_t n) { return rows.data + b * rows.b
 
 void forward(Rows tokens, Ids ids, int64_t row, char* out) {
   parallel_for(ids.batch * ids.count, grain(row), [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) std::memcpy(out + k * row, at(tokens, k / ids.count, ids.ids[k]), row);
+    const auto token = [&](int64_t k) { return at(tokens, k / ids.count, ids.ids[k]); };
+    for (int64_t k = begin; k < end; ++k) {
+      const char *const from = token(k), *const next = token(k + 1 < end ? k + 1 : k);
+      char* const to = out + k * row;
+      int64_t j = 0;
+      for (; j + kLine <= row; j += kLine) {
+        __builtin_prefetch(next + j);
+        std::memcpy(to + j, from + j, kLine);
+      }
+      std::memcpy(to + j, from + j, row - j);
+    }
   });
 }
 

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from sslops import _C
 
+from .memory import on_huge_pages
 from .tiles import DTYPE_CODES, refuses  # noqa: F401
 
 
@@ -12,7 +13,7 @@ def forward(tokens: Tensor, ids: Tensor, out: Tensor) -> None:
     size = tokens.element_size()
     _C.gather_tokens(
         tokens.data_ptr(), tokens.stride(0) * size, tokens.stride(1) * size, ids.data_ptr(), *ids.shape,
-        tokens.shape[1], tokens.shape[2] * size, out.data_ptr(),
+        tokens.shape[1], tokens.shape[2] * size, on_huge_pages(out).data_ptr(),
     )  # fmt: skip
 
 
@@ -22,5 +23,5 @@ def backward(grad: Tensor, ids: Tensor, unique: bool, out: Tensor) -> None:
     _C.gather_tokens_backward(
         grad.data_ptr(), grad.stride(0) * size, grad.stride(1) * size, DTYPE_CODES[grad.dtype],
         ids.data_ptr(), *ids.shape, *out.shape[1:],
-        out.data_ptr(), out.stride(0) * out_size, out.stride(1) * out_size, DTYPE_CODES[out.dtype],
+        on_huge_pages(out).data_ptr(), out.stride(0) * out_size, out.stride(1) * out_size, DTYPE_CODES[out.dtype],
     )  # fmt: skip

@@ -8,9 +8,13 @@ from sslops import _C
 WORTH_IT = 16 << 20  # bytes: smaller ones come from memory that malloc has kept
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A contiguous CPU tensor, not initialised"""
-    x = torch.empty(shape, dtype=dtype, device="cpu")
+def on_huge_pages(x: Tensor) -> Tensor:
+    """The same tensor, contiguous and not yet touched"""
     if x.nbytes >= WORTH_IT:
         _C.advise_huge_pages(x.data_ptr(), x.nbytes)
     return x
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A contiguous CPU tensor, not initialised"""
+    return on_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sslops import _C
 
+from .memory import on_huge_pages
 from .tiles import DTYPE_CODES, FLOAT32, refuses  # noqa: F401
 
 
@@ -19,7 +20,7 @@ def forward(
     b, length = ids_restore.shape
     _C.restore_tokens(
         *_array(visible), *_array(mask_token), *_array(pos_embed), ids_restore.data_ptr(),
-        b, num_prefix, visible.shape[1] - num_prefix, length, visible.shape[2], *_array(out),
+        b, num_prefix, visible.shape[1] - num_prefix, length, visible.shape[2], *_array(on_huge_pages(out)),
     )  # fmt: skip
 
 
