@@ -40,6 +40,19 @@ def inv_norms(x, rows, N, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     for k in range(0, D, BLOCK_D):
         a = load(x, rows, k, N, D, BLOCK_D) * shrink[:, None]
         squares += tl.sum(a * a, 1)
+    return _reciprocal(squares, shrink)
+
+
+@triton.jit
+def tile_inv_norms(x):
+    """inv_norms of the float32 rows x, all their columns"""
+    shrink = tl.where(tl.max(tl.abs(x), 1) > HUGE, SHRINK, 1.0)
+    x = x * shrink[:, None]
+    return _reciprocal(tl.sum(x * x, 1), shrink)
+
+
+@triton.jit
+def _reciprocal(squares, shrink):
     norm = tl.sqrt_rn(squares) / shrink
     return tl.div_rn(1.0, tl.where(norm < 1e-12, 1e-12, norm))  # tl.maximum would swallow a NaN
 

@@ -250,7 +250,7 @@ def info_nce(
             the metrics, the same on every rank, and so must be what is built on it; "none" gives the rank's own losses.
             Gradients are W times the rank's share, which DDP's averaging makes those of the whole batch. Backward
             communicates only for in-batch keys that require a gradient.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no rows.

@@ -44,7 +44,13 @@ CHIPS = {
 # Chips that no config is filed under take the default, which must do on every one.
 CHIPS |= {f"default on {name}": chip._replace(shared=64 * 1024) for name, chip in CHIPS.items()}
 INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
 
 
 class Launch(NamedTuple):
@@ -61,8 +67,9 @@ class Launch(NamedTuple):
     @property
     def multiplies(self) -> bool:
         """Whether it must use the matrix instruction: not for exact float32, which NVIDIA's have not"""
+        operand = self.constants.get("DTYPE", self.signature[self.kernel.arg_names[0]])
         return "PRECISION" in self.constants and (
-            self.constants["PRECISION"] == "tf32" or "*fp32" not in self.signature[self.kernel.arg_names[0]]
+            self.constants["PRECISION"] == "tf32" or str(operand) not in ("fp32", "*fp32")
         )
 
 

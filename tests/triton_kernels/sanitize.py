@@ -21,9 +21,15 @@ import triton
 import triton.language as tl
 import triton_viz
 from triton_viz.clients.sanitizer import sanitizer
+from triton_viz.frontends.triton import TRITON_NAMESPACES
 
 ROOT = Path(__file__).parents[2]
 jit = triton.jit
+
+
+def transposed(x: tl.tensor) -> tl.tensor:
+    """Of a matmul's operand: triton-viz's own tl.trans forgets the shape, and no address depends on the values"""
+    return tl.tensor(x.handle, tl.block_type(x.dtype, x.shape[::-1]))
 
 
 class Sanitizer(sanitizer.SymbolicSanitizer):
@@ -47,6 +53,8 @@ def traced(function: Callable | None = None, **options: object) -> Callable:
 
 
 triton.jit = traced
+tl.trans = transposed
+del TRITON_NAMESPACES[tl]["trans"]
 
 
 @traced

@@ -1,0 +1,423 @@
+"""InfoNCE in Triton: the candidates pass by once, nothing of size B x K in memory.
+
+Forward, 4 B K D FLOP: blocks of rows, by as many spans of candidates as fill the chip, add up e_ij = exp((s_ij - m_i) /
+tau) over the negatives, and o_i, the negatives with these weights. What the spans found is joined in their order: the
+query's gradient is (o_i / r_i - share of the negatives in r_i * key_i) / tau, the positive apart and in float32.
+Backward, where candidates learn, 4 B K D more: blocks of candidates, by spans of rows, W^T Q from the weights again.
+Rows wider than a block: each slice of their columns makes the logits anew, 2 (1 + slices) B K D FLOP.
+Forward is two launches for few and narrow rows, which its blocks and the candidates' make unit; else up to four.
+
+Order of every sum is fixed, so the same input gives the same bits. Scratch, in bytes: forward 4 (D + 3) a row and span,
+backward 4 D a candidate and span, PROGRAMS blocks of rows at least; 4 a candidate.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import refuses  # noqa: F401
+from .rows import LN2, LOG2E, LOWEST, fixed_maximum, inverse, log1p, operand, row_tile, tile_inv_norms
+
+# These change from batch to batch: no compilation for each.
+SIZES = ("B", "K", "first", "span", "splits")
+
+PROGRAMS = 264  # two on each of an H100's 132 multiprocessors; at most PARTS spans
+PARTS = 512
+WHOLE = 128 * 128  # elements of a block of rows that registers hold in float32, twice
+OWN_NORMS = 4  # blocks of rows: more of them share norms of the candidates that a launch made
+CHUNK = 32  # spans whose sums are read at once
+
+
+@triton.jit
+def _rows(x, i, k, N, D, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x[i : i + BLOCK, k : k + BLOCK_K] of x [N, D], zeros outside"""
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    at = x + tl.cast(i, tl.int64) * D + k + (rows * D + columns)
+    return tl.load(at, mask=(i + rows < N) & (k + columns < D), other=0.0)
+
+
+@triton.jit
+def _candidates(
+    c, inv_c, j, k, K, D, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Operands [BLOCK, BLOCK_K] of the rows of c from j: columns from k, times inv_c; or all of them, made unit here"""
+    tile = _rows(c, j, k, K, D, BLOCK, BLOCK_K)
+    if inv_c is not None:
+        rows = j + tl.arange(0, BLOCK)
+        tile = tile.to(tl.float32) * tl.load(inv_c + rows, mask=rows < K, other=0.0)[:, None]
+    elif NORMALIZE:
+        tile = tile.to(tl.float32)
+        tile = tile * tile_inv_norms(tile)[:, None]
+    return tile.to(DTYPE)
+
+
+@triton.jit
+def _unit(x, i, N, D, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The rows of x [N, D] from i, unit and in float32, and their inverse norms"""
+    x = _rows(x, i, 0, N, D, BLOCK, BLOCK_K).to(tl.float32)
+    inv = tile_inv_norms(x) if NORMALIZE else tl.full([BLOCK], 1.0, tl.float32)
+    return x * inv[:, None], inv
+
+
+@triton.jit
+def _log2_scale(temperature, scale):
+    """log2(e) / tau; from the device never 0, so -inf stays -inf at an infinite tau, and NaN for what is no tau"""
+    if temperature is not None:
+        scale = tl.div_rn(LOG2E, tl.load(temperature))
+        scale = tl.where(scale >= 0, tl.where(scale < 1.2e-38, 1.2e-38, scale), float("nan"))
+    return scale
+
+
+@triton.jit
+def _is_negative(rows, columns, query_ids, negative_ids, B, K, first, IN_BATCH: tl.constexpr):
+    """Which pairs of rows and candidates count; rows and columns: one across the other"""
+    negative = (rows < B) & (columns < K)
+    if IN_BATCH:
+        negative = negative & (columns != rows + first)
+    if query_ids is not None:
+        ids = tl.load(query_ids + rows, mask=rows < B, other=0)
+        negative = negative & (ids != tl.load(negative_ids + columns, mask=columns < K, other=0))
+    return negative
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _weigh(
+    query, key, z, inv_norm, similarity, c, inv_c, query_ids, negative_ids, r_parts, m_parts, above_parts, o_parts,
+    temperature, scale, maximum, B, K, D, stride, first, span,
+    IN_BATCH: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of each span of candidates r, the largest s where it is searched for, how many exceed the positive, and WEIGHT o.
+
+    r_parts, m_parts, above_parts [splits, B]; o_parts [splits, B, stride], BLOCK_K columns a program. Rows that a
+    block holds whole come from query and key, and z is None: inv_norm [2B] and similarity [B] are made here.
+    """
+    scale = _log2_scale(temperature, scale)
+    i, split, column = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2) * BLOCK_K
+    stride = BLOCK_K if STATIONARY else stride
+    rows = i + tl.arange(0, BLOCK_M)
+    if z is None:
+        q, inv = _unit(query, i, B, D, NORMALIZE, BLOCK_M, BLOCK_K)
+        p, inv_key = _unit(key, i, B, D, NORMALIZE, BLOCK_M, BLOCK_K)
+        positive = tl.sum(q * p, 1)
+        zi = q.to(DTYPE)
+        once = rows < tl.where(split == 0, B, 0)
+        tl.store(inv_norm + rows, inv, mask=once)
+        tl.store(inv_norm + B + rows, inv_key, mask=once)
+        tl.store(similarity + rows, positive, mask=once)
+    else:
+        positive = tl.load(similarity + rows, mask=rows < B, other=0.0)
+        if STATIONARY:
+            zi = row_tile(z, i, B, stride, BLOCK_M, BLOCK_K)
+    r = tl.zeros([BLOCK_M], tl.float32)
+    above = tl.zeros([BLOCK_M], tl.float32)
+    top = r + maximum if m_parts is None else r + LOWEST
+    if o_parts is not None:
+        o = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for j in range(split * span, tl.minimum(split * span + span, K), BLOCK_N):
+        if STATIONARY:
+            cj = _candidates(c, inv_c, j, 0, K, D, NORMALIZE, DTYPE, BLOCK_N, BLOCK_K)
+            s = tl.dot(zi, tl.trans(cj), input_precision=PRECISION)
+        else:
+            s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for k in range(0, stride, BLOCK_K):
+                a = row_tile(z + k, i, B, stride, BLOCK_M, BLOCK_K)
+                b = _candidates(c, inv_c, j, k, K, D, NORMALIZE, DTYPE, BLOCK_N, BLOCK_K)
+                s = tl.dot(a, tl.trans(b), s, input_precision=PRECISION)
+        others = (j + BLOCK_N > K) | (IN_BATCH & (j < first + i + BLOCK_M) & (first + i < j + BLOCK_N))
+        if (query_ids is not None) | others:
+            columns = j + tl.arange(0, BLOCK_N)
+            negative = _is_negative(rows[:, None], columns[None, :], query_ids, negative_ids, B, K, first, IN_BATCH)
+            s = tl.where(negative, s, float("-inf"))
+        above += tl.sum(tl.where(s > positive[:, None], 1.0, 0.0), 1)
+        if m_parts is not None:
+            higher = tl.maximum(top, tl.max(s, 1))
+            shrink = tl.exp2((top - higher) * scale)
+            top = higher
+            r = r * shrink
+            if o_parts is not None:
+                o = o * shrink[:, None]
+        e = tl.exp2((s - top[:, None]) * scale)
+        r += tl.sum(e, 1)
+        if o_parts is not None:
+            if not STATIONARY:
+                cj = _candidates(c, inv_c, j, column, K, D, NORMALIZE, DTYPE, BLOCK_N, BLOCK_K)
+            o = tl.dot((e * WEIGHT).to(DTYPE), cj, o, input_precision=PRECISION)
+    part = tl.cast(split, tl.int64) * B
+    mask = rows < tl.where(column == 0, B, 0)
+    tl.store(r_parts + part + rows, r, mask=mask)
+    tl.store(above_parts + part + rows, above, mask=mask)
+    if m_parts is not None:
+        tl.store(m_parts + part + rows, top, mask=mask)
+    if o_parts is not None:
+        at = tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
+        tl.store(o_parts + (part + i) * stride + column + at, o, mask=(rows < B)[:, None])
+
+
+@triton.jit
+def _row(x, inv, i, k, D, BLOCK_D: tl.constexpr):
+    """inv x[i, k : k + BLOCK_D] in float32"""
+    columns = k + tl.arange(0, BLOCK_D)
+    return tl.load(x + i * D + columns, mask=columns < D, other=0.0).to(tl.float32) * inv
+
+
+@triton.jit
+def _store_gradient(v, x, inv, dot, out, i, D, stride, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[i] from v[i], the gradient of the unit row inv x[i], and dot, their product"""
+    along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
+    tl.debug_barrier()  # v was written by other threads
+    for k in range(0, D, BLOCK_D):
+        columns = k + tl.arange(0, BLOCK_D)
+        g = tl.load(v + i * stride + columns, mask=columns < D, other=0.0)
+        if NORMALIZE:
+            g = (g - _row(x, inv, i, k, D, BLOCK_D) * along) * inv
+        tl.store(out + i * D + columns, g.to(out.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _join(
+    query, key, inv_norm, similarity, r_parts, m_parts, above_parts, o_parts, temperature, scale,
+    maximum, losses, above, dquery, dtemperature, stats, B, D, stride, splits,
+    NORMALIZE: tl.constexpr, WEIGHT: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """losses, above [B], stats [3, B]; from o_parts, used up: dquery [B, D] and dtemperature [B]"""
+    scale = _log2_scale(temperature, scale)
+    i = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    at = part.to(tl.int64) * B + i
+    r = tl.load(r_parts + at, mask=part < splits, other=0.0)
+    positive = tl.load(similarity + i)
+    m = positive * 0.0 + maximum
+    if m_parts is not None:
+        tops = tl.load(m_parts + at, mask=part < splits, other=LOWEST)
+        m = tl.maximum(tl.max(tops, 0), positive)
+        r = r * tl.exp2((tops - m) * scale)
+    r_neg, e_pos = tl.sum(r, 0), tl.exp2((positive - m) * scale)
+    r = r_neg + e_pos
+    share = r_neg / r
+    small = r_neg < e_pos
+    loss = tl.where(small, log1p(r_neg / tl.where(small, e_pos, 1.0)), tl.log(r) + (m - positive) * scale * LN2)
+    tl.store(losses + i, loss)
+    tl.store(above + i, tl.sum(tl.load(above_parts + at, mask=part < splits, other=0.0), 0))
+    tl.store(stats + i, m)
+    tl.store(stats + B + i, 1.0 / r)
+    tl.store(stats + 2 * tl.cast(B, tl.int64) + i, share)
+    if o_parts is not None:
+        inv, inv_key = tl.load(inv_norm + i), tl.load(inv_norm + B + i)
+        dot = 0.0
+        for k in range(0, D, BLOCK_D):
+            columns = k + tl.arange(0, BLOCK_D)
+            o = tl.zeros([BLOCK_D], tl.float32)
+            for span in range(0, splits, CHUNK):
+                spans = span + tl.arange(0, CHUNK)
+                these = spans.to(tl.int64) * B + i
+                mask = (spans < splits)[:, None] & (columns < D)[None, :]
+                terms = tl.load(o_parts + these[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+                if m_parts is not None:
+                    highest = tl.load(m_parts + these, mask=spans < splits, other=LOWEST)
+                    terms = terms * tl.exp2((highest - m) * scale)[:, None]
+                o += tl.sum(terms, 0)
+            v = (o / (r * WEIGHT) - share * _row(key, inv_key, i, k, D, BLOCK_D)) * (scale * LN2)
+            dot += tl.sum(v * _row(query, inv, i, k, D, BLOCK_D), 0)
+            tl.store(o_parts + i * stride + columns, v, mask=columns < D)
+        _store_gradient(o_parts, query, inv, dot, dquery, i, D, stride, NORMALIZE, BLOCK_D)
+        tl.store(dtemperature + i, -dot * (scale * LN2))  # dL/d(1/tau) = tau <q, dq>
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _weigh_back(
+    z, c, inv_c, query_ids, negative_ids, m, a, parts, temperature, scale,
+    B, K, D, stride, first, span,
+    IN_BATCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """parts [splits, K, stride], BLOCK_K columns a program: sum_i w_ij q_i over a span of rows, w_ij = e_ij a_i.
+
+    Exact float32 has the forward pass's BLOCK_K: s is rounded as there, and in e / r most of that error cancels.
+    """
+    scale = _log2_scale(temperature, scale)
+    j, split, column = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2) * BLOCK_K
+    stride = BLOCK_K if STATIONARY else stride
+    columns = j + tl.arange(0, BLOCK_M)
+    if STATIONARY:
+        cj = _candidates(c, inv_c, j, 0, K, D, False, z.dtype.element_ty, BLOCK_M, BLOCK_K)
+    dc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for i in range(split * span, tl.minimum(split * span + span, B), BLOCK_N):
+        if STATIONARY:
+            zi = row_tile(z, i, B, stride, BLOCK_N, BLOCK_K)
+            s = tl.dot(cj, tl.trans(zi), input_precision=PRECISION)
+        else:
+            s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for k in range(0, stride, BLOCK_K):
+                b = _candidates(c, inv_c, j, k, K, D, False, z.dtype.element_ty, BLOCK_M, BLOCK_K)
+                s = tl.dot(b, tl.trans(row_tile(z + k, i, B, stride, BLOCK_N, BLOCK_K)), s, input_precision=PRECISION)
+        rows = i + tl.arange(0, BLOCK_N)
+        top = tl.load(m + rows, mask=rows < B, other=0.0)
+        w = tl.exp2((s - top[None, :]) * scale) * tl.load(a + rows, mask=rows < B, other=0.0)[None, :]
+        others = (i + BLOCK_N > B) | (IN_BATCH & (j < first + i + BLOCK_N) & (first + i < j + BLOCK_M))
+        if (query_ids is not None) | others:
+            negative = _is_negative(rows[None, :], columns[:, None], query_ids, negative_ids, B, K, first, IN_BATCH)
+            w = tl.where(negative, w, 0.0)
+        if not STATIONARY:
+            zi = row_tile(z + column, i, B, stride, BLOCK_N, BLOCK_K)
+        dc = tl.dot(w.to(z.dtype.element_ty), zi, dc, input_precision=PRECISION)
+    at = tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
+    parts += (tl.cast(split, tl.int64) * K + j) * stride + column
+    tl.store(parts + at, dc, mask=(columns < K)[:, None])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _join_back(
+    x, inv_x, query, inv_query, pull, parts, w_scale, temperature, scale, dx,
+    B, K, D, stride, first, splits,
+    PULLED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx [K, D] from parts [splits, K, stride], used up, over w_scale; pulled: x first + i is row i's positive"""
+    inv_tau = _log2_scale(temperature, scale) * LN2
+    j = tl.program_id(0).to(tl.int64)
+    inv = tl.load(inv_x + j) if inv_x is not None else 1.0
+    i = tl.minimum(tl.maximum(j - first, 0), B - 1)
+    strength = tl.load(pull + i)
+    inv_positive = tl.load(inv_query + i)
+    strength = tl.where((j == i + first) & PULLED, strength, 0.0)
+    dot = 0.0
+    for k in range(0, D, BLOCK_D):
+        columns = k + tl.arange(0, BLOCK_D)
+        v = tl.zeros([BLOCK_D], tl.float32)
+        for span in range(0, splits, CHUNK):
+            spans = span + tl.arange(0, CHUNK)
+            mask = (spans < splits)[:, None] & (columns < D)[None, :]
+            at = (spans.to(tl.int64) * K + j)[:, None] * stride + columns[None, :]
+            v += tl.sum(tl.load(parts + at, mask=mask, other=0.0), 0)
+        if w_scale is not None:
+            v = v / tl.load(w_scale)
+        v = (v - strength * _row(query, inv_positive, i, k, D, BLOCK_D)) * inv_tau
+        dot += tl.sum(v * _row(x, inv, j, k, D, BLOCK_D), 0)
+        tl.store(parts + j * stride + columns, v, mask=columns < D)
+    _store_gradient(parts, x, inv, dot, dx, j, D, stride, inv_x is not None, BLOCK_D)
+
+
+def _spans(blocks: int, length: int, step: int) -> tuple[int, int]:
+    """How long, in multiples of step, and how many: PROGRAMS programs in all if `length` allows"""
+    splits = max(1, min(PROGRAMS // max(blocks, 1), PARTS))
+    span = max(triton.cdiv(triton.cdiv(length, splits), step), 1) * step
+    return span, max(triton.cdiv(length, span), 1)
+
+
+def _scale(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """The temperature if it is on the device, where it stays, or log2(e) / tau: exp(s / tau) = exp2(s * scale)"""
+    return (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, LOG2E.value / temperature)
+
+
+def _columns(d: int) -> dict[str, int]:
+    """A launch of a row a program"""
+    return {"BLOCK_D": min(triton.next_power_of_2(d), 128), "num_warps": 8, **launch.FUSED}
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    query_ids: Tensor | None,
+    negative_ids: Tensor | None,
+    temperature: float | Tensor,
+    first: int,
+    normalize: bool,
+    operand_dtype: torch.dtype,
+    needs_grad: bool,
+) -> tuple[Tensor, ...]:
+    """losses, similarity, above [B]; dquery [B, D] and dtemperature [B] of each row's loss; stats [3, B]: float32"""
+    b, d = query.shape
+    c, in_batch = (key, True) if negatives is None else (negatives, False)
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+    losses, above, stats = torch.empty(b, **wide), torch.empty(b, **wide), torch.empty(3, b, **wide)
+    graded = b if needs_grad else 0
+    dquery, dtemperature = torch.empty(graded, d, **wide), torch.empty(graded, **wide)
+    if b == 0:
+        return losses, torch.empty_like(losses), above, dquery, dtemperature, stats
+    config = launch.nearest("info_nce", query.device, operand_dtype, d)["forward"]
+    half = operand_dtype == torch.float16  # 5 bits of exponent: weights up to 2**14, the largest of a row that high
+    maximum, scale = None if half else fixed_maximum(temperature, normalize, len(c)), _scale(temperature)
+    top, weight = 0.0 if maximum is None else maximum * temperature, 2.0**14 if half else 1.0
+    with launch.on(query.device):
+        positives, step = key[first : first + b], config["BLOCK_K"]
+        blocks, slices = triton.cdiv(b, config["BLOCK_M"]), triton.cdiv(d, step)
+        stride = slices * step
+        whole = slices == 1 and d % 16 == 0 and config["BLOCK_M"] * step <= WHOLE
+        z, inv_norm, similarity = (
+            (None, torch.empty(2 * b, **wide), torch.empty(b, **wide)) if whole
+            else operand(query, positives, normalize, operand_dtype, step)
+        )  # fmt: skip
+        inv_c = None if whole and blocks <= OWN_NORMS else inverse(c, normalize)
+        span, splits = _spans(blocks, len(c), config["BLOCK_N"])
+        r_parts, above_parts = torch.empty(2, splits, b, **wide)
+        m_parts = torch.empty_like(r_parts) if maximum is None else None
+        o_parts = torch.empty(splits, b, stride, **wide) if needs_grad else None
+        _weigh[blocks, splits, slices if needs_grad else 1](
+            query, positives, z, inv_norm, similarity, c, inv_c, query_ids, negative_ids,
+            r_parts, m_parts, above_parts, o_parts, *scale, top, b, len(c), d, stride, first, span,
+            in_batch, normalize, weight, getattr(tl, str(operand_dtype).removeprefix("torch.")),
+            launch.precision(operand_dtype), slices == 1, **config,
+        )  # fmt: skip
+        _join[b,](
+            query, positives, inv_norm, similarity, r_parts, m_parts, above_parts, o_parts, *scale, top,
+            losses, above, dquery, dtemperature, stats, b, d, stride, splits, normalize, weight, PARTS, CHUNK,
+            **_columns(d),
+        )  # fmt: skip
+    return losses, similarity, above, dquery, dtemperature, stats
+
+
+def backward(
+    grad: Tensor,
+    stats: Tensor,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    query_ids: Tensor | None,
+    negative_ids: Tensor | None,
+    temperature: float | Tensor,
+    first: int,
+    normalize: bool,
+    operand_dtype: torch.dtype,
+    key_grad: bool,
+    negatives_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """dkey, dnegatives in their inputs' dtypes, [0] for what is not asked for; from grad [B] float32"""
+    b, d = query.shape
+    config = launch.nearest("info_nce", query.device, operand_dtype, d)["backward"]
+    scale, pull = _scale(temperature), grad * stats[2]
+    w_scale = launch.half_scale(operand_dtype, pull) if b else None
+    a = grad * stats[1] if w_scale is None else grad * stats[1] * w_scale
+
+    def gradient(x: Tensor, with_pull: bool, with_weights: bool) -> Tensor:
+        k = len(x)
+        if b == 0 or k == 0:
+            return torch.zeros_like(x)
+        inv_x, out = inverse(x, normalize), torch.empty_like(x)
+        blocks, slices = triton.cdiv(k, config["BLOCK_M"]), stride // config["BLOCK_K"]
+        span, splits = _spans(blocks, b, config["BLOCK_N"])
+        parts = x.new_empty((splits, k, stride), dtype=torch.float32)
+        if with_weights:
+            _weigh_back[blocks, splits, slices](
+                z, x, inv_x, query_ids, negative_ids, stats, a, parts, *scale, b, k, d, stride, first, span,
+                with_pull, launch.precision(operand_dtype), slices == 1, **config,
+            )  # fmt: skip
+        _join_back[k,](
+            x, inv_x, query, inv_norm, pull, parts, w_scale, *scale, out, b, k, d, stride, first,
+            splits if with_weights else 0, with_pull, CHUNK, **_columns(d),
+        )  # fmt: skip
+        return out
+
+    with launch.on(query.device):
+        positives = key[first : first + b]
+        if b:
+            z, inv_norm, _ = operand(query, positives, normalize, operand_dtype, config["BLOCK_K"])
+            stride = z.shape[1]
+        dkey = gradient(key, True, negatives is None) if key_grad else key.new_empty(0)
+        wanted = negatives_grad and negatives is not None
+        return dkey, gradient(negatives, False, True) if wanted and negatives is not None else key.new_empty(0)

@@ -1,0 +1,217 @@
+"""InfoNCE's Triton kernels: launches for offline.py, small calls for sanitize.py, tests for test_interpreter.py."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from unittest import mock
+
+import oracle
+import pytest
+import test_info_nce as of_info_nce
+import torch
+from common import OPERANDS
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+import sslops
+from sslops import backend
+from sslops.kernels.triton import info_nce, launch, rows
+
+on_cpu = contextlib.nullcontext
+DTYPES = (torch.float32, torch.float16)  # bf16 is wrong in the interpreter
+
+
+def call(
+    b: int, k: int, d: int, operands: str, temperature: float | None, device: str, *, ids: bool = False,
+    normalize: bool = True, queue: torch.dtype | None = None, needs_grad: bool = True,
+    key_grad: bool = False,
+) -> None:  # fmt: skip
+    """Forward and backward, in-batch for k = 0; without a temperature it is a tensor: the maximum is searched for"""
+    compute = OPERANDS[operands]
+    x = torch.ones(b + 2, d, dtype=compute, device=device)
+    query, key = x[:b], x if k == 0 else x[:b]
+    negatives = None if k == 0 else torch.ones(k, d, dtype=queue or compute, device=device)
+    names = [torch.arange(n, device=device) if ids else None for n in (b, k or b + 2)]
+    tau = torch.ones((), device=device) if temperature is None else temperature
+    common = (query, key, negatives, *names, tau, 1 if k == 0 else 0, normalize, compute)
+    with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
+        losses, *_, stats = info_nce.forward(*common, needs_grad)
+        if needs_grad and queue is None:
+            info_nce.backward(losses, stats, *common, k == 0 or key_grad, True)
+
+
+def matmuls(call: Callable[[], None]) -> None:
+    """Of the launches those that have configs; the others differ by dtype and by whether wide loads fit, and little"""
+    kernels = ((rows, "_inv_norms"), (rows, "_prepare"), (info_nce, "_join"), (info_nce, "_join_back"))
+    with contextlib.ExitStack() as stack:
+        for module, name in kernels:
+            stack.enter_context(mock.patch.object(module, name, mock.MagicMock()))
+        call()
+
+
+def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every listed width; what else changes the code, on chips of their own"""
+    table = launch.configs("info_nce")
+    default = chip not in table or chip == "default"
+    for operands in ("f16" if default else "bf16", "tf32", "ieee"):
+        widths = table.get(chip, table["default"])[operands if operands in ("tf32", "ieee") else "half"]
+        for d in map(int, widths):
+            fixed = partial(call, 256, 65536, d, operands, 0.1, "meta")
+            yield f"{operands} D={d} fixed", partial(matmuls, fixed)
+    if default:
+        return
+    yield "f16 D=128 search", partial(matmuls, partial(call, 256, 65536, 128, "f16", None, "meta"))
+    yield "bf16 D=100 search", partial(call, 256, 65536, 100, "bf16", None, "meta")  # wide loads do not fit
+    yield "bf16 D=128 in-batch", partial(call, 4096, 0, 128, "bf16", 0.1, "meta", ids=True)
+    yield "bf16 D=128 float32 queue", partial(call, 256, 65536, 128, "bf16", 0.1, "meta", queue=torch.float32)
+
+
+def small() -> Iterator[Callable[[], None]]:
+    """Ragged shapes down every path"""
+    for b, k, d, options in (
+        (1, 1, 1, {}),
+        (33, 0, 7, {"ids": True}),
+        (70, 133, 100, {"key_grad": True}),
+        (70, 40, 32, {}),
+        (5, 0, 16, {"ids": True, "normalize": False}),
+        (5, 40, 300, {"ids": True}),
+        (5, 40, 20, {"normalize": False, "needs_grad": False}),
+    ):
+        for operands, temperature in (("f16", None), ("tf32", 0.1), ("ieee", None)):
+            yield partial(call, b, k, d, operands, temperature, "cpu", **options)
+
+
+def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
+    """The call that tune.py times for `kernel`: the forward pass against a queue, or the in-batch backward"""
+    compute = torch.bfloat16 if operands == "half" else torch.float32
+    query, key = torch.randn(2, 256 if kernel == "forward" else 4096, width, dtype=compute, device=device)
+    queue = torch.randn(65536, width, dtype=compute, device=device) if kernel == "forward" else None
+    common = (query, key, queue, None, None, 0.1, 0, True, compute)
+    losses, *_, stats = info_nce.forward(*common, True)
+    if kernel == "forward":
+        return lambda: info_nce.forward(*common, True)
+    return lambda: info_nce.backward(torch.full_like(losses, 1 / len(losses)), stats, *common, True, False)[:1]
+
+
+# ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The triton backend on CPU tensors; what is read before it was written shows"""
+    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
+    backend.refusal.cache_clear()
+    backend._choose.cache_clear()
+    with oracle.poisoned_memory():
+        yield
+
+
+def case(test: Callable, *arguments: object) -> object:
+    return pytest.param(partial(test, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))
+
+
+def accuracy(b: int, k: int, d: int, temperature: float, dtype: torch.dtype, kind: str, **options: object) -> None:
+    of_info_nce.check(of_info_nce.pairs(b, d, k, dtype=dtype), "triton", kind, temperature=temperature, **options)
+
+
+def in_many_blocks(*arguments: object) -> None:
+    """Norms of the candidates by a launch, as more blocks of whole rows share them"""
+    with mock.patch.object(info_nce, "OWN_NORMS", 0):
+        accuracy(*arguments)
+
+
+def magnitudes(magnitude: float, d: int) -> None:
+    inputs = {name: x * magnitude for name, x in of_info_nce.pairs(35, d, 70).items()}
+    of_info_nce.check(inputs, "triton", "trainable", temperature=0.1)
+
+
+def all_gradients(dtype: torch.dtype, normalize: bool) -> None:
+    """The temperature's too; its maximum is searched for"""
+
+    def losses(query: Tensor, key: Tensor, negatives: Tensor, temperature: Tensor, **kwargs: object) -> Tensor:
+        return of_info_nce.losses(query, key, negatives, temperature=temperature, **kwargs)
+
+    inputs = {name: x * 0.3 for name, x in of_info_nce.pairs(33, 40, 90, dtype=dtype).items()}
+    oracle.check(losses, inputs | {"temperature": torch.tensor(0.1)}, "triton", dtype=dtype, normalize=normalize)
+
+
+def metrics_and_ids(kind: str) -> None:
+    inputs = of_info_nce.pairs(40, 16, 50, noise=2.0)
+    if kind == "in-batch":
+        del inputs["negatives"]
+    ids = {"query_ids": torch.arange(40) % 30}
+    if kind == "queue":
+        ids["negative_ids"] = torch.arange(50) % 30
+    ours, eager = (sslops.info_nce(**inputs, **ids, return_metrics=True, backend=each) for each in ("triton", "eager"))
+    torch.testing.assert_close(ours, eager)
+
+
+def queue_of_another_dtype() -> None:
+    inputs = of_info_nce.pairs(20, 16, 50)
+    mixed = inputs | {name: inputs[name].half() for name in ("query", "key")}
+    with torch.autocast("cpu", torch.float16):
+        ours, eager = (of_info_nce.losses(**mixed, backend=each) for each in ("triton", "eager"))
+    torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3)
+
+
+TARGET = "cpu", "triton"
+KINDS = ("queue", "trainable", "in-batch")
+SHAPES = (  # on a chip without configs, whose blocks have 64 or 32 columns
+    (67, 100, 33, 0.02),  # several blocks of rows, several spans; the fixed maximum with its bias
+    (17, 40, 150, 0.2),  # several slices of columns
+    (70, 70, 32, 0.1),  # whole rows in a block
+)
+CASES = [
+    *(case(accuracy, *shape, dtype, kind) for shape in SHAPES for dtype in DTYPES for kind in KINDS[1:]),
+    case(accuracy, *SHAPES[-1], torch.float16, "queue"),
+    case(accuracy, 33, 70, 20, 0.005, torch.float32, "trainable"),  # no fixed maximum
+    *(case(in_many_blocks, 70, 40, 16, 0.1, torch.float16, kind) for kind in ("queue", "in-batch")),
+    *(case(magnitudes, *each) for each in ((1e-12, 16), (1e25, 16), (1e25, 24))),
+    *(case(all_gradients, *each) for each in ((torch.float32, True), (torch.float16, True), (torch.float16, False))),
+    *(
+        case(test, *TARGET, kind, *arguments)
+        for kind in KINDS
+        for test, *arguments in (
+            (of_info_nce.test_one_row_opposite_all_others, 0.02),
+            (of_info_nce.test_empty_and_single, 0, 5),
+            (of_info_nce.test_empty_and_single, 3, 0),
+            (of_info_nce.test_empty_and_single, 1, 1),
+            (of_info_nce.test_non_finite_rows_as_eager, float("nan"), "negatives"),
+            (of_info_nce.test_zero_rows,),
+        )
+    ),
+    case(of_info_nce.test_non_finite_rows_as_eager, *TARGET, "trainable", float("inf"), "query"),
+    case(of_info_nce.test_positives_from_a_row_on, *TARGET, "in-batch"),
+    case(of_info_nce.test_ids_leave_out_what_they_name, *TARGET),
+    case(of_info_nce.test_high_temperatures, *TARGET, 1e30),
+    *(case(metrics_and_ids, kind) for kind in ("queue", "in-batch")),
+    case(of_info_nce.test_non_contiguous, *TARGET),
+    case(queue_of_another_dtype),
+    case(of_info_nce.test_gradients_of_some, *TARGET, "negatives"),
+]
+
+
+@pytest.mark.parametrize("test", CASES)
+def test_as_on_the_cpu(test: Callable[[], None]) -> None:
+    test()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_nan_for_what_is_no_temperature(temperature: float) -> None:
+    inputs = of_info_nce.pairs(3, 4, 5)
+    assert of_info_nce.losses(**inputs, temperature=torch.tensor(temperature), backend="triton").isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [0.1, torch.tensor(0.1)])
+def test_two_launches_where_only_the_query_learns(temperature: float | Tensor) -> None:
+    launched = []
+
+    def run(kernel: InterpretedFunction, *args: object, **kwargs: object) -> None:
+        launched.append(kernel.fn.__name__)
+
+    query, key = torch.randn(2, 256, 128, dtype=torch.bfloat16)
+    chip = mock.patch.object(launch, "chip", return_value="sm_90")
+    with chip, mock.patch.object(InterpretedFunction, "run", run):
+        queue = torch.randn(65536, 128, dtype=torch.bfloat16)
+        sslops.info_nce(query.requires_grad_(), key, queue, temperature=temperature, backend="triton").backward()
+    assert launched == ["_weigh", "_join"]
