@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from methods import METHODS, Method, TwoViews
+from methods import MAE, METHODS, Method, TwoViews, standard
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -181,6 +181,34 @@ def plot_correlation(networks: dict[str, TwoViews], images: Tensor, path: Path) 
     figure.savefig(path, dpi=120)
 
 
+@torch.no_grad()
+def reconstruct(networks: dict[str, MAE], train: Tensor, test: Tensor, path: Path) -> dict[str, float]:
+    """The squared error on masked pixels of held-out images, over that of the mean training image; 12 are pictured."""
+    views = next(iter(networks.values())).views(test)
+    images, mask = standard(test), views[2]
+    predicted = {title: network.eval()(*views)[0] for title, network in networks.items()}
+    patch = networks[next(iter(networks))].encoder.embed.patch_size
+
+    def error(x: Tensor) -> float:
+        return sslops.masked_patch_mse(x, images, mask, patch, norm_pix=False).item()
+
+    def whole(patches: Tensor) -> Tensor:
+        return F.fold(patches.mT, images.shape[2:], patch, stride=patch)
+
+    some = next(iter(predicted.values()))
+    hidden = whole(mask[:, :, None].expand_as(some)) > 0
+    mean = F.unfold(standard(train).mean(0, keepdim=True), patch, stride=patch).mT.expand_as(some)
+    rows = {"original": images, "visible": images.masked_fill(hidden, 0)}
+    rows |= {title: torch.where(hidden, whole(x), images) for title, x in predicted.items()}
+    figure = Figure(figsize=(12, 1.1 * len(rows)), layout="constrained")
+    for axes, (title, row) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
+        axes.imshow(torch.cat(list(row[:12, 0]), dim=1).numpy(), vmin=-0.5, vmax=3, cmap="gray")
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(title, rotation="horizontal", ha="right", va="center")
+    figure.savefig(path, dpi=120)
+    return {title: error(x) / error(mean) for title, x in predicted.items()}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="simclr")
@@ -241,12 +269,16 @@ def main(argv: list[str] | None = None) -> None:
         gain = (accuracies[f"pretrained, {name}"] - accuracies["raw pixels"]).mean()
         verdict = f"gains {gain:.1f} points over" if gain > 0 else f"does NOT gain over ({gain:.1f} points)"
         lines.append(f"pretraining with {name} {verdict} raw pixels")
+    folder = args.out / f"{args.method}-{args.data}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(network, MAE):
+        lines.append("\nmasked pixels of held-out images: squared error over that of the mean training image")
+        for title, error in reconstruct(encoders, train, test, folder / "reconstructions.png").items():
+            lines.append(f"{title:32}{error:12.3f}")
     lines.append(f"\n{time.perf_counter() - began:.0f} s in all")
 
     report = "\n".join(lines)
     print(f"\n{report}")
-    folder = args.out / f"{args.method}-{args.data}"
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text(report + "\n")
     curves = np.column_stack([run.losses for run in runs.values()])
     np.savetxt(folder / "curves.csv", curves, delimiter=",", header=",".join(names), comments="", fmt="%.9g")

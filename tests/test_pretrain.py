@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("mlxtend", reason="the demo's packages are an extra: pip install sslops[demo]")
 
 STEPS, BATCH = 6, 64
-METHODS = ["simclr", "barlow", "vicreg", "moco", "relicv2"]
+METHODS = ["simclr", "barlow", "vicreg", "moco", "relicv2", "mae"]
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_both_losses_train_alike(pretrain, tmp_path, capsys, monkeypatch, method
     if method == "simclr":
         assert abs(curves[0, 0] - np.log(2 * BATCH - 1)) < 1  # an untrained network tells no view from another
     pictures = {path.name for path in folder.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")}
-    two_views = {"cross_correlation.png"} if method in ("simclr", "barlow", "vicreg") else set()
-    assert pictures == {"curves.png"} | two_views
+    own = dict.fromkeys(("simclr", "barlow", "vicreg"), "cross_correlation.png") | {"mae": "reconstructions.png"}
+    assert pictures == {"curves.png", own.get(method, "curves.png")}
 
     report = (folder / "report.txt").read_text()
     assert report in capsys.readouterr().out
