@@ -6,40 +6,61 @@
 namespace sslops::columns {
 namespace {
 
-constexpr int64_t kStrip = 64;       // columns that one thread takes down all rows: a few cache lines of each
+constexpr int64_t kStrip = 512;      // columns that go down all rows together, their sums in the first-level cache
+constexpr int64_t kRows = 8;         // at a time, a vector of columns after the other
+constexpr int64_t kPart = 64;        // of a strip, so many columns or more are one thread's
 constexpr int64_t kBlock = 1 << 14;  // elements that one thread takes; fixed, so that sums do not depend on threads
 
 // fn(first column, columns) in parallel
 template <typename Fn>
 void for_each_strip(int64_t p, Fn&& fn) {
-  parallel_for((p + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin * kStrip; j < end * kStrip && j < p; j += kStrip) fn(j, p - j < kStrip ? p - j : kStrip);
+  parallel_for((p + kPart - 1) / kPart, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * kPart < p ? end * kPart : p;
+    for (int64_t j = begin * kPart; j < last; j += kStrip) fn(j, last - j < kStrip ? last - j : kStrip);
   });
 }
 
 SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
 
-// visit(row, column of the strip, lanes, value) down the rows of x
-template <typename Visit>
-SSLOPS_INLINE void down(const void* x, DType dtype, Panel c, int64_t strip, int64_t width, Visit&& visit) {
-  for (int64_t i = 0; i < c.n; ++i)
-    for_each_vector(width, [&](int64_t j, int lanes) {
-      visit(i, j, lanes, widen(load_as_float(x, dtype, i * c.d + c.first + strip + j, lanes)));
-    });
-}
-
 using Strip = D[kStrip / kLanes];
 
-SSLOPS_INLINE void strip_moments(const void* x, DType dtype, Panel c, int64_t strip, int64_t width, Strip& mean,
-                                 Strip& var) {
-  const double inv_n = 1. / static_cast<double>(c.n);
-  down(x, dtype, c, strip, width, [&](int64_t, int64_t j, int, D v) { mean[j / kLanes] += v; });
-  for (D& m : mean) m *= inv_n;
-  down(x, dtype, c, strip, width, [&](int64_t, int64_t j, int, D v) {
-    v -= mean[j / kLanes];
-    var[j / kLanes] += v * v;
+// visit(rows from, to, column of the strip, lanes): what belongs to a column stays in registers for kRows rows
+template <typename Visit>
+SSLOPS_INLINE void down(int64_t n, int64_t width, Visit&& visit) {
+  for (int64_t i = 0; i < n; i += kRows)
+    for_each_vector(width, [&](int64_t j, int lanes) { visit(i, i + kRows < n ? i + kRows : n, j, lanes); });
+}
+
+SSLOPS_INLINE D value(const void* x, DType dtype, Panel c, int64_t i, int64_t column, int lanes) {
+  return widen(load_as_float(x, dtype, i * c.d + c.first + column, lanes));
+}
+
+// In one pass, of the differences from the first row: it lies at most sqrt(N) standard deviations from the mean, so
+// that double has digits to spare.
+void strip_moments(const void* x, DType dtype, Panel c, int64_t strip, int64_t width, Strip& mean, Strip& var) {
+  Strip shift;
+  for_each_vector(width, [&](int64_t j, int lanes) { shift[j / kLanes] = value(x, dtype, c, 0, strip + j, lanes); });
+  down(c.n, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
+    const int64_t k = j / kLanes;
+    const D from = shift[k];
+    D total{}, squares{};
+    for (; i < end; ++i) {
+      const int64_t ahead = (i + kRows) * c.d + c.first + strip + j;
+      __builtin_prefetch(static_cast<const char*>(x) + ahead * (dtype == DType::f32 ? 4 : 2));
+      const D v = value(x, dtype, c, i, strip + j, lanes) - from;
+      total += v;
+      squares += v * v;
+    }
+    mean[k] += total;
+    var[k] += squares;
   });
-  for (D& v : var) v *= inv_n;
+  const double inv_n = 1. / static_cast<double>(c.n);
+  for_each_vector(width, [&](int64_t j, int) {
+    const int64_t k = j / kLanes;
+    const D v = mean[k] * inv_n;
+    mean[k] = v + shift[k];
+    var[k] = var[k] * inv_n - v * v;
+  });
 }
 
 // A strip of a row of doubles, to or from vectors.
@@ -78,9 +99,13 @@ void normalize(const void* x, DType dtype, Panel c, bool scaled, double eps, con
       for (int k = 0; k < kLanes; ++k) inverse[k] = scaled ? 1. / __builtin_sqrt(biased[k] + eps) : 1.;
       scale[j / kLanes] = __builtin_convertvector(inverse, F);
     });
-    down(x, dtype, c, strip, width, [&](int64_t i, int64_t j, int lanes, D v) {
-      const F centred = __builtin_convertvector(v - mean[j / kLanes], F);
-      store_lanes(a + i * c.p + strip + j, lanes, centred * scale[j / kLanes]);
+    down(c.n, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
+      const D from = mean[j / kLanes];
+      const F by = scale[j / kLanes];
+      for (; i < end; ++i) {
+        const F centred = __builtin_convertvector(value(x, dtype, c, i, strip + j, lanes) - from, F);
+        store_lanes(a + i * c.p + strip + j, lanes, centred * by);
+      }
     });
   });
 }
@@ -88,11 +113,14 @@ void normalize(const void* x, DType dtype, Panel c, bool scaled, double eps, con
 void diagonal(const float* a, const float* b, int64_t n, int64_t p, float* c) {
   for_each_strip(p, [&](int64_t strip, int64_t width) {
     D total[kStrip / kLanes]{};
-    for (int64_t i = 0; i < n; ++i)
-      for_each_vector(width, [&](int64_t j, int lanes) {
+    down(n, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
+      D sum{};
+      for (; i < end; ++i) {
         const int64_t at = i * p + strip + j;
-        total[j / kLanes] += widen(load_lanes(a + at, lanes, 0.f)) * widen(load_lanes(b + at, lanes, 0.f));
-      });
+        sum += widen(load_lanes(a + at, lanes, 0.f)) * widen(load_lanes(b + at, lanes, 0.f));
+      }
+      total[j / kLanes] += sum;
+    });
     for_each_vector(width, [&](int64_t j, int lanes) {
       store_lanes(c + strip + j, lanes, __builtin_convertvector(total[j / kLanes] / static_cast<double>(n), F));
     });
@@ -118,23 +146,34 @@ double inner(const float* x, const float* y, int64_t size) {
   return total;
 }
 
-SSLOPS_INLINE F at(const Gradient& g, int64_t i, int64_t p, int64_t column, int lanes) {
-  F v = load_lanes(g.t + i * g.ld + column, lanes, 0.f) * static_cast<float>(g.weight);
-  if (g.b) v += load_lanes(g.b + i * p + column, lanes, 0.f) * load_lanes(g.slope + column, lanes, 0.f);
-  return v;
+// of columns whose slope is given
+SSLOPS_INLINE F at(const Gradient& g, int64_t i, int64_t p, int64_t column, int lanes, F slope) {
+  const F v = load_lanes(g.t + i * g.ld + column, lanes, 0.f) * static_cast<float>(g.weight);
+  return g.b ? v + load_lanes(g.b + i * p + column, lanes, 0.f) * slope : v;
+}
+SSLOPS_INLINE F slope_of(const Gradient& g, int64_t column, int lanes) {
+  return g.b ? load_lanes(g.slope + column, lanes, 0.f) : F{};
 }
 
-SSLOPS_INLINE void strip_gradient_means(const Gradient& g, const float* a, int64_t n, int64_t p, int64_t strip,
-                                        int64_t width, Strip& mean, Strip& along) {
-  for (int64_t i = 0; i < n; ++i)
-    for_each_vector(width, [&](int64_t j, int lanes) {
-      const D v = widen(at(g, i, p, strip + j, lanes));
-      mean[j / kLanes] += v;
-      along[j / kLanes] += v * widen(load_lanes(a + i * p + strip + j, lanes, 0.f));
-    });
+void strip_gradient_means(const Gradient& g, const float* a, int64_t n, int64_t p, int64_t strip, int64_t width,
+                          Strip& mean, Strip& along) {
+  down(n, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
+    const int64_t column = strip + j;
+    const F slope = slope_of(g, column, lanes);
+    D total{}, product{};
+    for (; i < end; ++i) {
+      const D v = widen(at(g, i, p, column, lanes, slope));
+      total += v;
+      product += v * widen(load_lanes(a + i * p + column, lanes, 0.f));
+    }
+    mean[j / kLanes] += total;
+    along[j / kLanes] += product;
+  });
   const double inv_n = 1. / static_cast<double>(n);
-  for (D& m : mean) m *= inv_n;
-  for (D& m : along) m *= inv_n;
+  for_each_vector(width, [&](int64_t j, int) {
+    mean[j / kLanes] *= inv_n;
+    along[j / kLanes] *= inv_n;
+  });
 }
 
 void gradient_means(Gradient g, const float* a, int64_t n, int64_t p, double* means) {
@@ -165,13 +204,15 @@ void normalize_backward(Gradient g, const float* a, const double* means, const f
       for (int lane = 0; lane < kLanes; ++lane) factor[lane] = grad / __builtin_sqrt(factor[lane]);
       scale[k] = __builtin_convertvector(factor, F);
     });
-    for (int64_t i = 0; i < c.n; ++i)
-      for_each_vector(width, [&](int64_t j, int lanes) {
-        const F own = load_lanes(a + i * c.p + strip + j, lanes, 0.f);
-        const F v =
-            (at(g, i, c.p, strip + j, lanes) - mean32[j / kLanes] - own * along32[j / kLanes]) * scale[j / kLanes];
-        store_from_float(dx, dtype, i * c.d + c.first + strip + j, lanes, v);
-      });
+    down(c.n, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
+      const int64_t k = j / kLanes, column = strip + j;
+      const F slope = slope_of(g, column, lanes);
+      for (; i < end; ++i) {
+        const F own = load_lanes(a + i * c.p + column, lanes, 0.f);
+        const F v = (at(g, i, c.p, column, lanes, slope) - mean32[k] - own * along32[k]) * scale[k];
+        store_from_float(dx, dtype, i * c.d + c.first + column, lanes, v);
+      }
+    });
   });
 }
 

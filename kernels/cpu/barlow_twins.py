@@ -1,7 +1,7 @@
 """Barlow Twins on the CPU: no [D, D] matrix, and neither view normalised in full where the batch is small.
 
 A, B: the views [N, D], batch-normalised; C = A^T B / N. Two exact routes:
-- gram (8 N^2 D FLOP): sum C^2 = <A A^T, B B^T> / N^2, dA = (2 lambd / N^2) (B B^T) A + B * slope. Columns are
+- gram (6 N^2 D FLOP, by symmetry): sum C^2 = <A A^T, B B^T> / N^2, dA = (2 lambd / N^2) (B B^T) A + B * slope. Columns are
   independent once the [N, N] Gram matrices are there: all happens in panels of columns, normalised on the fly.
 - panels (6 N D^2): rows of C, their loss and dL/dC in one pass, and at once what they add to dA and dB.
 
@@ -17,14 +17,17 @@ from sslops import _C
 
 from .columns import (
     LARGEST_DIAGONAL_SHARE,
+    NARROW_PANEL,
     PANEL,
     WIDE_PANEL,
     Group,
+    add_gram,
     all_reduce,
     batch,
     centre,
     diagonal,
     inner,
+    mirror,
     moments_of,
     normalize_backward,
     panels,
@@ -85,7 +88,9 @@ def _forward_gram(
         a, b = (rounded(_normalized(x, first, p, eps, own, synced)[0], operand) for x in (z_a, z_b))
         c[first : first + p] = diagonal(a, b)
         for gram, x in zip(grams, (a, b), strict=True):
-            gram.addmm_(x[own], x.t())
+            add_gram(gram, x, own)
+    for gram in grams:
+        mirror(gram)
     total, wide = inner(grams[0], grams[1], group) / n**2, c.double()
     if _by_gram(total, c):
         loss = ((1 - wide).square().sum() + lambd * (total - wide.square().sum())).float()
@@ -142,7 +147,7 @@ def backward(
     out = [empty(own.stop - own.start, d, dtype=z_a.dtype) for _ in range(2)]
     slope = (-2 * (1 - c) - 2 * lambd * c) / n  # of the gram route
     t = torch.empty(len(out[0]), min(PANEL, d), **FLOAT32)
-    for first, p in panels(d):
+    for first, p in panels(d, PANEL if by_gram else NARROW_PANEL):
         views = [_normalized(x, first, p, eps, own, synced, m) for x, m in zip((z_a, z_b), moments, strict=True)]
         for k, dx in enumerate(out):
             (x, mine, var), (_, other, _) = views[k], views[1 - k]

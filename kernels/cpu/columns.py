@@ -20,6 +20,8 @@ Group = Any  # dist.ProcessGroup | None: torch may be built without
 
 PANEL = 512  # columns: [256, 512] in float32 is 512 kB, a quarter of a core's cache
 WIDE_PANEL = 1024  # of many rows, which no cache holds: larger products run nearer to their peak
+NARROW_PANEL = 128  # where nothing is multiplied: the cache holds some thousand rows
+GRAM_BLOCK = 128  # rows of a Gram matrix, from its diagonal on: the rest is their mirror image
 # Of a matrix's squares: above it the off-diagonal part, a difference on the gram route, loses more than a digit.
 LARGEST_DIAGONAL_SHARE = 0.9
 
@@ -81,6 +83,23 @@ def centre(
 def rounded(a: Tensor, operand: torch.dtype) -> Tensor:
     """a, in float32, as the operand of a matmul in `operand` holds it"""
     return a if operand == torch.float32 else a.to(operand).float()
+
+
+def add_gram(gram: Tensor, a: Tensor, own: slice) -> None:
+    """gram [B, N] += a[own] a^T; of a whole one, B = N, the upper triangle, by blocks: `mirror` once makes the rest"""
+    whole = len(gram) == len(a)
+    for i in range(0, len(gram), GRAM_BLOCK):
+        first, last = own.start + i, min(own.start + i + GRAM_BLOCK, own.stop)
+        columns = slice(first if whole else 0, len(a))
+        gram[i : i + GRAM_BLOCK, columns].addmm_(a[first:last], a[columns].t())
+
+
+def mirror(gram: Tensor) -> Tensor:
+    """gram [B, N], complete after all of add_gram"""
+    rows, n = gram.shape
+    for end in range(GRAM_BLOCK, n if rows == n else 0, GRAM_BLOCK):
+        gram[end:, end - GRAM_BLOCK : end] = gram[end - GRAM_BLOCK : end, end:].t()
+    return gram
 
 
 def diagonal(a: Tensor, b: Tensor) -> Tensor:

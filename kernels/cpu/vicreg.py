@@ -1,6 +1,6 @@
 """VICReg on the CPU: no [D, D] matrix. Z: a view, centred; S = Z^T Z; cov = S / (N - 1). Two exact routes a view:
 
-- gram (4 N^2 D FLOP): ||S||^2 = ||Z Z^T||^2 and Z S = (Z Z^T) Z. The off-diagonal part is then a difference, which
+- gram (3 N^2 D FLOP, by symmetry): ||S||^2 = ||Z Z^T||^2 and Z S = (Z Z^T) Z. The off-diagonal part is then a difference, which
   drowns where few columns hold most of the variance: there the view goes by panels, at 6 N D^2.
 - panels (4 N D^2): rows of S without their diagonal, summed, and at once multiplied back.
 
@@ -17,11 +17,13 @@ from .columns import (
     LARGEST_DIAGONAL_SHARE,
     WIDE_PANEL,
     Group,
+    add_gram,
     all_reduce,
     batch,
     centre,
     diagonal,
     inner,
+    mirror,
     moments_of,
     panels,
     ranks,
@@ -39,7 +41,8 @@ def _gram(z: Tensor, operand: torch.dtype, moments: Tensor, gram: Tensor, own: s
         a = rounded(a, operand)
         for row, values in zip(moments, (mean, var, diagonal(a, a) * n), strict=True):
             row[first : first + p] = values
-        gram.addmm_(a[own], a.t())
+        add_gram(gram, a, own)
+    mirror(gram)
 
 
 def _off_diagonal_by_gram(moments: Tensor, gram: Tensor, group: Group) -> float | None:
