@@ -1,8 +1,9 @@
 """Barlow Twins on the CPU: no [D, D] matrix, and neither view normalised in full where the batch is small.
 
 A, B: the views [N, D], batch-normalised; C = A^T B / N. Two exact routes:
-- gram (6 N^2 D FLOP, by symmetry): sum C^2 = <A A^T, B B^T> / N^2, dA = (2 lambd / N^2) (B B^T) A + B * slope. Columns are
-  independent once the [N, N] Gram matrices are there: all happens in panels of columns, normalised on the fly.
+- gram (6 N^2 D FLOP, by symmetry): sum C^2 = <A A^T, B B^T> / N^2, dA = (2 lambd / N^2) (B B^T) A + B * slope.
+  Columns are independent once the [N, N] Gram matrices are there: all happens in panels of columns, normalised on the
+  fly.
 - panels (6 N D^2): rows of C, their loss and dL/dC in one pass, and at once what they add to dA and dB.
 
 With a process group the batch is that of all ranks. gram: the views come gathered, a rank has its own rows of the Gram
@@ -17,7 +18,6 @@ from sslops import _C
 
 from .columns import (
     LARGEST_DIAGONAL_SHARE,
-    NARROW_PANEL,
     PANEL,
     WIDE_PANEL,
     Group,
@@ -147,7 +147,7 @@ def backward(
     out = [empty(own.stop - own.start, d, dtype=z_a.dtype) for _ in range(2)]
     slope = (-2 * (1 - c) - 2 * lambd * c) / n  # of the gram route
     t = torch.empty(len(out[0]), min(PANEL, d), **FLOAT32)
-    for first, p in panels(d, PANEL if by_gram else NARROW_PANEL):
+    for first, p in panels(d):
         views = [_normalized(x, first, p, eps, own, synced, m) for x, m in zip((z_a, z_b), moments, strict=True)]
         for k, dx in enumerate(out):
             (x, mine, var), (_, other, _) = views[k], views[1 - k]

@@ -20,7 +20,6 @@ Group = Any  # dist.ProcessGroup | None: torch may be built without
 
 PANEL = 512  # columns: [256, 512] in float32 is 512 kB, a quarter of a core's cache
 WIDE_PANEL = 1024  # of many rows, which no cache holds: larger products run nearer to their peak
-NARROW_PANEL = 128  # where nothing is multiplied: the cache holds some thousand rows
 GRAM_BLOCK = 128  # rows of a Gram matrix, from its diagonal on: the rest is their mirror image
 # Of a matrix's squares: above it the off-diagonal part, a difference on the gram route, loses more than a digit.
 LARGEST_DIAGONAL_SHARE = 0.9

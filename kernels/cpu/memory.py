@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sslops import _C
 
-WORTH_IT = 4 << 20  # bytes: smaller ones come from memory that malloc has kept
+WORTH_IT = 4 << 20  # bytes: smaller ones come from memory that malloc has kept, or cost little
 
 
 def on_huge_pages(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """VICReg on the CPU: no [D, D] matrix. Z: a view, centred; S = Z^T Z; cov = S / (N - 1). Two exact routes a view:
 
-- gram (3 N^2 D FLOP, by symmetry): ||S||^2 = ||Z Z^T||^2 and Z S = (Z Z^T) Z. The off-diagonal part is then a difference, which
-  drowns where few columns hold most of the variance: there the view goes by panels, at 6 N D^2.
+- gram (3 N^2 D FLOP, by symmetry): ||S||^2 = ||Z Z^T||^2 and Z S = (Z Z^T) Z. The off-diagonal part is then a
+  difference, which drowns where few columns hold most of the variance: there the view goes by panels, at 6 N D^2.
 - panels (4 N D^2): rows of S without their diagonal, summed, and at once multiplied back.
 
 With a process group the batch is that of all ranks. gram: the views come gathered, a rank has its own rows of the Gram
