@@ -223,7 +223,7 @@ class RELICv2(MomentumTarget):
 
 
 def standard(images: Tensor) -> Tensor:
-    """To about mean 0 and variance 1. Without it a patch would say little beside its position, and MAE not learn."""
+    """To about mean 0 and variance 1."""
     return (images - 0.15) / 0.3
 
 
