@@ -27,6 +27,16 @@ CASES = {
     "small": cases("66x7x2x1x65 66x7x1x0x10 130x300x1x0x129", "float32 bfloat16", "both"),
 }
 
+
+def work(part: str, b: int, d: int) -> dict[str, int]:
+    """Of the Triton kernels for one pair in bf16, all others as negatives, and a target that learns nothing"""
+    if part == "forward":
+        return {"flops": 4 * b * b * d, "exps": 2 * b * b, "bytes": 12 * b * d}
+    return {"flops": 6 * b * b * d, "exps": 2 * b * b, "bytes": 2 * 12 * b * d}
+
+
+WORK = {(p, f"B={b} D=256"): work(p, b, 256) for b in (1024, 4096, 16384) for p in ("forward", "backward")}
+
 Crops = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
 Loss = Callable[[Crops, int], torch.Tensor]
 

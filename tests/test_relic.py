@@ -169,8 +169,9 @@ def test_aligned_pairs(device, backend, op, dtype, temperature):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_collapsed(device, backend, dtype):
     """All embeddings equal: the gradient is zero, a sum of terms of size 1 / tau per row that cancel."""
-    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    inputs = {"online": row.repeat(300, 1), "target": row.repeat(300, 1)}
+    online = views(300, 64, dtype=dtype, device=device)["online"]
+    row = online[:1]
+    inputs = {"online": row.repeat(len(online), 1), "target": row.repeat(len(online), 1)}
     size = 2 / 0.1 / float(row.float().norm()) / 64**0.5
     oracle.check(losses, inputs, backend, temperature=0.1, scale={"online": size, "target": size})
 
@@ -392,9 +393,9 @@ def test_metrics(device, backend, negatives):
     o, t = (F.normalize(x.detach().double()) for x in (online, target))
     similarities = o @ t.t()
     if negatives:
-        order = torch.randperm(300, generator=torch.Generator(device).manual_seed(5), device=device)
+        order = torch.randperm(len(o), generator=torch.Generator(device).manual_seed(5), device=device)
         at = order.argsort()
-        left_out = (at - at[:, None]) % 300 > negatives
+        left_out = (at - at[:, None]) % len(o) > negatives
         similarities.masked_fill_(left_out, -torch.inf)
     positive = (o * t).sum(1)
     oracle.assert_metrics(found, positive, similarities.fill_diagonal_(-torch.inf), online.dtype)

@@ -19,23 +19,10 @@ from torch import Tensor
 
 from . import launch
 from .launch import refuses  # noqa: F401
-from .rows import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    address,
-    column_tile,
-    fixed_maximum,
-    load,
-    log1p,
-    log2_scale,
-    operand,
-    row_blocks,
-    row_tile,
-)  # fmt: skip
+from .rows import LN2, LOG2E, LOWEST, column_tile, fixed_maximum, input_gradients, log1p, log2_scale, operand, row_tile
 
 # These change from batch to batch: no compilation for each.
-SIZES = ("N", "M", "panel", "span", "splits", "row0", "column0", "width", "first", "panels")
+SIZES = ("N", "M", "panel", "span", "row0", "column0", "width", "panels")
 
 PANELS = 31  # odd, see _negative_sums; 31 * 16 programs fill 3.8 waves of an H100's 132 multiprocessors
 PROGRAMS = 528  # of the flash backward: two waves of two on each of 132 multiprocessors
@@ -250,60 +237,6 @@ def _w_block(
     tl.store(to, tile.to(w.dtype.element_ty), mask=(rows < M) & (columns < M))
 
 
-@triton.jit
-def _dz(
-    x, other, dz, inv, inv_other, coefficient, inv_tau, w_scale, rows, first, k, N, D, stride, splits,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """z and dz [rows, k : k + BLOCK_D]: the splits' sum less the positive's share, over tau"""
-    columns = k + tl.arange(0, BLOCK_D)
-    mask = (rows < N)[:, None] & (columns < D)[None, :]
-    total = tl.load(address(dz, first + rows, columns, stride), mask=mask, other=0.0)
-    for split in range(1, splits):
-        total += tl.load(
-            address(dz, tl.cast(split, tl.int64) * 2 * N + first + rows, columns, stride), mask=mask, other=0.0
-        )
-    if w_scale is not None:
-        total = total / tl.load(w_scale)
-    own = load(x, rows, k, N, D, BLOCK_D) * inv[:, None]
-    positive = load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None]
-    return own, (total - coefficient[:, None] * positive) * inv_tau
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _gradient(
-    x, other, dz, inv_norm, grad, neg_share, w_scale, scale, dx, dots, first, N, D, stride, splits,
-    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dx [N, D] of the view x, whose dz [splits, 2N, stride] starts at row `first` (0 or N), and dots [2N] = <z, dz>"""
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = rows < N
-    at, paired = first + rows, N - first + rows
-    inv = tl.load(inv_norm + at, mask=inside, other=0.0)
-    inv_other = tl.load(inv_norm + paired, mask=inside, other=0.0)
-    # (1 - p) of the positive, of both rows; 1 - p itself would cancel
-    coefficient = tl.load(grad + at, mask=inside, other=0.0) * tl.load(neg_share + at, mask=inside, other=0.0)
-    coefficient += tl.load(grad + paired, mask=inside, other=0.0) * tl.load(neg_share + paired, mask=inside, other=0.0)
-    inv_tau = tl.load(scale) * LN2
-    dot = tl.zeros([BLOCK_R], tl.float32)
-    for k in range(0, D, BLOCK_D):
-        z, d = _dz(
-            x, other, dz, inv, inv_other, coefficient, inv_tau, w_scale, rows, first, k, N, D, stride, splits, BLOCK_D
-        )
-        dot += tl.sum(z * d, 1)
-    tl.store(dots + at, dot, mask=inside)
-    along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
-    for k in range(0, D, BLOCK_D):
-        z, d = _dz(
-            x, other, dz, inv, inv_other, coefficient, inv_tau, w_scale, rows, first, k, N, D, stride, splits, BLOCK_D
-        )
-        if NORMALIZE:
-            d = (d - z * along[:, None]) * inv[:, None]
-        columns = k + tl.arange(0, BLOCK_D)
-        mask = inside[:, None] & (columns < D)[None, :]
-        tl.store(address(dx, rows, columns, D), d.to(dx.dtype.element_ty), mask=mask)
-
-
 def forward(
     z0: Tensor,
     z1: Tensor,
@@ -357,24 +290,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz0, dz1 [N, D] in the inputs' dtype and dtemperature [], float32, from grad [2N] float32"""
     n, d = z0.shape
-    dz0, dz1 = torch.empty_like(z0), torch.empty_like(z1)
     if n == 0:
-        return dz0, dz1, grad.new_zeros(())
+        return torch.empty_like(z0), torch.empty_like(z1), grad.new_zeros(())
     precision = launch.precision(compute_dtype)
     configs = launch.nearest("nt_xent", z0.device, compute_dtype, d)
     maximum, scale = fixed_maximum(temperature, normalize, 2 * n), log2_scale(temperature, z0)
     w_z, config = (_w_z_flash, configs["flash"]) if "flash" in configs else (_w_z_panels, configs["panels"])
     with launch.on(z0.device):
         z, _, _ = operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
-        w_scale = launch.half_scale(compute_dtype, grad * stats[2])
+        pulls = grad * stats[2]
+        w_scale = launch.half_scale(compute_dtype, pulls)
         rows = (grad * stats[1], stats[0] if maximum is None else None, scale, maximum, w_scale)
         dz = w_z(z, rows, maximum is None, precision, config)
-        dots, blocks = torch.empty_like(grad), row_blocks(d)
-        for x, other, dx, first in ((z0, z1, dz0, 0), (z1, z0, dz1, n)):
-            _gradient[triton.cdiv(n, blocks["BLOCK_R"]),](
-                x, other, dz, inv_norm, grad, stats[2], w_scale, scale, dx, dots, first, n, d, z.shape[1], len(dz),
-                normalize, **blocks,
-            )  # fmt: skip
+        pull = pulls[:n] + pulls[n:]  # (1 - p) of the positive, of both its rows; 1 - p itself would cancel
+        (dz0, dz1), dots = input_gradients((z0, z1), 2, dz, inv_norm, pull, w_scale, scale, normalize)
         # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
         return dz0, dz1, dots.sum() * (-0.5 / temperature)
 

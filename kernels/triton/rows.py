@@ -80,9 +80,9 @@ def _inv_norms(x, out, N, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit(do_not_specialize=("N",))
 def _prepare(
     x0, x1, z, inv_norm, s_pos, N, D, stride,
-    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, ROUNDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z [2N, stride], the matmuls' operand: both views normalised, rounded, padded; s_pos [N] of the unrounded"""
+    """z [2N, stride], the matmuls' operand: both views normalised, rounded, padded; s_pos [N], of the rounded or not"""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = rows < N
     inv0 = tl.full([BLOCK_R], 1.0, tl.float32)
@@ -94,6 +94,8 @@ def _prepare(
     for k in range(0, stride, BLOCK_D):
         a = load(x0, rows, k, N, D, BLOCK_D) * inv0[:, None]
         b = load(x1, rows, k, N, D, BLOCK_D) * inv1[:, None]
+        if ROUNDED:
+            a, b = a.to(z.dtype.element_ty).to(tl.float32), b.to(z.dtype.element_ty).to(tl.float32)
         s += tl.sum(a * b, 1)
         columns = k + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (columns < stride)[None, :]
@@ -105,16 +107,82 @@ def _prepare(
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for 0 <= x < 1, to float32's last bit: 2 atanh(x / (2 + x)); the chips' own log is not exact near 1"""
-    t = x / (2.0 + x)
-    u = t * t
+def _gradient_tile(
+    x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The unit row and its gradient [rows, k : k + BLOCK_D]: the splits' sum less the positive's share, over tau"""
+    columns = k + tl.arange(0, BLOCK_D)
+    mask = (rows < N)[:, None] & (columns < D)[None, :]
+    total = tl.load(address(dz, first + rows, columns, stride), mask=mask, other=0.0)
+    for split in range(1, splits):
+        at = address(dz, tl.cast(split, tl.int64) * M + first + rows, columns, stride)
+        total += tl.load(at, mask=mask, other=0.0)
+    if w_inverse is not None:
+        total = total * w_inverse
+    own = load(x, rows, k, N, D, BLOCK_D) * inv[:, None]
+    if z is None:
+        positive = load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None]
+    else:
+        positive = tl.load(address(z, N - first + rows, columns, stride), mask=mask, other=0.0).to(tl.float32)
+    return own, (total - pull[:, None] * positive) * inv_tau
+
+
+@triton.jit(do_not_specialize=("first", "N", "M", "splits"))
+def _gradient(
+    x, other, z, dz, inv_norm, pull, w_scale, scale, dx, dots, first, N, M, D, stride, splits,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx [N, D] of the view x; its dz [splits, M, stride] starts at row `first`, 0 or N; dots [M] = <row, gradient>"""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = rows < N
+    inv = tl.load(inv_norm + first + rows, mask=inside, other=0.0)
+    inv_other = tl.load(inv_norm + (N - first) + rows, mask=inside, other=0.0)
+    pull = tl.load(pull + rows, mask=inside, other=0.0)
+    inv_tau = tl.load(scale) * LN2
+    w_inverse = 1.0 / tl.load(w_scale) if w_scale is not None else None
+    dot = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(0, D, BLOCK_D):
+        own, d = _gradient_tile(
+            x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits, BLOCK_D
+        )
+        dot += tl.sum(own * d, 1)
+    tl.store(dots + first + rows, dot, mask=inside)
+    along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
+    for k in range(0, D, BLOCK_D):
+        own, d = _gradient_tile(
+            x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits, BLOCK_D
+        )
+        if NORMALIZE:
+            d = (d - own * along[:, None]) * inv[:, None]
+        columns = k + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (columns < D)[None, :]
+        tl.store(address(dx, rows, columns, D), d.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def atanh_series(u):
+    """(atanh(t) / t - 1) / u, u = t^2 <= 1 / 9, to float32's last bit"""
     p = u * (1 / 13) + 1 / 11
     p = p * u + 1 / 9
     p = p * u + 1 / 7
     p = p * u + 1 / 5
-    p = p * u + 1 / 3
-    return 2.0 * t * (p * u + 1.0)
+    return p * u + 1 / 3
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for 0 <= x < 1, to float32's last bit: 2 atanh(x / (2 + x)); the chips' own log is not exact near 1"""
+    t = x / (2.0 + x)
+    u = t * t
+    return 2.0 * t * (atanh_series(u) * u + 1.0)
+
+
+@triton.jit
+def load_scale(scale):
+    """log2_scale's: never 0, as an infinite temperature weighs all pairs alike, and NaN for what is no temperature"""
+    scale = tl.load(scale)
+    return tl.where(scale >= 0, tl.where(scale < 1.2e-38, 1.2e-38, scale), float("nan"))
 
 
 def fixed_maximum(temperature: float | Tensor, normalize: bool, rows: int) -> float | None:
@@ -138,16 +206,45 @@ def row_blocks(d: int) -> dict[str, int]:
 
 
 def operand(
-    z0: Tensor, z1: Tensor, normalize: bool, compute_dtype: torch.dtype, step: int
+    z0: Tensor, z1: Tensor, normalize: bool, compute_dtype: torch.dtype, step: int, rounded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z [2N, D up to a multiple of step] in compute_dtype, inv_norm [2N], s_pos [N]"""
+    """z [2N, D up to a multiple of step] in compute_dtype, inv_norm [2N], s_pos [N] before or after rounding"""
     n, d = z0.shape
     stride = triton.cdiv(d, step) * step
     z = z0.new_empty((2 * n, stride), dtype=compute_dtype)
     inv_norm, s_pos = z0.new_empty(2 * n, dtype=torch.float32), z0.new_empty(n, dtype=torch.float32)
     blocks = row_blocks(stride)
-    _prepare[triton.cdiv(n, blocks["BLOCK_R"]),](z0, z1, z, inv_norm, s_pos, n, d, stride, normalize, **blocks)
+    _prepare[triton.cdiv(n, blocks["BLOCK_R"]),](
+        z0, z1, z, inv_norm, s_pos, n, d, stride, normalize, rounded, **blocks
+    )  # fmt: skip
     return z, inv_norm, s_pos
+
+
+def input_gradients(
+    views: tuple[Tensor, Tensor],
+    count: int,
+    dz: Tensor,
+    inv_norm: Tensor,
+    pull: Tensor,
+    w_scale: Tensor | None,
+    scale: Tensor,
+    normalize: bool,
+    z: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Of the first `count` views [N, D], and dots [count * N] of unit rows and their gradients.
+
+    dz [splits, count * N, stride]: what adds up to the unit rows' gradients, times tau and w_scale, but for the
+    positives' share: pull [N] times the other view's row, as the operand z has it, or not rounded.
+    """
+    n, d = views[0].shape
+    blocks, dots = row_blocks(d), pull.new_empty(count * n)
+    found = [torch.empty_like(x) for x in views[:count]]
+    for k, dx in enumerate(found):
+        _gradient[triton.cdiv(n, blocks["BLOCK_R"]),](
+            views[k], views[1 - k], z, dz, inv_norm, pull, w_scale, scale, dx, dots, k * n, n, count * n, d,
+            dz.shape[2], len(dz), normalize, **blocks,
+        )  # fmt: skip
+    return found, dots
 
 
 def inverse(x: Tensor, normalize: bool) -> Tensor | None:

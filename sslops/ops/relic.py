@@ -243,7 +243,7 @@ def relic(
             metrics, the same on every rank, and so must be what is built on it; "none" gives the rank's own losses.
             Gradients are W times the rank's share, which DDP's averaging makes those of the whole batch (the
             temperature's is the whole batch's on every rank). Rank 0 draws the order.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no rows.

@@ -1,0 +1,142 @@
+"""RELIC's Triton kernels: launches for offline.py, small calls for sanitize.py, tests for test_interpreter.py."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from unittest import mock
+
+import oracle
+import pytest
+import test_relic as of_relic
+import torch
+from common import OPERANDS
+from torch import Tensor
+
+from sslops import backend
+from sslops.kernels.triton import launch, relic
+
+
+def on_cpu() -> contextlib.AbstractContextManager[object]:
+    """In spans of several tiles even of small inputs"""
+    return mock.patch.object(relic, "PROGRAMS", 4)
+
+
+def call(
+    b: int, d: int, operands: str, temperature: float | None, device: str, *, negatives: int | None = None,
+    normalize: bool = True, count: bool = False, gradients: int = 1,
+) -> None:  # fmt: skip
+    """Forward and backward; without a temperature it is a tensor: the maxima are searched for"""
+    compute = OPERANDS[operands]
+    x = torch.ones(b, d, dtype=compute, device=device)
+    tau = torch.ones((), device=device) if temperature is None else temperature
+    common = (x, x, tau, 1.0, 1.0, negatives, normalize, compute)
+    with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
+        losses, *saved = relic.forward(*common, count, gradients)
+        relic.backward(losses, *common, gradients, *saved)
+
+
+def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every listed config, its matrices the least and the most that a launch can have"""
+    everything = {"count": True, "gradients": 2}
+    yield "f16 D=256 search", partial(call, 4096, 256, "f16", None, "meta", **everything)
+    for operands, d in (("bf16", 128), ("bf16", 256), ("bf16", 512), ("tf32", 128), ("ieee", 128)):
+        if chip != "default" or operands != "bf16":
+            yield f"{operands} D={d} fixed", partial(call, 4096, d, operands, 0.1, "meta")
+
+
+def small() -> Iterator[Callable[[], None]]:
+    """Ragged shapes down every path"""
+    for b, d, operands, temperature, options in (
+        (1, 1, "f16", 0.1, {}),
+        (33, 7, "f16", None, {"count": True, "gradients": 2}),
+        (70, 100, "f16", 0.1, {"negatives": 11}),
+        (40, 300, "f16", 0.1, {"negatives": 30, "gradients": 2}),
+        (70, 100, "tf32", None, {"negatives": 11}),
+        (40, 300, "ieee", 0.1, {"normalize": False}),
+    ):
+        yield partial(call, b, d, operands, temperature, "cpu", **options)
+
+
+def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
+    """The call that tune.py times for `kernel`, all others as negatives, the gradient of one view"""
+    compute = torch.bfloat16 if operands == "half" else torch.float32
+    views = torch.randn(2, 1024 if operands == "ieee" else 4096, width, dtype=compute, device=device)
+    common = (*views, 0.1, 1.0, 1.0, None, True, compute)
+    losses, *saved = relic.forward(*common, False, 1)
+    if kernel == "forward":
+        return lambda: relic.forward(*common, False, 1)[:2]
+    return lambda: relic.backward(torch.full_like(losses, 1 / len(losses)), *common, 1, *saved)[:1]
+
+
+# ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The triton backend on CPU tensors; what is read before it was written shows. Large batches are cut"""
+    views = of_relic.views
+    monkeypatch.setattr(of_relic, "views", lambda n, *rest, **kwargs: views(n if n <= 150 else 70, *rest, **kwargs))
+    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
+    backend.refusal.cache_clear()
+    backend._choose.cache_clear()
+    with oracle.poisoned_memory(), mock.patch.object(launch, "chip", return_value="sm_90"):
+        yield
+
+
+def case(test: Callable, *arguments: object) -> object:
+    return pytest.param(partial(test, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))
+
+
+TARGET = "cpu", "triton"
+HALF = torch.float16
+CASES = [
+    *(
+        case(of_relic.test_accuracy, *TARGET, dtype, *shape)
+        for dtype, *shape in (
+            # rows, columns, temperature, negatives
+            (torch.float32, 2, 3, 0.5, None),
+            (HALF, 5, 33, 0.5, 3),
+            (torch.float32, 67, 33, 0.1, None),
+            (torch.float32, 100, 20, 0.1, 1),
+            (HALF, 150, 33, 0.05, 11),  # a narrow band
+            (torch.float32, 100, 33, 0.02, 60),  # a wide one, the maxima searched
+            (HALF, 40, 300, 0.2, 38),  # slices of columns
+        )
+    ),
+    *(case(of_relic.test_temperature_gradient, *TARGET, dtype, 0.03, 20) for dtype in (torch.float32, HALF)),
+    case(of_relic.test_unnormalised, *TARGET, HALF, 4.0),
+    case(of_relic.test_aligned_pairs, *TARGET, of_relic.losses, HALF, 0.05),
+    case(of_relic.test_aligned_pairs, *TARGET, of_relic.mean_loss, torch.float32, 0.05),
+    case(of_relic.test_collapsed, *TARGET, HALF),
+    *(case(of_relic.test_no_divergence_where_views_agree, *TARGET, k, 0.1) for k in (None, 40)),
+    case(of_relic.test_no_divergence_where_views_agree, *TARGET, None, 0.02),
+    case(of_relic.test_small_divergences_keep_their_digits, *TARGET),
+    case(of_relic.test_terms, *TARGET, {"alpha": 0.0}),
+    case(of_relic.test_no_rows_and_one, *TARGET),
+    case(of_relic.test_not_a_number_as_eager, *TARGET),
+    case(of_relic.test_gradient_of_one_view, *TARGET, of_relic.losses),
+    case(of_relic.test_backward_twice, *TARGET),
+    case(of_relic.test_metrics, *TARGET, None),
+]
+
+
+@pytest.mark.parametrize("test", CASES)
+def test_as_on_the_cpu(test: Callable[[], None]) -> None:
+    test()
+
+
+@pytest.mark.parametrize("negatives", [None, 90])
+def test_spans_of_several_tiles(negatives: int | None) -> None:
+    inputs = of_relic.views(150, 20)
+    with on_cpu():
+        oracle.check(of_relic.losses, inputs, "triton", num_negatives=negatives)
+        runs = [oracle.evaluate(of_relic.losses, list(inputs.values()), "triton") for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_nan_for_what_is_no_temperature(temperature: float) -> None:
+    inputs = {name: x.requires_grad_() for name, x in of_relic.views(3, 5).items()}
+    losses = of_relic.losses(**inputs, temperature=torch.tensor(temperature), backend="triton")
+    assert losses.isnan().all()
+    assert all(x.isnan().all() for x in torch.autograd.grad(losses.sum(), list(inputs.values())))
