@@ -19,10 +19,22 @@ from torch import Tensor
 
 from . import launch
 from .launch import refuses  # noqa: F401
-from .rows import LN2, LOG2E, LOWEST, column_tile, fixed_maximum, input_gradients, log1p, log2_scale, operand, row_tile
+from .rows import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    column_tile,
+    fixed_maximum,
+    input_gradients,
+    load_scale,
+    log1p,
+    log2_scale,
+    operand,
+    row_tile,
+)
 
 # These change from batch to batch: no compilation for each.
-SIZES = ("N", "M", "panel", "span", "row0", "column0", "width", "panels")
+SIZES = ("N", "M", "panel", "span", "row0", "row1", "total", "column0", "width", "panels")
 
 PANELS = 31  # odd, see _negative_sums; 31 * 16 programs fill 3.8 waves of an H100's 132 multiprocessors
 PROGRAMS = 528  # of the flash backward: two waves of two on each of 132 multiprocessors
@@ -66,7 +78,7 @@ def _negatives(i, j, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _negative_sums(
-    z, r_parts, m_parts, scale, maximum, N, M, stride, panel,
+    z, r_parts, m_parts, scale, maximum, N, M, stride, panel, row0, row1,
     SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -74,15 +86,16 @@ def _negative_sums(
 
     The rows are cut into an odd number P of panels. Program (a, d) has the pair of panels a and b = a + d mod P: with
     d <= P / 2 every pair once, which gives part b of panel a's rows and, by symmetry, part a of panel b's. With the
-    maximum to search, columns would cost more than they save: all d, rows only.
+    maximum to search, columns would cost more than they save: all d, rows only, and maybe only those from row0 to row1.
     """
     scale = tl.load(scale)
     a = tl.program_id(0)
-    b = (a + tl.program_id(1)) % tl.num_programs(0)
+    b = (a + tl.program_id(1)) % (tl.num_programs(1) if SEARCH else tl.num_programs(0))
     columns_part = r_parts + a.to(tl.int64) * M
     rows_part = b.to(tl.int64) * M
     stride = BLOCK_K if STATIONARY else stride
-    for i in range(a * panel, tl.minimum(a * panel + panel, M), BLOCK_M):
+    start = row0 + a * panel
+    for i in range(start, tl.minimum(start + panel, row1), BLOCK_M):
         rows = i + tl.arange(0, BLOCK_M)
         r = tl.zeros([BLOCK_M], tl.float32)
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -106,7 +119,7 @@ def _negative_sums(
                 if _has_others(i, j, N, M, BLOCK_M, BLOCK_N):
                     e = tl.where(_negatives(i, j, N, M, BLOCK_M, BLOCK_N), e, 0.0)
                 r += tl.sum(e, 1)
-                before = tl.load(columns_part + columns, mask=columns < tl.where(i > a * panel, M, 0), other=0.0)
+                before = tl.load(columns_part + columns, mask=columns < tl.where(i > start, M, 0), other=0.0)
                 tl.store(columns_part + columns, before + tl.sum(e, 0), mask=columns < tl.where(a != b, M, 0))
         tl.store(r_parts + rows_part + rows, r, mask=rows < M)
         if SEARCH:
@@ -126,7 +139,7 @@ def _losses(
     at = part.to(tl.int64) * M + i[None, :]
     mask = (part < panels) & inside[None, :]
     r = tl.load(r_parts + at, mask=mask, other=0.0)
-    positive = tl.load(s_pos + tl.where(i < N, i, i - N), mask=inside, other=0.0) * tl.load(scale)
+    positive = tl.load(s_pos + tl.where(i < N, i, i - N), mask=inside, other=0.0) * load_scale(scale)
     if SEARCH:
         tops = tl.load(m_parts + at, mask=mask, other=LOWEST)
         m = tl.maximum(tl.max(tops, 0), positive) * LN2
@@ -149,11 +162,11 @@ def _losses(
 
 @triton.jit(do_not_specialize=SIZES)
 def _exceeding(
-    z, s_pos, above, N, M, stride, PRECISION: tl.constexpr,
+    z, s_pos, above, N, M, stride, row0, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """above [M]: how many negatives exceed the row's positive. Apart: _negative_sums has no registers left for it"""
-    i = tl.program_id(0) * BLOCK_M
+    """above [M], from row0: negatives that exceed the row's positive. _negative_sums has no registers left for it"""
+    i = row0 + tl.program_id(0) * BLOCK_M
     rows = i + tl.arange(0, BLOCK_M)
     positive = tl.load(s_pos + tl.where(rows < N, rows, rows - N), mask=rows < M, other=0.0)
     count = tl.zeros([BLOCK_M], tl.float32)
@@ -195,13 +208,13 @@ def _w_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def _flash(
-    z, dz, weights, m, scale, maximum, w_scale, N, M, span,
+    z, dz, weights, m, scale, maximum, w_scale, N, M, span, row0, row1, total,
     SEARCH: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz [splits, M, BLOCK_K]: W z over the span of columns of each split"""
+    """dz [splits, total, BLOCK_K]: rows row0 to row1 of W z over the span of columns of each split"""
     scale = tl.load(scale)
-    i = tl.program_id(0) * BLOCK_M
+    i = row0 + tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
     zi = row_tile(z, i, M, BLOCK_K, BLOCK_M, BLOCK_K)
     weight_i, top_i = _row_stats(weights, m, i, M, maximum, SEARCH, BLOCK_M)
@@ -213,8 +226,8 @@ def _flash(
         zj = row_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K)
         acc = tl.dot(w.to(z.dtype.element_ty), zj, acc, input_precision=PRECISION)
     r = tl.arange(0, BLOCK_M)[:, None]
-    to = dz + (tl.cast(split, tl.int64) * M + i) * BLOCK_K + (r * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
-    tl.store(to, acc, mask=i + r < M)
+    to = dz + (tl.cast(split, tl.int64) * total + i - row0) * BLOCK_K + (r * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
+    tl.store(to, acc, mask=i + r < row1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -237,6 +250,21 @@ def _w_block(
     tl.store(to, tile.to(w.dtype.element_ty), mask=(rows < M) & (columns < M))
 
 
+def _ranges(n: int, own: slice | None) -> list[tuple[int, int]]:
+    """Rows of both views' examples `own`; by default all, as one"""
+    return [(0, 2 * n)] if own is None else [(own.start, own.stop), (n + own.start, n + own.stop)]
+
+
+def _of(own: slice | None, x: Tensor) -> Tensor:
+    """x [.., 2B], of the examples `own`, from x [.., 2N]"""
+    return x if own is None else x.unflatten(-1, (2, -1))[..., own].flatten(-2).contiguous()
+
+
+def _maximum(temperature: float | Tensor, normalize: bool, rows: int, own: slice | None) -> float | None:
+    """None for a part of the batch: only where the maximum is searched for do rows go without their columns"""
+    return fixed_maximum(temperature, normalize, rows) if own is None else None
+
+
 def forward(
     z0: Tensor,
     z1: Tensor,
@@ -244,8 +272,9 @@ def forward(
     normalize: bool,
     compute_dtype: torch.dtype,
     count_exceeding: bool = False,
+    own: slice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """losses [2N], inv_norm [2N], stats [3 or 5, 2N], all float32"""
+    """losses [2B] and stats [3 or 5, 2B] of the B examples `own`, by default all; inv_norm [2N]; all float32"""
     n, d = z0.shape
     m = 2 * n
     losses = z0.new_empty(m, dtype=torch.float32)
@@ -254,7 +283,7 @@ def forward(
         return losses, torch.empty_like(losses), stats
     precision = launch.precision(compute_dtype)
     config = launch.nearest("nt_xent", z0.device, compute_dtype, d)["forward"]
-    maximum, scale = fixed_maximum(temperature, normalize, m), log2_scale(temperature, z0)
+    maximum, scale = _maximum(temperature, normalize, m, own), log2_scale(temperature, z0)
     search = maximum is None
     block = config["BLOCK_M"]
     panel = triton.cdiv(triton.cdiv(m, PANELS), block) * block
@@ -265,17 +294,22 @@ def forward(
         stride = z.shape[1]
         r_parts = losses.new_empty((odd, m))
         m_parts = torch.empty_like(r_parts) if search else None
-        _negative_sums[odd, odd if search else odd // 2 + 1](
-            z, r_parts, m_parts, scale, maximum, n, m, stride, panel, search, precision, stride == config["BLOCK_K"],
-            **config,
-        )  # fmt: skip
+        for row0, row1 in _ranges(n, own):
+            grid = (triton.cdiv(row1 - row0, panel), odd) if search else (odd, odd // 2 + 1)
+            _negative_sums[grid](
+                z, r_parts, m_parts, scale, maximum, n, m, stride, panel, row0, row1,
+                search, precision, stride == config["BLOCK_K"], **config,
+            )  # fmt: skip
         _losses[triton.cdiv(m, 128),](
             r_parts, m_parts, s_pos, losses, stats, scale, maximum, n, m, panels, search, 32, 128, **launch.FUSED
         )
         if count_exceeding:
             torch.cat([s_pos, s_pos], out=stats[3])
-            _exceeding[triton.cdiv(m, block),](z, s_pos, stats[4], n, m, stride, precision, **config)
-    return losses, inv_norm, stats
+            for row0, row1 in _ranges(n, own):
+                _exceeding[triton.cdiv(row1 - row0, block),](
+                    z, s_pos, stats[4], n, m, stride, row0, precision, **config
+                )
+    return _of(own, losses), inv_norm, _of(own, stats)
 
 
 def backward(
@@ -287,51 +321,75 @@ def backward(
     compute_dtype: torch.dtype,
     inv_norm: Tensor,
     stats: Tensor,
+    own: slice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz0, dz1 [N, D] in the inputs' dtype and dtemperature [], float32, from grad [2N] float32"""
+    """dz0, dz1 [B, D] of the examples `own` in the inputs' dtype and their share of dtemperature [], float32
+
+    From grad [2N] float32 and stats [3, 2N], those of all examples.
+    """
     n, d = z0.shape
+    views = (z0, z1) if own is None else (z0[own], z1[own])
     if n == 0:
-        return torch.empty_like(z0), torch.empty_like(z1), grad.new_zeros(())
+        return torch.empty_like(views[0]), torch.empty_like(views[1]), grad.new_zeros(())
     precision = launch.precision(compute_dtype)
     configs = launch.nearest("nt_xent", z0.device, compute_dtype, d)
-    maximum, scale = fixed_maximum(temperature, normalize, 2 * n), log2_scale(temperature, z0)
+    maximum, scale = _maximum(temperature, normalize, 2 * n, own), log2_scale(temperature, z0)
     w_z, config = (_w_z_flash, configs["flash"]) if "flash" in configs else (_w_z_panels, configs["panels"])
     with launch.on(z0.device):
         z, _, _ = operand(z0, z1, normalize, compute_dtype, config["BLOCK_K"])
         pulls = grad * stats[2]
         w_scale = launch.half_scale(compute_dtype, pulls)
         rows = (grad * stats[1], stats[0] if maximum is None else None, scale, maximum, w_scale)
-        dz = w_z(z, rows, maximum is None, precision, config)
-        pull = pulls[:n] + pulls[n:]  # (1 - p) of the positive, of both its rows; 1 - p itself would cancel
-        (dz0, dz1), dots = input_gradients((z0, z1), 2, dz, inv_norm, pull, w_scale, scale, normalize)
+        dz = w_z(z, rows, maximum is None, precision, config, own)
+        pull = (
+            _of(own, pulls).view(2, -1).sum(0)
+        )  # (1 - p) of the positive, of both its rows; 1 - p itself would cancel
+        (dz0, dz1), dots = input_gradients(views, 2, dz, _of(own, inv_norm), pull, w_scale, scale, normalize)
         # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
         return dz0, dz1, dots.sum() * (-0.5 / temperature)
 
 
-def _w_z_flash(z: Tensor, rows: tuple[Any, ...], search: bool, precision: str, config: dict[str, int]) -> Tensor:
-    """[splits, M, stride] whose sum over the splits is W z"""
+def _w_z_flash(
+    z: Tensor, rows: tuple[Any, ...], search: bool, precision: str, config: dict[str, int], own: slice | None
+) -> Tensor:
+    """[splits, 2B, stride] whose sum over the splits is W z"""
     m, stride = z.shape
-    blocks = triton.cdiv(m, config["BLOCK_M"])
-    splits = triton.cdiv(PROGRAMS, blocks)
+    ranges = _ranges(m // 2, own)
+    total = sum(row1 - row0 for row0, row1 in ranges)
+    splits = triton.cdiv(PROGRAMS, triton.cdiv(total, config["BLOCK_M"]))
     span = triton.cdiv(triton.cdiv(m, splits), config["BLOCK_N"]) * config["BLOCK_N"]
     splits = triton.cdiv(m, span)
-    dz = z.new_empty((splits, m, stride), dtype=torch.float32)
-    _flash[blocks, splits](z, dz, *rows, m // 2, m, span, search, precision, **config)
+    dz = z.new_empty((splits, total, stride), dtype=torch.float32)
+    written = 0
+    for row0, row1 in ranges:
+        _flash[triton.cdiv(row1 - row0, config["BLOCK_M"]), splits](
+            z, dz.view(-1)[written * stride :], *rows, m // 2, m, span, row0, row1, total, search, precision, **config
+        )
+        written += row1 - row0
     return dz
 
 
-def _w_z_panels(z: Tensor, rows: tuple[Any, ...], search: bool, precision: str, config: dict[str, int]) -> Tensor:
-    """[1, M, stride]: W z by blocks of W on and above the diagonal, each also used transposed"""
+def _w_z_panels(
+    z: Tensor, rows: tuple[Any, ...], search: bool, precision: str, config: dict[str, int], own: slice | None
+) -> Tensor:
+    """[1, 2B, stride]: W z by blocks of W; of all rows those on and above the diagonal, each also used transposed"""
     m, stride = z.shape
-    dz = z.new_zeros((1, m, stride), dtype=torch.float32)
-    for i in range(0, m, W_BLOCK):
-        for j in range(i, m, W_BLOCK):
-            zi, zj = z[i : i + W_BLOCK], z[j : j + W_BLOCK]
-            w = z.new_empty((len(zi), len(zj)))
-            _w_block[triton.cdiv(len(zi), config["BLOCK_M"]), triton.cdiv(len(zj), config["BLOCK_N"])](
-                z, w, *rows, m // 2, m, stride, i, j, len(zj), search, precision, **config
-            )
-            launch.multiply(dz[0, i : i + W_BLOCK], w, zj, beta=1.0)
-            if i != j:
-                launch.multiply(dz[0, j : j + W_BLOCK], w.t(), zi, beta=1.0)
+    ranges = _ranges(m // 2, own)
+    dz = z.new_zeros((1, sum(row1 - row0 for row0, row1 in ranges), stride), dtype=torch.float32)
+    written = 0
+    for row0, row1 in ranges:
+        for i in range(row0, row1, W_BLOCK):
+            zi = z[i : min(i + W_BLOCK, row1)]
+            blocks = triton.cdiv(len(zi), config["BLOCK_M"])
+            for j in range(i if own is None else 0, m, W_BLOCK):
+                zj = z[j : j + W_BLOCK]
+                w = z.new_empty((blocks * config["BLOCK_M"], len(zj)))
+                _w_block[blocks, triton.cdiv(len(zj), config["BLOCK_N"])](
+                    z, w, *rows, m // 2, m, stride, i, j, len(zj), search, precision, **config
+                )
+                w = w[: len(zi)]
+                launch.multiply(dz[0, written : written + len(zi)], w, zj, beta=1.0)
+                if own is None and i != j:
+                    launch.multiply(dz[0, j : j + W_BLOCK], w.t(), zi, beta=1.0)
+            written += len(zi)
     return dz

@@ -30,6 +30,7 @@ def call(
     device: str,
     dtype: torch.dtype | None = None,
     count: bool = False,
+    own: slice | None = None,
 ) -> None:
     """Forward and backward; without a temperature it is a tensor, and the kernels search for the maximum"""
     compute = OPERANDS[operands]
@@ -38,6 +39,9 @@ def call(
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
         losses, *saved = nt_xent.forward(z, z, tau, True, compute, count)
         nt_xent.backward(losses, z, z, tau, True, compute, *saved)
+        if own is not None:
+            nt_xent.forward(z, z, tau, True, compute, count, own)
+            nt_xent.backward(losses, z, z, tau, True, compute, *saved, own)
 
 
 def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -67,7 +71,7 @@ def small() -> Iterator[Callable[[], None]]:
     for n, d in ((1, 1), (33, 7), (70, 100), (35, 300)):
         for operands in ("f16", "tf32", "ieee"):
             for temperature in (0.1, None):
-                yield partial(call, n, d, operands, temperature, "cpu", count=operands == "tf32")
+                yield partial(call, n, d, operands, temperature, "cpu", count=operands == "tf32", own=slice(n // 3, n))
 
 
 # ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
@@ -165,6 +169,26 @@ def test_metrics(n: int, d: int) -> None:
     assert exceeding.unique().numel() > 10
 
 
+@pytest.mark.parametrize("chip", ["default", "sm_90"])
+@pytest.mark.parametrize(("n", "d", "first", "last"), [(170, 20, 37, 150), (40, 300, 0, 33), (3, 4, 1, 2)])
+def test_parts_of_the_batch(chip: str, n: int, d: int, first: int, last: int) -> None:
+    """As ranks have them: the slices of the whole"""
+    z0, z1 = (x.float() for x in pairs("random", n, d))
+    options = (z0, z1, 0.1, True, z0.dtype)
+    grad = torch.linspace(0, 2, 2 * n)
+    parts = [own for own in (slice(0, first), slice(first, last), slice(last, n)) if own.start < own.stop]
+    with mock.patch.object(launch, "chip", return_value=chip):
+        losses, inv_norm, stats = nt_xent.forward(*options, True)
+        found = [nt_xent.forward(*options, True, own) for own in parts]
+        gathered = torch.cat([each.view(5, 2, -1) for _, _, each in found], 2).view(5, -1)
+        gradients = nt_xent.backward(grad, *options, inv_norm, stats[:3])
+        shares = [nt_xent.backward(grad, *options, inv_norm, gathered[:3], own) for own in parts]
+    torch.testing.assert_close(torch.cat([each.view(2, -1) for each, _, _ in found], 1).flatten(), losses)
+    torch.testing.assert_close(gathered[2:], stats[2:])  # m and 1 / r go by another maximum
+    for expected, *each in zip(gradients, *shares, strict=True):
+        torch.testing.assert_close(torch.cat(each) if expected.dim() else sum(each), expected)
+
+
 def test_magnitude_does_not_matter() -> None:
     """A power of two cancels to the last bit, squares that overflow or not"""
     z = torch.randn(2, 33, 40)
@@ -214,3 +238,11 @@ def test_nan_spreads() -> None:
     z[4, 2] = torch.nan
     losses, _, _ = nt_xent.forward(z, z, 0.5, True, z.dtype)
     assert losses.isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.5])
+def test_nan_for_what_is_no_temperature(temperature: float) -> None:
+    options = (*torch.randn(2, 9, 5), torch.tensor(temperature), True, torch.float32)
+    losses, *saved = nt_xent.forward(*options)
+    assert losses.isnan().all()
+    assert all(x.isnan().all() for x in nt_xent.backward(torch.ones_like(losses), *options, *saved))

@@ -41,8 +41,8 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, "tcgen05.mma"),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
 }
-# Chips that no config is filed under take the default, which must do on every one.
-CHIPS |= {f"default on {name}": chip._replace(shared=64 * 1024) for name, chip in CHIPS.items()}
+# Chips that no config is filed under take the default: older or smaller than those above, they are like these.
+CHIPS |= {f"default on {name}": CHIPS[name]._replace(shared=64 * 1024) for name in ("sm_80", "gfx942")}
 INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma")
 TYPES = {
     torch.float64: "*fp64",

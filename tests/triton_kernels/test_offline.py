@@ -41,6 +41,12 @@ def test_a_bad_config_is_found(chip: str, kernel: str, config: tuple[int, ...], 
     assert any(fault and expected in fault for fault in faults), faults
 
 
+@pytest.mark.parametrize("op", offline.OPS)
+def test_every_table_has_every_chip(op: str) -> None:
+    """So that only other chips take the default"""
+    assert launch.configs(op).keys() == {chip.split()[-1] for chip in offline.CHIPS} | {"default"}
+
+
 def test_unknown_widths_and_chips_have_configs() -> None:
     configs = launch.configs("nt_xent")
     with mock.patch.object(launch, "chip", return_value="sm_999"):
