@@ -93,7 +93,7 @@ def test_gradients_of_the_reference():
     assert torch.autograd.gradgradcheck(sslops.barlow_twins, inputs)
 
 
-@pytest.mark.parametrize(("n", "d", "route"), [(64, 86, "gram"), (64, 85, "panels"), (256, 8192, "gram")])
+@pytest.mark.parametrize(("n", "d", "route"), [(64, 65, "gram"), (64, 64, "panels"), (256, 8192, "gram")])
 def test_route_by_cost(n, d, route):
     from sslops.ops import barlow_twins as module
 
