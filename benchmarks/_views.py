@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from _compare import Case, Variant, cases, matmul, peak_memory, record, record_memory, settings
 
-from sslops.kernels.cpu.columns import add_gram
-
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -33,7 +31,10 @@ def products(n: int, d: int, gram: bool, forward: int, backward: int) -> Variant
 
     def run() -> None:
         for _ in range(forward):
-            add_gram(square, a, slice(0, n)) if gram else torch.mm(a.t(), a, out=square)
+            for rows in range(0, n, 128) if gram else ():
+                square[rows : rows + 128, rows:].addmm_(a[rows : rows + 128], a[rows:].t(), beta=0)
+            if not gram:
+                torch.mm(a.t(), a, out=square)
         for _ in range(backward):
             torch.mm(square, a, out=out) if gram else torch.mm(a, square, out=out)
 
