@@ -43,9 +43,8 @@ def reference(
 def cheaper_route(n: int, d: int, backend: str | None = None) -> str:
     """The cheaper of two exact ways, for each view: 3 N^2 D FLOP by a Gram matrix, 4 N D^2 by panels of Z^T Z.
 
-    What the former spends besides matmuls was measured to be worth 700 N D FLOP more.
-
-    On a GPU panels: whether a Gram matrix keeps its digits is known there, and not waited for.
+    What the former spends besides matmuls was measured to be worth 700 N D FLOP more. On a GPU panels: whether a Gram
+    matrix keeps its digits is known there, and not waited for.
     """
     return "gram" if 3 * n + 700 < 4 * d and backend != "triton" else "panels"
 
