@@ -1,11 +1,10 @@
 """What the benchmarks of the losses on two [N, D] views share: shapes are N x D."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from _compare import Case, Variant, cases, matmul, peak_memory, record, record_memory, settings
+from _compare import Case, Variant, matmul, peak_memory, record, record_memory, settings
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -49,26 +48,6 @@ def time_row(
     variants = {name: variant(loss, z_a, z_b, part) for name, loss in losses.items()}
     variants["matmuls"] = limit if limit and device == "cpu" else matmul(flop, dtype)
     record(benchmark, variants, limit="matmuls", n=n, d=d, dtype=dtype, part=part, flop=flop)
-
-
-# The number of rows over that of columns, from 1 / 32 to 4, close together around the break-even.
-ROUTES = cases(
-    "64x256 256x256 1024x256 128x1024 512x1024 768x1024 1024x1024 1365x1024 2048x1024 4096x1024 "
-    "256x2048 1024x2048 1536x2048 2048x2048 2730x2048 256x8192 1024x8192",
-    "float32",
-    "routes",
-)
-
-
-def route_row(benchmark: Any, case: Case, device: str, op: Callable[..., torch.Tensor]) -> None:
-    """What is taken beside both routes: neither should be faster by more than a tenth."""
-    (n, d), dtype, part = case
-    inputs = views(n, d, dtype, device)
-    losses = {"sslops": op, **{route: partial(op, route=route) for route in ("gram", "panels")}}
-    record(
-        benchmark, {name: variant(loss, *inputs, "both") for name, loss in losses.items()},
-        n=n, d=d, dtype=dtype, part=part,
-    )  # fmt: skip
 
 
 def memory_row(benchmark: Any, case: Case, module: str, names: list[str]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _compare import cases
-from _views import ROUTES, Loss, memory_row, products, route_row, time_row
+from _views import Loss, memory_row, products, time_row
 from peers import lightly_loss, solo_loss
 
 import sslops
@@ -14,7 +14,6 @@ CASES = {
     "cpu": [
         *cases("256x8192 4096x2048", "float32", "both"),
         *cases("256x8192", "float32", "memory"),
-        *ROUTES,
     ],
     "cuda": cases("256x8192 1024x8192 4096x8192", "bfloat16", "both"),
     "small": cases("66x7 130x300", "float32 bfloat16", "both"),
@@ -45,8 +44,6 @@ def losses() -> dict[str, Loss]:
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     n, d = case.shape
-    if case.part == "routes":
-        return route_row(benchmark, case, device, sslops.vicreg)
     torch._dynamo.reset()
     gram = vicreg.cheaper_route(n, d) == "gram"
     time_row(benchmark, case, device, losses(), products(n, d, gram, 2, 2), n * d * min(6 * n, 8 * d))

@@ -193,7 +193,7 @@ def _versions(contents: dict) -> str:
 def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str:
     """RESULTS.md. Remarks on the numbers are written by hand, in results/<device>/<op>.md."""
     text = [INTRO, summary(results)]
-    for op in ["limits", *OPS]:
+    for op in ["limits", *OPS, "routes"]:
         if any(op in contents for contents in results.values()):
             text.append(f"## {op}")
         for device, contents in results.items():
