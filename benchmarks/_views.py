@@ -58,7 +58,7 @@ import torch
 from _views import variant, views
 from {module} import losses
 z_a, z_b = views({n}, {d}, {dtype}, "cpu")
-step = variant(losses()[{{!r}}], z_a, z_b, "both")
+step = variant(losses({d}, "cpu")[{{!r}}], z_a, z_b, "both")
 """
     asked = names[:1] if settings.only_ours else names
     peak_mb = {name: peak_memory(setup.format(name), "step()") for name in asked}

@@ -11,7 +11,7 @@ import sslops
 
 CASES = {
     "cpu": [
-        *cases("256x2048 256x8192 256x32768 1024x8192 4096x2048", "float32", "both"),
+        *cases("256x2048 256x8192 1024x8192 4096x2048", "float32", "both"),
         *cases("256x8192 4096x2048 256x32768", "float32", "memory"),
     ],
     "cuda": cases("256x8192 1024x8192 4096x8192", "bfloat16", "both"),
@@ -32,9 +32,10 @@ def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
     return (diagonal - 1).square().sum() + 5e-3 * (c.square().sum() - diagonal.square().sum())
 
 
-def losses() -> dict[str, Loss]:
+def losses(d: int, device: str) -> dict[str, Loss]:
     found = {"sslops": sslops.barlow_twins, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
-    found |= {"lightly": lightly_loss("BarlowTwinsLoss"), "solo-learn": solo_loss("barlow", scale_loss=1.0)}
+    if device == "cuda" or d <= 2048:  # beyond, several seconds a step on a CPU, for what eager shows too
+        found |= {"lightly": lightly_loss("BarlowTwinsLoss"), "solo-learn": solo_loss("barlow", scale_loss=1.0)}
     return {name: loss for name, loss in found.items() if loss}
 
 
@@ -44,7 +45,7 @@ def test_time(benchmark, device, case):
     gram = n < d
     limit = products(n, d, gram, 2, 2) if gram else products(n, d, gram, 1, 2)
     torch._dynamo.reset()
-    time_row(benchmark, case, device, losses(), limit, 6 * n * d * min(n, d))
+    time_row(benchmark, case, device, losses(d, device), limit, 6 * n * d * min(n, d))
 
 
 def test_memory(benchmark, device, case):
