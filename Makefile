@@ -36,7 +36,7 @@ test: build .venv/peers
 
 sanitize: build .venv-sanitize/installed
 	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton_kernels/sanitize.py
-	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton_kernels/offline.py
+	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton_kernels/offline.py sm_80 sm_90
 
 demo: build
 	$(PY) examples/pretrain.py

@@ -34,15 +34,8 @@ def steps(wheels: list[str], minutes: float) -> list[Step]:
     ops = sorted(file.stem.removeprefix("bench_") for file in ROOT.glob("benchmarks/bench_*.py"))
     tests = [f"tests/test_{op}.py" for op in ops if (ROOT / f"tests/test_{op}.py").exists()]
     options = ["--small", "--benchmark-disable", "--only-ours", "--device=cuda"]
-    small = [
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        *(f"benchmarks/bench_{op}.py" for op in ops if op != "limits"),
-        *options,
-    ]
+    small = [python, "-m", "pytest", "-q", "-x", *(f"benchmarks/bench_{op}.py" for op in ops if op != "limits")]
+    small += options
     peers = Step("build", "other libraries' wheels", [python, "-m", "pip", "install", "-q", "--no-deps", *wheels])
     return [
         *([peers] if wheels else []),
@@ -60,7 +53,7 @@ def steps(wheels: list[str], minutes: float) -> list[Step]:
         Step(
             "tune",
             "launch configs of the Triton kernels",
-            [python, "benchmarks/tune.py", "--minutes", f"{minutes - 0.5}"],
+            [python, "benchmarks/tune.py", "--minutes", f"{0.9 * minutes}"],
         ),
         *(
             Step("bench", op, [python, "-m", "benchmarks", "--device", "cuda", "--seconds", "2", "--save", "--op", op])

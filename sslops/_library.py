@@ -70,6 +70,7 @@ def register(
     is differentiable. kept(x): the arguments as backward gets them, those tensors None that it does not need.
     unit: the saved output that backward does not get: the gradient itself where grad is 1, or empty. In eager mode on
     the CPU it is handed out once, scaled in place (half precision only under 1): from there on it is the caller's.
+    Hooks on saved tensors do not see it.
     """
     fields = get_type_hints(arguments)
     names, count = list(fields), len(fields)
@@ -122,9 +123,12 @@ def register(
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
         ready, ctx.unit = ctx.unit, None
-        eager = type(grad) is Tensor and grad.device.type == "cpu" and not torch.is_grad_enabled()
-        if eager and ready is not None and ready.numel() and (ready.dtype == torch.float32 or grad.item() == 1):
-            values = ready if grad.item() == 1 else ready.mul_(grad)
+        # vmap's have another key, and no value that can be read
+        plain = type(grad) is Tensor and torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.CPU)
+        eager = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        factor = grad.item() if eager and ready is not None and ready.numel() else None
+        if ready is not None and (factor == 1 or (factor is not None and ready.dtype == torch.float32)):
+            values = ready if factor == 1 else ready.mul_(grad)
         else:
             del ready  # its memory is of use to the kernel
             values = backward_op(grad, *inputs, *tensors)

@@ -224,6 +224,16 @@ def test_backward_twice_and_without_grad(device, backend, dtype, first):
 
 
 @each_target
+def test_batched_gradients(device, backend):
+    pred, images, mask = inputs((2, 3, 12, 12), 4, device=device)
+    loss = sslops.masked_patch_mse(pred.requires_grad_(), images, mask, 4, backend=backend)
+    factors = torch.tensor([1.0, 3.0], device=device)
+    together = torch.autograd.grad(loss, pred, factors, retain_graph=True, is_grads_batched=True)[0]
+    apart = [torch.autograd.grad(loss, pred, factor, retain_graph=True)[0] for factor in factors]
+    torch.testing.assert_close(together, torch.stack(apart))
+
+
+@each_target
 @each_norm
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_opcheck(device, backend, norm_pix, needs_grad):

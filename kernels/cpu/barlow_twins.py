@@ -7,8 +7,8 @@ A, B: the views [N, D], batch-normalised; C = A^T B / N. Two exact routes:
 - panels (6 N D^2): rows of C, their loss and dL/dC in one pass, and at once what they add to dA and dB.
 
 With a process group the batch is that of all ranks. gram: the views come gathered, a rank has its own rows of the Gram
-matrices; panels: its own rows of the views, and C is summed over the ranks. Unless synced, each rank's rows are
-normalised by statistics of their own.
+matrices, in full (8 N^2 D); panels: its own rows of the views, and C is summed over the ranks. Unless synced, each
+rank's rows are normalised by statistics of their own.
 """
 
 import torch

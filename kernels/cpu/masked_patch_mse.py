@@ -1,6 +1,7 @@
 """The masked patches' squared error on the CPU: one native call, which finds the gradient on its way.
 
-Backward is the same call over again, for gradients of the loss other than 1; see csrc/cpu/masked_patch_mse.h.
+Backward is the same call over again, where that gradient is not at hand any more: with another gradient of the loss
+than 1, a power of two, the last bit may differ. See csrc/cpu/masked_patch_mse.h.
 """
 
 import torch

@@ -8,7 +8,7 @@ Rows wider than a block: each slice of their columns makes the logits anew, 2 (1
 Forward is two launches for few and narrow rows, which its blocks and the candidates' make unit; else up to four.
 
 Order of every sum is fixed, so the same input gives the same bits. Scratch, in bytes: forward 4 (D + 3) a row and span,
-backward 4 D a candidate and span, PROGRAMS blocks of rows at least; 4 a candidate.
+backward 4 D a candidate and span, PROGRAMS blocks of rows at least; 4 a candidate; operands of 2 B rows.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""NT-Xent in Triton: nothing of size M x M in memory, 5 M^2 D FLOP where the maximum is known, else 6.
+"""NT-Xent in Triton: nothing of size M x M in memory, 5 M^2 D FLOP where the maximum is known, else 6; 2 for metrics.
 
 E_ij = exp(s_ij / tau - m_i) over the negatives of row i, r_i their sum with the positive's term. Two unit rows have
 s <= 1, so m = 1 / tau needs no search and makes E symmetric: the forward pass visits half the tiles and adds each to
@@ -325,7 +325,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz0, dz1 [B, D] of the examples `own` in the inputs' dtype and their share of dtemperature [], float32
 
-    From grad [2N] float32 and stats [3, 2N], those of all examples.
+    From grad [2N] float32 and stats [3 or 5, 2N], those of all examples.
     """
     n, d = z0.shape
     views = (z0, z1) if own is None else (z0[own], z1[own])
@@ -341,9 +341,8 @@ def backward(
         w_scale = launch.half_scale(compute_dtype, pulls)
         rows = (grad * stats[1], stats[0] if maximum is None else None, scale, maximum, w_scale)
         dz = w_z(z, rows, maximum is None, precision, config, own)
-        pull = (
-            _of(own, pulls).view(2, -1).sum(0)
-        )  # (1 - p) of the positive, of both its rows; 1 - p itself would cancel
+        # (1 - p) of the positive, of both its rows; 1 - p itself would cancel
+        pull = _of(own, pulls).view(2, -1).sum(0)
         (dz0, dz1), dots = input_gradients(views, 2, dz, _of(own, inv_norm), pull, w_scale, scale, normalize)
         # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
         return dz0, dz1, dots.sum() * (-0.5 / temperature)

@@ -137,8 +137,9 @@ def barlow_twins(
         scale: factor of the whole loss (0.024 in the authors' code, 0.1 or 0.025 in others).
         eps: added to the variances, as F.batch_norm does; positive.
         route: "gram" goes by two [N, N] matrices, 6 N^2 D FLOP; "panels" by rows of C, 6 N D^2 FLOP. The cheaper if
-            None. On the CPU, "gram" goes by panels after all where the diagonal holds nearly all of C (few columns
-            alive); a GPU is not waited for to find out.
+            None. (With a group "gram" is 8 N^2 D, but "panels" has to sum C over the ranks.) On the CPU, "gram" goes by
+            panels after all where the diagonal holds nearly all of C (few columns alive); a GPU is not waited for to
+            find out.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the loss is
             that of all N rows, the same on every rank, and so must be what is built on it. Gradients are W times the
             rank's share, which DDP's averaging makes those of the whole batch.

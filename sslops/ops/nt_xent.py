@@ -14,10 +14,15 @@ from ..backend import kernel, resolve
 
 
 def reference(
-    z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, operand_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """losses, the positives' similarities, how many negatives exceed them, [2N] each: the maths as it is written,
-    float32 (float64 for float64) around a matmul in operand_dtype.
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    operand_dtype: torch.dtype,
+    count_exceeding: bool = True,
+) -> tuple[Tensor, ...]:
+    """losses [2N] and, if count_exceeding, the positives' similarities and how many negatives exceed them, [2N] each:
+    the maths as it is written, float32 (float64 for float64) around a matmul in operand_dtype.
     """
     n = len(z0)
     wide = torch.promote_types(z0.dtype, torch.float32)
@@ -26,12 +31,16 @@ def reference(
         z = F.normalize(z)
     operand = z.to(operand_dtype)
     similarity = (operand @ operand.t()).to(wide)
-    logits = similarity / temperature
-    logits.fill_diagonal_(float("-inf"))
     rows = torch.arange(2 * n, device=z.device)
-    positive = similarity.detach()[rows, rows.roll(n)]
-    exceeding = (similarity > positive[:, None]).fill_diagonal_(False).sum(1)
-    return F.cross_entropy(logits, rows.roll(n), reduction="none"), positive, exceeding.to(wide)
+    logged: tuple[Tensor, ...] = ()
+    if count_exceeding:
+        positive = similarity.detach()[rows, rows.roll(n)]
+        exceeding = (similarity > positive[:, None]).fill_diagonal_(False).sum(1)
+        logged = (positive, exceeding.to(wide))
+    logits = similarity / temperature
+    del similarity
+    logits.fill_diagonal_(float("-inf"))
+    return F.cross_entropy(logits, rows.roll(n), reduction="none"), *logged
 
 
 class _Arguments(NamedTuple):
@@ -53,7 +62,7 @@ class _Arguments(NamedTuple):
 #
 # forward(*common, count_exceeding) -> losses [2N], inv_norm [2N], stats [3, 2N] or, if count_exceeding, [5, 2N]:
 #   0: m_i, any maximum that keeps exp((s_ij - m_i) / tau) in range  1: 1 / r_i, their sum over all j != i
-#   2: share of the negatives in r_i     3: the positive's s          4: how many negatives exceed it
+#   2: share of the negatives in r_i     3: the positive's s, of rounded rows or not     4: how many negatives exceed it
 # backward(grad [2N], *common, inv_norm, stats) -> dz0, dz1, dtemperature
 # own=slice: of the examples of a slice only, losses and stats [.., 2B], gradients [B, D] from all rows' grad and stats.
 def _options(x: _Arguments) -> tuple[Any, ...]:
@@ -153,7 +162,7 @@ def nt_xent(
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the 2N rows, or "none": the losses [2N], rows of z0 first.
         return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of the positive among all other rows, and its
-            mean similarity.
+            mean similarity. In Triton a pass of its own, 2 M^2 D FLOP for M = 2N.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the
             negatives come from all of them. A mean or a sum is that of all rows, and so are the metrics, the same on
             every rank, and so must be what is built on it; "none" gives the rank's own losses. Gradients, the
@@ -163,6 +172,7 @@ def nt_xent(
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [2N] for reduction="none". NaN for the mean of no rows.
+        With return_metrics, the pair.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
@@ -180,7 +190,7 @@ def nt_xent(
     backend = resolve("nt_xent", z0.device, z0.dtype, backend, group)
     if backend == "eager":
         z0, z1 = distributed.gathered("nt_xent", group, z0, z1)
-        losses, *logged = reference(z0, z1, temperature, normalize, operand_dtype)
+        losses, *logged = reference(z0, z1, temperature, normalize, operand_dtype, return_metrics)
     else:
         tau = (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, temperature)
         options = (normalize, group, reduction != "none", operand_dtype, return_metrics, backend)

@@ -1,4 +1,8 @@
-"""Every kernel compiled for every chip, under the triton installed here; `offline.py` itself runs under others too."""
+"""Every kernel compiled under the triton installed here; `offline.py` itself runs under others too.
+
+All of them, about 900, are too many for each change: here the newest chips and all that the default is for, in `make
+sanitize`, under the oldest Triton, the others. After a change of a kernel `offline.py --write` does all of both.
+"""
 
 from unittest import mock
 
@@ -8,14 +12,14 @@ import torch
 
 from sslops.kernels.triton import launch
 
+CHIPS = ["sm_100", "gfx942", "default on sm_80", "default on gfx942"]
 
-def test_every_kernel_on_every_chip() -> None:
-    rows, faults = offline.compile_all()
+
+def test_every_kernel() -> None:
+    rows, faults = offline.compile_all(CHIPS)
     assert not faults
     if offline.golden().exists():
-        assert offline.table(rows) == offline.golden().read_text(), (
-            "run tests/triton_kernels/offline.py --write, and look at it"
-        )
+        assert not offline.changes(rows, CHIPS), "run tests/triton_kernels/offline.py --write, and look at it"
 
 
 @pytest.mark.parametrize(
