@@ -31,6 +31,14 @@ CASES = {
     ],
     "small": cases("66x70x7 130x700x300 66x0x7", "float32 bfloat16", "both"),
 }
+# Of the Triton kernels in bf16: two products; the queue once in, the sums of 132 spans out and in again.
+WORK = {
+    ("both", "B=256 K=65536 D=128"): {
+        "flops": 4 * 256 * 65536 * 128,
+        "exps": 256 * 65536,
+        "bytes": 2 * 65536 * 128 + 2 * 4 * 132 * 256 * 128,
+    }
+}
 
 
 def usual_eager(query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor) -> torch.Tensor:
