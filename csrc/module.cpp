@@ -7,12 +7,12 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/barlow_twins.h"
+#include "cpu/bf16_gemm.h"
 #include "cpu/columns.h"
 #include "cpu/ema_update.h"
 #include "cpu/embeddings.h"
 #include "cpu/gather_patches.h"
 #include "cpu/gather_tokens.h"
-#include "cpu/gemm.h"
 #include "cpu/info_nce.h"
 #include "cpu/masked_patch_mse.h"
 #include "cpu/nt_xent.h"
@@ -35,7 +35,60 @@
 namespace py = pybind11;
 using namespace sslops;
 
+namespace pybind11::detail {
+
+// A torch tensor or None, as the address of its implementation tells.
+template <>
+struct type_caster<Tensor> {
+  PYBIND11_TYPE_CASTER(Tensor, const_name("Tensor | None"));
+  bool load(handle source, bool) {
+    if (source.is_none()) {
+      value = {};
+      return true;
+    }
+    static PyObject* const name = PyUnicode_InternFromString("_cdata");
+    const auto address = reinterpret_steal<object>(PyObject_GetAttr(source.ptr(), name));
+    if (!address) {
+      PyErr_Clear();
+      return false;
+    }
+    value = read_tensor(reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(address.ptr())));
+    return true;
+  }
+};
+
+// A torch.dtype.
+template <>
+struct type_caster<DType> {
+  PYBIND11_TYPE_CASTER(DType, const_name("torch.dtype"));
+  bool load(handle source, bool) {
+    static const std::array<PyObject*, 3> known = [] {
+      const auto torch = module_::import("torch");
+      return std::array{torch.attr("float32").ptr(), torch.attr("float16").ptr(), torch.attr("bfloat16").ptr()};
+    }();
+    const auto found = std::find(known.begin(), known.end(), source.ptr());
+    value = DType(found - known.begin());
+    return found != known.end();
+  }
+};
+
+}  // namespace pybind11::detail
+
 namespace {
+
+template <typename Table, typename Result, typename... Arguments>
+void bind(py::module_& m, const Table& (*table)(), const Bound<Table, Result, Arguments...>& bound) {
+  const auto function = bound.function;
+  m.def(
+      bound.name, [=](Arguments... arguments) -> Result { return (table().*function)(arguments...); },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+// Each function of a table under its name, to be called on the table of the instruction set in use, without the GIL.
+template <typename Table>
+void bind(py::module_& m, const Table& (*table)()) {
+  std::apply([&](const auto&... bound) { (bind(m, table, bound), ...); }, Table::bound());
+}
 
 using Address = uintptr_t;
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -61,28 +114,28 @@ py::dict build_info() {
 }
 
 void bind_gemm(py::module_& m) {
-  m.attr("GEMM_BLOCK") = gemm::kBlock;
-  m.def("has_bf16_gemm", [] { return gemm::table().matmul != nullptr; });
+  m.attr("GEMM_BLOCK") = bf16_gemm::kBlock;
+  m.def("has_bf16_gemm", [] { return bf16_gemm::table().matmul != nullptr; });
   m.def(
       "gemm_pack",
       [](Address x, int64_t rows, int64_t cols, Address as_is, Address transposed) {
-        gemm::table().pack(at<uint16_t>(x), rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed));
+        bf16_gemm::table().pack(at<uint16_t>(x), rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed));
       },
       NoGil());
   m.def(
       "gemm_matmul",
       [](Address a, int64_t lda, Address b, int64_t n_step, int64_t k_step, int64_t rows, int64_t n, int64_t k,
          Address c, int64_t ldc, bool accumulate) {
-        gemm::table().matmul(at<uint16_t>(a), lda, {at<uint16_t>(b), n_step, k_step}, rows, n, k, at<float>(c), ldc,
-                             accumulate);
+        bf16_gemm::table().matmul(at<uint16_t>(a), lda, {at<uint16_t>(b), n_step, k_step}, rows, n, k, at<float>(c),
+                                  ldc, accumulate);
       },
       NoGil());
   m.def(
       "gemm_round_both",
       [](Address x, int64_t ld, int64_t rows, int64_t cols, Address as_is, int64_t ld_as_is, Address transposed,
          int64_t ld_transposed) {
-        gemm::table().round_both(at<float>(x), ld, rows, cols, at<uint16_t>(as_is), ld_as_is, at<uint16_t>(transposed),
-                                 ld_transposed);
+        bf16_gemm::table().round_both(at<float>(x), ld, rows, cols, at<uint16_t>(as_is), ld_as_is,
+                                      at<uint16_t>(transposed), ld_transposed);
       },
       NoGil());
 }
@@ -305,59 +358,6 @@ void bind_masked_patch_mse(py::module_& m) {
 #endif
 }
 
-void bind_nt_xent(py::module_& m) {
-  using namespace nt_xent;
-  m.attr("MAX_TILE") = kMaxTile;
-  m.def(
-      "nt_xent_normalize",
-      [](Address z0, Address z1, int dtype, int64_t n, int64_t d, bool normalize, int operand, Address z,
-         Address inv_norm) {
-        table().normalize(at<void>(z0), at<void>(z1), DType(dtype), n, d, normalize, DType(operand), at<float>(z),
-                          at<float>(inv_norm));
-      },
-      NoGil());
-  m.def(
-      "nt_xent_forward_tile",
-      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n, bool mirrored,
-         double tau, bool fixed, Address max, Address r, Address s_pos) {
-        table().forward_tile({at<float>(s), ld, rows, cols, i0, j0, n, mirrored}, tau, fixed, at<float>(max),
-                             at<float>(r), at<float>(s_pos));
-      },
-      NoGil());
-  m.def(
-      "nt_xent_count_tile",
-      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n, bool mirrored,
-         Address bar, Address above) {
-        table().count_tile({at<float>(s), ld, rows, cols, i0, j0, n, mirrored}, at<float>(bar), at<float>(above));
-      },
-      NoGil());
-  m.def(
-      "nt_xent_finish_forward",
-      [](int64_t n, int64_t first, int64_t count, double tau, bool fixed, Address max, Address r, Address s_pos,
-         Address losses, Address stats) {
-        table().finish_forward({n, first, count}, tau, fixed, at<float>(max), at<float>(r), at<float>(s_pos),
-                               at<float>(losses), at<float>(stats));
-      },
-      NoGil());
-  m.def(
-      "nt_xent_backward_tile",
-      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, int64_t n, double tau, bool fixed,
-         Address max, Address a) {
-        table().backward_tile({at<float>(s), ld, rows, cols, i0, j0, n}, tau, fixed, at<float>(max), at<float>(a));
-      },
-      NoGil());
-  m.def(
-      "nt_xent_finish_backward",
-      [](Address z0, Address z1, int dtype, int64_t n, int64_t first, int64_t count, int64_t d, bool normalize,
-         double tau, Address grad, Address z, Address inv_norm, Address stats, Address dz, int64_t ld, Address dz0,
-         Address dz1, Address dots) {
-        table().finish_backward(at<void>(z0), at<void>(z1), DType(dtype), {n, first, count}, d, normalize, tau,
-                                at<float>(grad), at<float>(z), at<float>(inv_norm), at<float>(stats), at<float>(dz), ld,
-                                at<void>(dz0), at<void>(dz1), at<float>(dots));
-      },
-      NoGil());
-}
-
 void bind_embeddings(py::module_& m) {
   using namespace embeddings;
   m.def(
@@ -383,6 +383,7 @@ void bind_relic(py::module_& m) {
       .def(py::init([](int64_t n, int64_t negatives, double tau, bool fixed, float alpha, float beta) {
         return Batch{n, negatives, tau, fixed, alpha, beta};
       }));
+  m.attr("MAX_TILE") = kMaxTile;
   m.attr("RELIC_SUMS") = kSums;
   m.attr("RELIC_STATS") = kStats;
   m.def(
@@ -600,7 +601,7 @@ PYBIND11_MODULE(_C, m) {
   bind_patches(m);
   bind_gather_patches(m);
   bind_masked_patch_mse(m);
-  bind_nt_xent(m);
+  bind(m, nt_xent::table);
   bind_relic(m);
   bind_vicreg(m);
   bind_ema_update(m);

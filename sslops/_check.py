@@ -5,13 +5,69 @@ TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueErr
 
 import math
 import numbers
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Of(NamedTuple):
+    """What a tensor argument must be."""
+
+    shape: str  # "N D": a name is the same number wherever it stands, or that of an integer argument; "": 0-d
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    like: str = ""  # of the dtype of this argument
+    strided: bool = False  # kernels take any strides; contiguous otherwise
+    spread: bool = False  # with a group, the rank's part of a batch
+
+
+def declared(arguments: type[Any]) -> dict[str, Of]:
+    """The arguments that are `Annotated[Tensor, Of(...)]`"""
+    hints = get_type_hints(arguments, include_extras=True)
+    found = {
+        name: next((each for each in get_args(kind)[1:] if isinstance(each, Of)), None) for name, kind in hints.items()
+    }
+    return {name: of for name, of in found.items() if of is not None}
+
+
+def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
+    """That x's tensors are what they are declared to be, one another's in shape, dtype and device."""
+    sizes: dict[str, int] = {}
+    for name, of in declared.items():
+        value = getattr(x, name)
+        if value is None:
+            continue
+        wanted = of.shape.split()
+        text = f"[{', '.join(wanted)}]"
+        if not isinstance(value, Tensor):
+            bad_type(op, name, f"a tensor {text}", type(value).__name__)
+        if value.layout != torch.strided:
+            bad_type(op, name, "a dense tensor", value.layout)
+        if value.dtype not in of.dtypes:
+            kind = (
+                "a floating-point tensor" if of.dtypes == FLOAT_DTYPES else " or ".join(str(d)[6:] for d in of.dtypes)
+            )
+            bad_type(op, name, kind, value.dtype)
+        if value.dim() != len(wanted):
+            bad_value(op, name, f"shape {text}", list(value.shape))
+        for dimension, size in zip(wanted, value.shape, strict=True):
+            known = sizes.setdefault(dimension, getattr(x, dimension, size))
+            if known != size:
+                shape = ", ".join(str(sizes.get(each, each)) for each in wanted)
+                bad_value(op, name, f"shape [{shape}]", list(value.shape))
+        if of.like and value.dtype != getattr(x, of.like).dtype:
+            bad_value(op, name, f"the dtype of {of.like}, {getattr(x, of.like).dtype}", value.dtype)
+        if value.device != x[0].device:
+            bad_value(op, name, f"the device of {x._fields[0]}, {x[0].device}", value.device)
+
+
+def output(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor of this very shape, dtype and device: kernels rely on it when `torch.ops.sslops` is called directly."""
+    if x.dtype != dtype or tuple(x.shape) != tuple(shape) or x.device != device:
+        bad_value(op, name, f"{dtype} {list(shape)} on {device}", f"{x.dtype} {list(x.shape)} on {x.device}")
 
 
 def bad_type(op: str, argument: str, wanted: str, got: object) -> NoReturn:
@@ -98,6 +154,27 @@ def _dense(op: str, name: str, x: Tensor, shape: str) -> None:
 def _dimensions(op: str, name: str, x: Tensor, shape: str) -> None:
     if x.dim() != len(shape.strip("[]").split(", ")) * (shape != "[]"):
         bad_value(op, name, f"shape {shape}", list(x.shape))
+
+
+def scalars(op: str, x: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Those of x's arguments that are positive finite numbers, or floating-point tensors of one element, whose values
+    are not looked at: as float, or 0-d and at least float32.
+    """
+    found: dict[str, Any] = {}
+    for name in names:
+        value = getattr(x, name)
+        if not isinstance(value, Tensor):
+            positive(op, **{name: value})
+            found[name] = float(value)
+            continue
+        if not value.is_floating_point():
+            bad_type(op, name, "a floating-point tensor", value.dtype)
+        if value.numel() != 1:
+            bad_value(op, name, "a number or a tensor of one element", f"shape {list(value.shape)}")
+        if value.device != x[0].device:
+            bad_value(op, name, f"the embeddings' device, {x[0].device}", value.device)
+        found[name] = value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
+    return found
 
 
 def temperature(op: str, value: float | Tensor, device: torch.device) -> None:

@@ -1,4 +1,8 @@
-"""Fused ops in torch's library: one pair of ops (forward, backward) each, for eager calls, torch.compile and export."""
+"""Fused ops in torch's library: one pair of ops (forward, backward) each, for eager calls, torch.compile and export.
+
+An op is one NamedTuple of arguments that crosses every seam as it is: the public function builds it, checks, reference,
+kernels and fakes take it, and torch's schema is derived from its fields.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
@@ -7,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _check
-from .backend import BACKENDS, refusal
-from .distributed import agreed
+from . import _check, distributed
+from ._precision import compute_dtype
+from .backend import BACKENDS, is_distributed, kernel, refusal, resolve
+
+__all__ = ["Out", "Schema", "register"]
 
 _LIBRARY = torch.library.Library("sslops", "FRAGMENT")
 _SCHEMA_TYPES = {
@@ -21,15 +27,62 @@ _SCHEMA_TYPES = {
     int: "SymInt",
     int | None: "SymInt?",
     str: "str",
+    list[bool]: "bool[]",
     list[float]: "float[]",
 }
 
 
-def _is_spread(x: Any) -> bool:
-    return getattr(x, "group", "") != ""
+class Out(NamedTuple):
+    """An output of an op, on the device of its first argument"""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
 
-def _guarded(name: str, x: Any, kernel: Callable[[], Any]) -> Any:
+Outputs = Out | tuple[Out, ...]
+
+
+class Schema:
+    """An op's arguments as torch's schema has them: a number that may be a tensor is two of them."""
+
+    def __init__(self, arguments: type[Any]) -> None:
+        hints = get_type_hints(arguments)
+        self.arguments, self.numbers = arguments, {name for name, kind in hints.items() if kind == float | Tensor}
+        self.names: list[str] = []  # as the schema has them
+        parts = []
+        for name, kind in hints.items():
+            self.names.append(name)
+            if name in self.numbers:
+                self.names.append(f"{name}_value")
+                parts += [f"Tensor? {name}", f"float {name}_value"]
+            else:
+                parts.append(f"{_SCHEMA_TYPES[kind]} {name}")
+        self.text, self.count = ", ".join(parts), len(parts)
+
+    def lower(self, x: Any) -> list[Any]:
+        values: list[Any] = []
+        for name, value in zip(x._fields, x, strict=True):
+            if name not in self.numbers:
+                values.append(value)
+            elif isinstance(value, Tensor):
+                values += [value, 0.0]
+            else:
+                values += [None, value]
+        return values
+
+    def lift(self, values: Sequence[Any]) -> Any:
+        taken = iter(values)
+        found = []
+        for name in self.arguments._fields:
+            value = next(taken)
+            if name in self.numbers:
+                number = next(taken)
+                value = number if value is None else value
+            found.append(value)
+        return self.arguments(*found)
+
+
+def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
     """What holds for every kernel, however it is called: it can take these tensors, and autocast is off.
 
     (Kernels are given the operands' dtype; autocast would round what they multiply on top of that.)
@@ -44,99 +97,205 @@ def _guarded(name: str, x: Any, kernel: Callable[[], Any]) -> Any:
     if forward_ad._current_level >= 0:
         raise RuntimeError(f"{name}: fused kernels have no forward-mode derivative; use backend='eager'")
     with torch.autocast(device.type, enabled=False):
-        return kernel()
+        return run()
+
+
+def _is_spread(x: Any) -> bool:
+    return getattr(x, "group", "") != ""
+
+
+def _replaced(x: Any, **values: Any) -> Any:
+    return type(x)(*(values.get(name, value) for name, value in zip(x._fields, x, strict=True)))
+
+
+def _wide(x: Any) -> torch.dtype:
+    """The dtype that a backend is chosen by: float64 if any is"""
+    dtypes = [value if isinstance(value, torch.dtype) else value.dtype for value in x if isinstance(value, _DTYPED)]
+    return torch.float64 if torch.float64 in dtypes else x[0].dtype
+
+
+_DTYPED = (Tensor, torch.dtype)
 
 
 def register(
     name: str,
-    arguments: type[NamedTuple],
+    arguments: type[Any],
+    outputs: Callable[[Any], Outputs],
     *,
-    saved: Sequence[str] = (),
+    reference: Callable[[Any], Any],
+    check: Callable[[Any], None] = lambda x: None,
     gradients: Sequence[str] = (),
-    forward: Callable[..., Any],
-    forward_fake: Callable[..., Any],
+    forward: Callable[[Any], Any] | None = None,
     backward: Callable[..., Any] | None = None,
-    backward_fake: Callable[..., Any] | None = None,
     kept: Callable[[Any], Any] = lambda x: x,
     unit: str | None = None,
-) -> None:
-    """Registers `name(arguments) -> (result, *saved)` and `name_backward(grad, arguments, *saved)`.
+) -> Callable[[Any, str | None], Any]:
+    """The op as a function of its arguments and the backend asked for, or None; in torch's library as
 
-    arguments: a NamedTuple that begins with the tensor a backend is chosen by and has a field `backend`. The functions
-    take one: forward(x), backward(grad, x, *saved), and the fakes alike. With a field `group`, the name of a process
-    group or "", forward gets tensors whose shapes and dtypes are those of all ranks. The first output is the result;
-    the saved ones, if any, are kept for backward and have no gradient. The backward op returns one gradient for each
-    argument named in `gradients`. Differentiating it raises: that is for backend="eager". Without a backward nothing
-    is differentiable. kept(x): the arguments as backward gets them, those tensors None that it does not need.
-    unit: the saved output that backward does not get: the gradient itself where grad is 1, or empty. In eager mode on
-    the CPU it is handed out once, scaled in place (half precision only under 1): from there on it is the caller's.
-    Hooks on saved tensors do not see it.
+    `name(arguments) -> outputs` and `name_backward(grad, arguments, *saved) -> gradients`.
+
+    arguments: a NamedTuple. Its first field is the tensor a backend is chosen by; tensors say what they must be
+    (`Annotated[Tensor, Of("N D")]`), which is checked in ordinary calls and in direct ones of torch.ops.sslops.
+    Fields with a default are filled in here: `backend`, `operand_dtype` (what autocast makes of the first tensor) and
+    `needs_grad: list[bool]`, for each of `gradients` whether it will be wanted (if there is no such field, all are).
+    With a field `group`, the name of a process group or "", tensors that are `spread` are the
+    rank's part of a batch; their shapes and dtypes are those of all ranks. Kernels without a distributed form, and the
+    reference, get the gathered ones.
+    outputs(x): an Out, or a NamedTuple of them, which is its return annotation. The first is the result, the others are
+    kept for backward and have no gradient. What forward does not return must be empty.
+    reference(x): the eager form, of the same outputs as far as the public function uses them.
+    check(x): what the declarations do not say.
+    gradients: the arguments that have one, of the argument's own shape and dtype; [0] where it is not wanted.
+    forward(x), backward(grad, x, *saved): the kernel's, or what is to be done around it. Differentiating backward
+    raises: that is for backend="eager".
+    kept(x): the arguments as backward gets them, those tensors None that it does not need.
+    unit: the output that backward does not get: the gradient itself where grad is 1, or empty. In eager mode on the CPU
+    it is handed out once, scaled in place (half precision only under 1): from there on it is the caller's. Hooks on
+    saved tensors do not see it.
     """
-    fields = get_type_hints(arguments)
-    names, count = list(fields), len(fields)
-    inputs = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in fields.items()]
-    kept_inputs = [f"Tensor {each}" for each in saved]
+    schema, declared = Schema(arguments), _check.declared(arguments)
+    spread = [field for field, of in declared.items() if of.spread]
 
-    def define(op: str, lead: int, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        """lead: how many values come before the arguments"""
+    def default_forward(x: Any) -> Any:
+        return kernel(x.backend, name).forward(x)
 
-        def parts(values: tuple[Any, ...]) -> tuple[Any, ...]:
-            return *values[:lead], arguments._make(values[lead : lead + count]), *values[lead + count :]
+    def default_backward(grad: Tensor, x: Any, *saved: Tensor) -> Any:
+        return kernel(x.backend, name).backward(grad, x, *saved)
 
-        def run(*values: Any) -> Any:
-            given = parts(values)
-            x = given[lead]
-            if lead == 0 and _is_spread(x):
-                return _guarded(name, x, lambda: on_all_ranks(x))
-            return _guarded(name, x, lambda: implementation(*given))
+    run_forward, run_backward = forward or default_forward, backward or default_backward
 
-        def on_all_ranks(x: Any) -> Any:
-            with agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
-                same = iter(tensors)
-                return implementation(type(x)._make(next(same) if isinstance(v, Tensor) else v for v in x))
+    def specs(x: Any) -> tuple[Out, ...]:
+        found = outputs(x)
+        return (found,) if isinstance(found, Out) else found
 
-        _LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sslops::{op}", lambda *values: fake(*parts(values)), lib=_LIBRARY)
+    def gradient_specs(x: Any) -> list[Out]:
+        wanted = getattr(x, "needs_grad", [True] * len(gradients))
+        found = []
+        for field, want in zip(gradients, wanted, strict=True):
+            value = getattr(x, field)
+            if isinstance(value, Tensor):
+                found.append(Out(tuple(value.shape) if want else (0,), value.dtype))
+            else:  # a number, or None
+                found.append(Out(() if field in schema.numbers and want else (0,)))
+        return found
 
-    outputs = ", ".join(["Tensor result", *kept_inputs])
-    define(name, 0, f"({', '.join(inputs)}) -> ({outputs})", forward, forward_fake)
-    if backward is None or backward_fake is None:
-        return
-    outputs = ", ".join(["Tensor"] * len(gradients))
-    of_forward = [f"Tensor {each}" for each in saved if each != unit]
-    schema = f"({', '.join(['Tensor grad', *inputs, *of_forward])}) -> ({outputs})"
-    define(f"{name}_backward", 1, schema, backward, backward_fake)
+    def checked(x: Any) -> Any:
+        _check.tensors(name, x, declared)
+        for field in schema.numbers:
+            if isinstance(value := getattr(x, field), Tensor):
+                _check.output(name, field, value, (), torch.float32, x[0].device)
+        check(x)
+        dense = [field for field, of in declared.items() if not of.strided and getattr(x, field) is not None]
+        return _replaced(x, **{field: getattr(x, field).contiguous() for field in dense})
+
+    def on_all_ranks(x: Any) -> Any:
+        with distributed.agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
+            same = iter(tensors)
+            return run_forward(type(x)(*(next(same) if isinstance(v, Tensor) else v for v in x)))
+
+    def implementation(*values: Any) -> Any:
+        x = checked(schema.lift(values))
+        found = _guarded(name, x, lambda: on_all_ranks(x) if _is_spread(x) else run_forward(x))
+        if isinstance(found, Tensor):
+            return found
+        return found if len(found) == len(names) else (*found, *_empties(x, specs(x)[len(found) :]))
+
+    def fake(*values: Any) -> Any:
+        x = schema.lift(values)
+        return _bare(_empties(x, specs(x)))
+
+    def backward_implementation(grad: Tensor, *values: Any) -> Any:
+        x, saved = schema.lift(values[: schema.count]), values[schema.count :]
+        x = checked(x)
+        wanted = dict(zip(("grad", *names[1:]), specs(x), strict=True))
+        for field, value in zip(("grad", *of_forward), (grad, *saved), strict=True):
+            _check.output(name, field, value, wanted[field].shape, wanted[field].dtype, x[0].device)
+        return _guarded(name, x, lambda: run_backward(grad.contiguous(), x, *(value.contiguous() for value in saved)))
+
+    def backward_fake(grad: Tensor, *values: Any) -> Any:
+        x = schema.lift(values[: schema.count])
+        return _bare(_empties(x, gradient_specs(x)))
+
+    names = getattr(get_type_hints(outputs)["return"], "_fields", ("result",))
+    names = ("result",) if names == Out._fields else names
+    saved, of_forward = names[1:], [each for each in names[1:] if each != unit]
+    _define(name, f"({schema.text}) -> ({', '.join(f'Tensor {each}' for each in names)})", implementation, fake)
+    op = getattr(torch.ops.sslops, name)
+
+    def call(x: Any, backend: str | None) -> Any:
+        _check.tensors(name, x, declared)
+        filled = _check.scalars(name, x, schema.numbers)
+        check(x)
+        group = getattr(x, "group", "")
+        filled["backend"] = resolve(name, x[0].device, _wide(x), backend, group)
+        if "operand_dtype" in x._fields:
+            filled["operand_dtype"] = compute_dtype(x[0])
+        if group and not is_distributed(filled["backend"], name):
+            filled |= distributed.gathered_arguments(name, group, {field: getattr(x, field) for field in spread})
+            if filled["backend"] != "eager":
+                filled["group"] = ""
+        if "needs_grad" in x._fields:
+            values = (filled.get(field, getattr(x, field)) for field in gradients)
+            filled["needs_grad"] = [
+                torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad for value in values
+            ]
+        if filled["backend"] == "eager":
+            return reference(_replaced(x, **filled))
+        for field in schema.numbers:
+            if isinstance(filled[field], Tensor):
+                filled[field] = filled[field].float()
+        return op(*schema.lower(_replaced(x, **filled)))
+
+    if not gradients:
+        return call
+    inputs = ", ".join(["Tensor grad", schema.text, *(f"Tensor {each}" for each in of_forward)])
+    results = ", ".join(["Tensor"] * len(gradients))
+    _define(f"{name}_backward", f"({inputs}) -> ({results})", backward_implementation, backward_fake)
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         extra = dict(zip(saved, output[1:] if saved else (), strict=True))
-        inputs = kept(arguments._make(inputs))
+        values = schema.lower(kept(schema.lift(inputs)))
         ctx.mark_non_differentiable(*extra.values())
         ctx.unit = extra.pop(unit, None) if unit else None
         ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *extra.values())
+        ctx.is_tensor = [isinstance(value, Tensor) for value in values]
+        ctx.rest = [None if isinstance(value, Tensor) else value for value in values]
+        ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)), *extra.values())
 
     def differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
-        inputs = [next(tensors) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
+        values = [next(tensors) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
         ready, ctx.unit = ctx.unit, None
         # vmap's have another key, and no value that can be read
         plain = type(grad) is Tensor and torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.CPU)
         eager = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         factor = grad.item() if eager and ready is not None and ready.numel() else None
         if ready is not None and (factor == 1 or (factor is not None and ready.dtype == torch.float32)):
-            values = ready if factor == 1 else ready.mul_(grad)
+            results = ready if factor == 1 else ready.mul_(grad)
         else:
             del ready  # its memory is of use to the kernel
-            values = backward_op(grad, *inputs, *tensors)
-        found = dict(zip(gradients, values if isinstance(values, tuple) else (values,), strict=True))
-        return tuple(found[n] if n in found and t else None for n, t in zip(names, ctx.is_tensor, strict=True))
+            results = backward_op(grad, *values, *tensors)
+        found = dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
+        return tuple(found[n] if n in found and t else None for n, t in zip(schema.names, ctx.is_tensor, strict=True))
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"{name}: fused kernels have no second derivative; use backend='eager'")
 
     torch.library.register_autograd(f"sslops::{name}", differentiate, setup_context=setup_context, lib=_LIBRARY)
     torch.library.register_autograd(f"sslops::{name}_backward", refuse, lib=_LIBRARY)
+    return call
+
+
+def _empties(x: Any, specs: Sequence[Out]) -> tuple[Tensor, ...]:
+    return tuple(x[0].new_empty(out.shape, dtype=out.dtype) for out in specs)
+
+
+def _bare(values: tuple[Tensor, ...]) -> Any:
+    return values if len(values) > 1 else values[0]
+
+
+def _define(op: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sslops::{op}", fake, lib=_LIBRARY)

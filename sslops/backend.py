@@ -49,7 +49,11 @@ def _parameters(backend: str, op: str) -> frozenset[str]:
 
 def is_distributed(backend: str, op: str) -> bool:
     """Whether it takes a batch that lies spread over ranks as it is. The others take the gathered batch."""
-    return backend != "eager" and not _parameters(backend, op).isdisjoint({"first", "group", "own"})
+    if backend == "eager":
+        return False
+    return getattr(kernel(backend, op), "DISTRIBUTED", None) or not _parameters(backend, op).isdisjoint(
+        {"first", "group", "own"}
+    )
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,16 @@ from . import _check
 
 __all__ = [
     "Group",
+    "Part",
     "agreed",
     "all_gather",
     "gather_views",
     "gathered",
+    "gathered_arguments",
     "gathered_ids",
     "name",
     "own_rows",
+    "part",
     "rank",
     "reduce_scatter",
     "size",
@@ -59,6 +62,18 @@ def name(op: str, group: Group) -> str:
 def resolved(group: str) -> Any:
     """The ProcessGroup of that name; None for \"\"."""
     return dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[attr-defined, arg-type]
+
+
+class Part(NamedTuple):
+    """Which rows of a gathered batch are this rank's, as kernels with a distributed form take it."""
+
+    first: int
+    rows: int
+    group: Any  # ProcessGroup
+
+
+def part(group: str, rows: int) -> Part:
+    return Part(rank(group) * rows, rows, resolved(group))
 
 
 def spread(group: str, **how: Any) -> dict[str, Any]:
@@ -232,6 +247,13 @@ def gathered_ids(op: str, group: str, ids: Tensor | None) -> Tensor | None:
         return ids
     together: Tensor = torch.ops.sslops.all_gather(ids, group, 0, f"{op}'s ids")
     return together
+
+
+def gathered_arguments(op: str, group: str, arguments: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The ranks' parts of a batch together: embeddings as `gathered` has them, and ids."""
+    embeddings = {name: x for name, x in arguments.items() if x is not None and x.is_floating_point()}
+    together = dict(zip(embeddings, gathered(op, group, *embeddings.values()), strict=True))
+    return {name: together[name] if name in together else gathered_ids(op, group, x) for name, x in arguments.items()}
 
 
 def own_rows(x: Tensor, group: str, parts: int = 1) -> Tensor:

@@ -9,6 +9,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from sslops._contrastive import Metrics
+from sslops._library import Schema
 from sslops.backend import BACKENDS, refusal
 
 # Two units in the last place of float32. Half-precision errors come from rounded operands and results, which eager
@@ -26,6 +28,11 @@ FLOORS = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 8,
 }
 EAGER_FACTOR = 2.0
+
+
+def lowered(x: Any) -> list[Any]:
+    """An op's arguments as torch.ops.sslops takes them"""
+    return Schema(type(x)).lower(x)
 
 
 def targets(op: str) -> list[tuple[str, str]]:

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 # The named homes of what several ops share; every other stem in kernels/, csrc/cpu/ and csrc/cuda/ is an op's.
 SHARED = {
+    "csrc/cpu/bf16_gemm.cpp",
     "csrc/cpu/columns.cpp",
     "csrc/cpu/embeddings.cpp",
-    "csrc/cpu/gemm.cpp",
     "csrc/cuda/probe.cu",
     "kernels/cpu/columns.py",
     "kernels/cpu/memory.py",
@@ -51,9 +51,16 @@ def broken_stems(root: Path, shared: set[str]) -> list[str]:
 
 
 def imports(file: Path, module: str) -> Iterator[str]:
-    """Absolute names of all that a file imports, inside functions too: `from a import b` is a.b."""
+    """Absolute names of all that a file imports when it runs, inside functions too: `from a import b` is a.b."""
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    typing_only = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    skipped = {id(inner) for node in typing_only for statement in node.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

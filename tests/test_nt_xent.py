@@ -6,7 +6,8 @@ import torch.nn.functional as F
 import sslops
 from sslops import _C
 from sslops.__main__ import main
-from sslops.ops import nt_xent as op_module
+from sslops.kernels.cpu import nt_xent as kernel
+from sslops.ops.nt_xent import Arguments
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -23,6 +24,11 @@ def views(n: int, d: int, *, dtype=torch.float32, device="cpu", noise: float = 1
 
 def losses(z0, z1, **kwargs):
     return sslops.nt_xent(z0, z1, reduction="none", **kwargs)
+
+
+def lowered(z0, z1, backend, temperature=0.5, count_exceeding=False):
+    """The arguments of a direct call of the registered op"""
+    return oracle.lowered(Arguments(z0, z1, temperature, True, count_exceeding, "", False, torch.float32, backend))
 
 
 def losses_of_tensor_temperature(z0, z1, temperature, **kwargs):
@@ -277,13 +283,25 @@ def test_metrics(device, backend, temperature, dtype):
 @pytest.mark.parametrize("with_temperature", [False, True])
 def test_opcheck(device, backend, with_temperature):
     z0, z1 = (x.requires_grad_() for x in views(6, 8, device=device).values())
-    temperature = torch.tensor(0.3, device=device, requires_grad=True) if with_temperature else None
-    arguments = (z0, z1, temperature, 0.3, True, "", False, torch.float32, with_temperature, backend)
+    temperature = torch.tensor(0.3, device=device, requires_grad=True) if with_temperature else 0.3
+    arguments = lowered(z0, z1, backend, temperature, count_exceeding=with_temperature)
     torch.library.opcheck(torch.ops.sslops.nt_xent.default, arguments)
     with torch.no_grad():
         losses, *saved = torch.ops.sslops.nt_xent(*arguments)
         detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
         torch.library.opcheck(torch.ops.sslops.nt_xent_backward.default, (losses, *detached, *saved))
+
+
+@each_target
+def test_a_temperature_of_one_element(device, backend):
+    """As fully_shard wants its parameters"""
+    z0, z1 = views(6, 8, device=device).values()
+    plain, shaped = (torch.full(shape, 0.3, device=device, requires_grad=True) for shape in ((), (1,)))
+    found = [sslops.nt_xent(z0, z1, temperature=x, backend=backend) for x in (plain, shaped)]
+    assert torch.equal(*found)
+    sum(found).backward()
+    assert shaped.grad.shape == (1,)
+    assert torch.equal(shaped.grad[0], plain.grad)
 
 
 @each_target
@@ -354,7 +372,7 @@ def test_bad_input():
     refused(TypeError, "z0", z0.tolist(), z1)
     for temperature in (0, 0.0, -1.0, float("nan"), float("inf"), -float("inf")):
         refused(ValueError, "temperature", z0, z1, temperature=temperature)
-    refused(ValueError, "temperature", z0, z1, temperature=torch.ones(1))
+    refused(ValueError, "temperature", z0, z1, temperature=torch.ones(2))
     refused(ValueError, "temperature", z0, z1, temperature=torch.ones((), device="meta"))
     refused(TypeError, "temperature", z0, z1, temperature=torch.ones((), dtype=torch.int64))
     refused(TypeError, "temperature", z0, z1, temperature="warm")
@@ -371,15 +389,15 @@ def test_bad_input():
 def test_bad_input_to_the_registered_op():
     """torch.ops.sslops can be called by anyone: nothing that reaches a pointer goes unchecked."""
     z0, z1 = views(4, 8).values()
-    arguments = (z0, z1, None, 0.5, True, "", False, torch.float32, False, "cpu")
-    _, inv_norm, stats, views_of_all = torch.ops.sslops.nt_xent(*arguments)
+    arguments = lowered(z0, z1, "cpu")
+    _, logged, inv_norm, stats, views_of_all = torch.ops.sslops.nt_xent(*arguments)
     grad = torch.ones(8)
     for backend in ("eager", "tpu"):
         with pytest.raises(ValueError, match="nt_xent: backend"):
             torch.ops.sslops.nt_xent(*arguments[:-1], backend)
     for backend, operand in (("triton", torch.float32), ("cpu", torch.float64)):
         with pytest.raises(RuntimeError, match="nt_xent: backend"):
-            torch.ops.sslops.nt_xent(*arguments[:-3], operand, False, backend)
+            torch.ops.sslops.nt_xent(*arguments[:-2], operand, backend)
     for bad in ((z0, z1[:3]), (z0, z1.double()), (z0[0], z1[0])):
         with pytest.raises(ValueError, match="nt_xent: z"):
             torch.ops.sslops.nt_xent(*bad, *arguments[2:])
@@ -390,7 +408,7 @@ def test_bad_input_to_the_registered_op():
         (grad.double(), inv_norm, stats),
     ):
         with pytest.raises(ValueError, match=r"nt_xent: (grad|inv_norm|stats)"):
-            torch.ops.sslops.nt_xent_backward(bad[0], *arguments, *bad[1:], views_of_all)
+            torch.ops.sslops.nt_xent_backward(bad[0], *arguments, logged, *bad[1:], views_of_all)
 
 
 def test_odd_temperatures_on_a_tensor():
@@ -413,54 +431,47 @@ class TestTheOracleItself:
         with pytest.raises(AssertionError, match="above"):
             oracle.check(losses, inputs, "cpu", **kwargs)
 
-    def test_a_lost_tile(self, monkeypatch):
-        from sslops.kernels.cpu import nt_xent as kernel
+    def plant(self, monkeypatch, direction, fault):
+        """fault(run, *arguments) in place of a direction of the kernel"""
+        run = getattr(kernel, direction)
+        monkeypatch.setattr(kernel, direction, lambda *arguments: fault(run, *arguments))
 
-        tiles = kernel.upper_tiles
-        monkeypatch.setattr(kernel, "upper_tiles", lambda rows: list(tiles(rows))[:-1])
+    def test_a_lost_tile(self, monkeypatch):
+        def fault(run, x):
+            losses, logged, inv_norm, stats = run(x)
+            z = F.normalize(torch.cat([x.z0, x.z1]))
+            tile = ((z[:64] @ z[128:192].t() - 1) / x.temperature).exp().sum(1)  # of the sums 1 / stats[1]
+            losses[:64] += torch.log1p(-tile * stats[1, :64])
+            return losses, logged, inv_norm, stats
+
+        self.plant(monkeypatch, "forward", fault)
         self.refuse(views(300, 32))
 
     def test_a_forgotten_mirror_image(self, monkeypatch):
-        from sslops.kernels.cpu.tiles import Float32Tiles
+        def fault(run, grad, x, inv_norm, stats):
+            return run(grad.clone().index_fill_(0, torch.arange(64), 0), x, inv_norm, stats)
 
-        monkeypatch.setattr(
-            Float32Tiles, "add_symmetric", lambda self, out, i, j, w, sides: out[i].addmm_(w, self._z[j])
-        )
+        self.plant(monkeypatch, "backward", fault)
         self.refuse(views(300, 32))
-
-    def test_an_underflowing_fixed_maximum(self, monkeypatch):
-        from sslops.kernels.cpu import tiles
-
-        monkeypatch.setattr(tiles, "LOWEST_FIXED_MAXIMUM_TEMPERATURE", 0.0)
-        self.refuse(views(300, 32), temperature=0.005)
 
     def test_a_sloppy_temperature(self, monkeypatch):
         """About 10 roundings of float32 too far: as an exp of too few terms would be."""
-        from sslops.kernels.cpu import nt_xent as kernel
-
-        forward = kernel.forward
-        monkeypatch.setattr(kernel, "forward", lambda a, b, t, *rest: forward(a, b, t * (1 + 1e-5), *rest))
+        self.plant(monkeypatch, "forward", lambda run, x: run(x._replace(temperature=x.temperature * (1 + 1e-5))))
         self.refuse(views(300, 32))
 
     def test_positives_rounded_to_bf16(self, monkeypatch):
         """The pull of the positive as one bf16 number W_ip - 2: it drowns where pairs are aligned."""
-        from sslops.kernels.cpu import nt_xent as kernel
 
-        finish = _C.nt_xent_finish_forward
-
-        def rounded(*args):
-            finish(*args)
-            stats = keep[-1]
+        def fault(run, x):
+            *rows, stats = run(x)
             stats[2] = 1 - (1 - stats[2]).bfloat16().float()
+            return *rows, stats
 
-        keep = []
-        empty = torch.empty
-        monkeypatch.setattr(kernel.torch, "empty", lambda *s, **k: keep.append(empty(*s, **k)) or keep[-1])
-        monkeypatch.setattr(_C, "nt_xent_finish_forward", rounded)
+        self.plant(monkeypatch, "forward", fault)
         self.refuse(views(300, 128, noise=1e-2, dtype=torch.bfloat16), temperature=0.05)
 
     def test_unwritten_memory(self, monkeypatch):
-        monkeypatch.setattr(_C, "nt_xent_finish_backward", lambda *args: None)
+        monkeypatch.setattr(_C, "nt_xent_backward", lambda *args: None)
         with oracle.poisoned_memory():
             self.refuse(views(40, 8))
 
@@ -479,10 +490,3 @@ def test_backends_are_explained(monkeypatch, capsys):
         sslops.explain("nt_xnet")
     main()
     assert "cannot run here" in capsys.readouterr().out
-
-
-def test_the_reference_is_the_eager_backend(monkeypatch):
-    calls = []
-    monkeypatch.setattr(op_module, "reference", lambda *args: calls.append(args) or torch.zeros(8))
-    sslops.nt_xent(*views(4, 8).values(), backend="eager")
-    assert len(calls) == 1

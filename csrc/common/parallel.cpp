@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include <sched.h>
+
 #include "torch_symbol.h"
 
 namespace sslops {
@@ -24,5 +26,12 @@ void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void*
     fn(begin, end, ctx);
   }
 }
+
+void wait_for(const int32_t* progress, int32_t wanted) {
+  for (int spins = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) < wanted;)
+    if (++spins > 256) sched_yield();
+}
+
+void advance(int32_t* progress) { __atomic_fetch_add(progress, 1, __ATOMIC_RELEASE); }
 
 }  // namespace sslops

@@ -18,4 +18,23 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<Body*>(&body));
 }
 
+// body(k, state) for every k in [0, n), each thread with a state of its own from make(). A thread takes the next k when
+// it is free: they begin in the order of k, so that one may wait for smaller ones.
+template <typename Make, typename Body>
+void parallel_tickets(int64_t n, const Make& make, const Body& body) {
+  int64_t next = 0;
+  parallel_for(n, 1, [&](int64_t, int64_t) {  // a part of the range for each thread: how many there are is all it says
+    auto&& state = make();
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) body(k, state);
+  });
+}
+template <typename Body>
+void parallel_tickets(int64_t n, const Body& body) {
+  parallel_tickets(n, [] { return 0; }, [&](int64_t k, int) { body(k); });
+}
+
+// Waits until *progress, which other threads advance, is at least `wanted`.
+void wait_for(const int32_t* progress, int32_t wanted);
+void advance(int32_t* progress);
+
 }  // namespace sslops

@@ -22,7 +22,8 @@ struct Torch {
   int32_t (*sizes)(Handle, int64_t**);
   int32_t (*strides)(Handle, int64_t**);
   size_t (*element_size)(int32_t dtype);
-  int32_t strided, f32, f16, bf16, f64;
+  int32_t strided;
+  int32_t dtypes[kDTypes];  // torch's codes, in the order of DType
 };
 
 template <typename Fn>
@@ -50,10 +51,9 @@ Torch find_torch() {
   find("aoti_torch_get_strides", t.strides);
   find("aoti_torch_dtype_element_size", t.element_size);
   t.strided = constant("aoti_torch_layout_strided");
-  t.f32 = constant("aoti_torch_dtype_float32");
-  t.f16 = constant("aoti_torch_dtype_float16");
-  t.bf16 = constant("aoti_torch_dtype_bfloat16");
-  t.f64 = constant("aoti_torch_dtype_float64");
+  constexpr const char* kNames[kDTypes] = {"float32", "float16", "bfloat16", "float64", "uint8",
+                                           "int64",   "int32",   "int16",    "int8",    "bool"};
+  for (int k = 0; k < kDTypes; ++k) t.dtypes[k] = constant((std::string("aoti_torch_dtype_") + kNames[k]).c_str());
   return t;
 }
 
@@ -75,17 +75,10 @@ Tensor read_tensor(uintptr_t impl) {
     x.data = static_cast<char*>(data);
   }
   x.item_size = torch.element_size(x.torch_dtype);
-  x.floating = true;
-  if (x.torch_dtype == torch.f32)
-    x.dtype = DType::f32;
-  else if (x.torch_dtype == torch.f16)
-    x.dtype = DType::f16;
-  else if (x.torch_dtype == torch.bf16)
-    x.dtype = DType::bf16;
-  else if (x.torch_dtype == torch.f64)
-    x.dtype = DType::f64;
-  else
-    x.floating = false;
+  x.dtype = DType::other;
+  for (int k = 0; k < kDTypes; ++k)
+    if (x.torch_dtype == torch.dtypes[k]) x.dtype = DType(k);
+  x.floating = x.dtype <= DType::f64;
   return x;
 }
 

@@ -8,13 +8,19 @@
 namespace sslops {
 
 struct Tensor {
-  char* data;  // null for tensors without memory of their own: empty, meta, fake, sparse
+  char* data;  // null for None and for tensors without memory of their own: empty, meta, fake, sparse
   int64_t numel, dim;
   const int64_t *sizes, *strides;  // [dim], torch's own: valid until the tensor changes; no strides: nothing to read
   int64_t item_size;
   int32_t device_type, device_index, torch_dtype;
   DType dtype;
-  bool floating;  // dtype is meant
+  bool floating;  // dtype is a floating-point type
+
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+  explicit operator bool() const { return data != nullptr; }
 };
 
 // impl: the tensor's `_cdata` in Python. Throws std::runtime_error where libtorch lacks the interface.

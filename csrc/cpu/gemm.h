@@ -1,32 +1,85 @@
-// bf16 matmuls that keep their float32 result, on AMX tiles (torch.mm rounds it to bf16).
-// Matrices are padded with zeros to multiples of kBlock in every dimension.
+// float32 matrix products for one thread, on operands that lie in its caches: C [m, n] (+)= A [m, k] B [k, n].
+// Every sum runs over k in order, with fused multiply-adds: the result does not depend on m, n or the threads.
 #pragma once
-#include <cstdint>
+#include "vec.h"
 
-#include "../common/isa.h"
+namespace sslops {
+namespace {
 
-namespace sslops::gemm {
+constexpr int kVectors = 2, kPanel = kVectors * kLanes;  // columns of C that stay in registers
+constexpr int kRows = kLanes == 16 ? 8 : 6;              // ... and rows: as many as there are registers for
+constexpr int64_t kDepth = 4096 / kPanel;                // of B at a time: 16 KiB, half of a first-level cache
 
-constexpr int64_t kBlock = 32;
-
-// A right operand B [k, n] in 16 x 16 tiles of (two k) x (one n), 512 values each.
-struct Packed {
-  const uint16_t* tiles;
-  int64_t n_step, k_step;  // values from one tile to the next along n and k
+// a(i, k) = data[i * row + k * column]
+struct Left {
+  const float* data;
+  int64_t row, column;
 };
 
-// Pointers are null where the instruction set has no bf16 tiles.
-struct Table {
-  // Row-major x [rows, cols] as B = x (k = rows) and as B = x^T (k = cols). Tiles of 32 rows of x follow each other.
-  void (*pack)(const uint16_t* x, int64_t rows, int64_t cols, uint16_t* as_is, uint16_t* transposed);
-  // c [m, n] (+)= a [m, k] b [k, n]
-  void (*matmul)(const uint16_t* a, int64_t lda, Packed b, int64_t m, int64_t n, int64_t k, float* c, int64_t ldc,
-                 bool accumulate);
-  // x [rows, cols] float32 rounded to bf16, as it is (or null) and transposed, both padded.
-  void (*round_both)(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t* as_is, int64_t ld_as_is,
-                     uint16_t* transposed, int64_t ld_transposed);
+// Panels of kPanel columns, `panel` apart, the rows of each `row` apart; zeros (or whatever C may hold there) beyond n,
+// up to whole vectors.
+struct Right {
+  const float* data;
+  int64_t row, panel;
 };
 
-SSLOPS_DECLARE_TABLE
+template <int kM, int kN>
+SSLOPS_INLINE void micro(int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t ldc, bool add) {
+  F sums[kM][kN];
+#pragma GCC unroll 16
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) sums[i][j] = add ? load(c + i * ldc + j * kLanes) : F{};
+  for (int64_t k = 0; k < depth; ++k, a.data += a.column, b += b_row) {
+    F right[kN];
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) right[j] = load(b + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+      const F left = splat(a.data[i * a.row]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; ++j) sums[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) store(c + i * ldc + j * kLanes, sums[i][j]);
+}
 
-}  // namespace sslops::gemm
+// The last rows, fewer than kRows.
+template <int kM, int kN>
+void last_rows(int64_t m, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t ldc, bool add) {
+  if constexpr (kM > 0) {
+    if (m == kM) return micro<kM, kN>(depth, a, b, b_row, c, ldc, add);
+    last_rows<kM - 1, kN>(m, depth, a, b, b_row, c, ldc, add);
+  }
+}
+
+template <int kN>
+SSLOPS_INLINE void panel(int64_t m, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t ldc,
+                         bool add) {
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows)
+    micro<kRows, kN>(depth, {a.data + i * a.row, a.row, a.column}, b, b_row, c + i * ldc, ldc, add);
+  if (i < m)
+    last_rows<kRows - 1, kN>(m - i, depth, {a.data + i * a.row, a.row, a.column}, b, b_row, c + i * ldc, ldc, add);
+}
+
+// C's rows are written up to whole vectors.
+__attribute__((noinline)) void gemm(int64_t m, int64_t n, int64_t k, Left a, Right b, float* c, int64_t ldc, bool add) {
+  for (int64_t from = 0; from < k || (from == 0 && !add); from += kDepth) {
+    const int64_t depth = k - from < kDepth ? k - from : kDepth;
+    const Left left{a.data + from * a.column, a.row, a.column};
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const float* const right = b.data + j / kPanel * b.panel + from * b.row;
+      if (n - j > kLanes)
+        panel<kVectors>(m, depth, left, right, b.row, c + j, ldc, add || from > 0);
+      else
+        panel<1>(m, depth, left, right, b.row, c + j, ldc, add || from > 0);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sslops

@@ -1,262 +1,246 @@
 #include "nt_xent.h"
 
-#include <math.h>
-
-#include "../common/parallel.h"
-#include "vec.h"
+#include "rows.h"
+#include "softmax.h"
+#include "tiles.h"
+#include "tournament.h"
 
 namespace sslops::nt_xent {
 namespace {
 
-constexpr double kLog2e = 1.44269504088896340736;
-constexpr float kEps = 1e-12f;
-constexpr float kInf = __builtin_inff(), kLowest = -__FLT_MAX__;
-constexpr int64_t kChunk = 32;  // rows of a tile that one thread takes; fixed, so that sums do not depend on threads
-constexpr int64_t kMaxChunks = (kMaxTile + kChunk - 1) / kChunk;
+// Small enough to give every thread a tile. Fixed by M: results do not depend on the threads.
+int64_t tile_side(int64_t m) { return m <= 512 ? 64 : m <= 8192 ? 128 : 256; }
+constexpr int64_t kMaxSide = 256;
 
-// exp(s / tau) = 2^(s scale). Never 0: at an infinite temperature all pairs weigh the same, but -inf stays -inf.
-float log2_scale(double tau) {
-  const double scale = kLog2e / tau;
-  return static_cast<float>(scale < __FLT_MIN__ ? __FLT_MIN__ : scale);
-}
+struct Batch {
+  Rows views[2];
+  int64_t n, m, d, side;
+  Scale scale;
+  DType operand_dtype;
+  Operand z;
 
-struct View {
-  const void *z0, *z1;
-  DType dtype;
-  int64_t n, d;
-  F at(int64_t row, int64_t col, int lanes) const {
-    return row < n ? load_as_float(z0, dtype, row * d + col, lanes)
-                   : load_as_float(z1, dtype, (row - n) * d + col, lanes);
+  // inv_norm [2N] is written here.
+  Batch(const Tensor& z0, const Tensor& z1, double temperature, bool normalize, DType operand, const Tensor& inv_norm)
+      : views{{z0, normalize, inv_norm.as<float>()}, {z1, normalize, inv_norm.as<float>() + z0.sizes[0]}},
+        n(z0.sizes[0]),
+        m(2 * n),
+        d(z0.sizes[1]),
+        side(tile_side(m)),
+        scale(temperature, normalize),
+        operand_dtype(operand),
+        z(m, d, operand) {
+    float* const inverse = inv_norm.as<float>();
+    parallel_tickets((m + kGroup - 1) / kGroup, [&](int64_t ticket) {
+      const int64_t first = ticket * kGroup, count = m - first < kGroup ? m - first : kGroup;
+      for (int64_t i = first; i < first + count; ++i) inverse[i] = view(i).norm_of(i % n);
+      z.fill(first, count, [&](int64_t i, int64_t j, int lanes) { return at(i, j, lanes); });
+    });
+  }
+
+  const Rows& view(int64_t i) const { return views[i >= n]; }
+  int64_t positive(int64_t i) const { return i < n ? i + n : i - n; }
+  // Of the operand.
+  SSLOPS_INLINE F at(int64_t i, int64_t j, int lanes) const {
+    return round_to(operand_dtype, view(i).at(i < n ? i : i - n, j, lanes));
+  }
+  // [2N], of each row with its positive: the very numbers that the tiles of S hold there. Where all pairs are alike
+  // they cancel.
+  void positives(float* similarity) const {
+    constexpr int64_t kBlock = 32;
+    parallel_tickets((n + kBlock - 1) / kBlock, [&] { return Tile(kBlock, z.bf16); },
+                     [&](int64_t ticket, Tile& tile) {
+                       const int64_t first = ticket * kBlock, count = n - first < kBlock ? n - first : kBlock;
+                       tile.multiply(z, n + first, count, z, first, count);
+                       for (int64_t k = 0; k < count; ++k)
+                         similarity[first + k] = similarity[n + first + k] = tile.s[k * tile.ld + k];
+                     });
   }
 };
 
-void normalize(const void* z0, const void* z1, DType dtype, int64_t n, int64_t d, bool normalize, DType operand,
-               float* z, float* inv_norm) {
-  const View x{z0, z1, dtype, n, d};
-  parallel_for(2 * n, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float inv = 1.f;
-      if (normalize) {
-        D squares{};  // double: no float32 row overflows
-        for_each_vector(d, [&](int64_t j, int lanes) {
-          const D v = __builtin_convertvector(x.at(i, j, lanes), D);
-          squares += v * v;
-        });
-        const double norm = __builtin_sqrt(sum(squares));
-        inv = static_cast<float>(1.0 / (norm < kEps ? static_cast<double>(kEps) : norm));
-      }
-      inv_norm[i] = inv;
-      for_each_vector(d, [&](int64_t j, int lanes) {
-        store_lanes(z + i * d + j, lanes, round_to(operand, x.at(i, j, lanes) * inv));
-      });
+// A tile of S: rows i0.., columns j0... If mirrored (then j0 > i0), it also stands for its transpose.
+struct Part {
+  float* s;
+  int64_t ld, i0, rows, j0, columns;
+  bool mirrored;
+
+  float* row(int64_t k) const { return s + k * ld; }
+  // up to a whole number of vectors
+  int64_t width() const { return round_up(columns, kLanes); }
+};
+
+// visit(part) over the tiles of S: on and above the diagonal, or all those of the rows of some examples. In both cases
+// a row's tiles come in a fixed order, one at a time.
+template <typename Visit>
+void for_each_tile(const Batch& x, int64_t first, int64_t count, const Visit& visit) {
+  const auto size = [](int64_t from, int64_t step, int64_t end) { return end - from < step ? end - from : step; };
+  const auto product = [&](Tile& tile, int64_t i0, int64_t rows, int64_t j0, int64_t columns, bool mirrored) {
+    tile.multiply(x.z, i0, rows, x.z, j0, columns);
+    const Part part{tile.s, tile.ld, i0, rows, j0, columns, mirrored};
+    // Neither an example with itself nor its positive is a negative: -inf is a term of exactly 0.
+    for (int64_t k = 0; k < rows; ++k) {
+      for (int64_t j : {i0 + k - j0, x.positive(i0 + k) - j0})
+        if (j >= 0 && j < columns) part.row(k)[j] = -kInf;
+      for (int64_t j = columns; j < part.width(); ++j) part.row(k)[j] = -kInf;
     }
-  });
-}
-
-// Neither an example with itself nor its positive is a negative: -inf here is a term of exactly 0 below.
-void mask_row(const Tile& t, int64_t row) {
-  const int64_t i = t.i0 + row, positive = i < t.n ? i + t.n : i - t.n;
-  for (int64_t j : {i - t.j0, positive - t.j0})
-    if (j >= 0 && j < t.cols) t.s[row * t.ld + j] = -kInf;
-}
-
-// The same, once the positive is read, by the first of its two rows: (k, k + N) lies above the diagonal.
-void take_positive(const Tile& t, int64_t row, float* s_pos) {
-  const int64_t i = t.i0 + row, j = i + t.n - t.j0;
-  if (i < t.n && j >= 0 && j < t.cols) s_pos[i] = t.s[row * t.ld + j];
-  mask_row(t, row);
-}
-
-// fn(chunk, first row, end row), chunks in parallel.
-template <typename Fn>
-void for_each_chunk(const Tile& t, Fn&& fn) {
-  parallel_for((t.rows + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t last = (c + 1) * kChunk;
-      fn(c, c * kChunk, last < t.rows ? last : t.rows);
-    }
-  });
-}
-
-// Raises m to the maxima of the tile and scales r down accordingly.
-void raise_maximum(const Tile& t, float scale, float* m, float* r, float* s_pos) {
-  float column_max[kMaxChunks][kMaxTile];
-  const auto raise = [&](int64_t i, float candidate) {
-    if (candidate > m[i]) {
-      r[i] *= exp2f((m[i] - candidate) * scale);
-      m[i] = candidate;
-    }
+    visit(tile, part);
   };
-  for_each_chunk(t, [&](int64_t chunk, int64_t begin, int64_t end) {
-    float* columns = column_max[chunk];
-    for (int64_t j = 0; j < t.cols; ++j) columns[j] = kLowest;
-    for (int64_t row = begin; row < end; ++row) {
-      take_positive(t, row, s_pos);
-      F best = splat(kLowest);
-      for_each_vector(t.cols, [&](int64_t j, int lanes) {
-        const F s = load_lanes(t.s + row * t.ld + j, lanes, -kInf);
-        best = max(s, best);
-        store_lanes(columns + j, lanes, max(s, load_lanes(columns + j, lanes, kLowest)));
-      });
-      raise(t.i0 + row, max(best));
-    }
-  });
-  if (!t.mirrored) return;
-  for (int64_t j = 0; j < t.cols; ++j) {
-    float best = kLowest;
-    for (int64_t c = 0; c * kChunk < t.rows; ++c) best = max(column_max[c][j], best);
-    raise(t.j0 + j, best);
+  if (count == x.n) {
+    const Tournament panels((x.m + x.side - 1) / x.side);
+    panels.run([&] { return Tile(x.side, x.z.bf16); },
+               [&](int64_t i, int64_t j, Tile& tile) {
+                 const int64_t i0 = i * x.side, j0 = j * x.side;
+                 if (i != j) return product(tile, i0, x.side, j0, size(j0, x.side, x.m), true);
+                 // Symmetry saves nothing in the tiles on the diagonal: they are small.
+                 const int64_t end = i0 + size(i0, x.side, x.m);
+                 for (int64_t a = i0; a < end; a += kGroup)
+                   for (int64_t b = a; b < end; b += kGroup)
+                     product(tile, a, size(a, kGroup, end), b, size(b, kGroup, end), a != b);
+               });
+  } else {
+    const int64_t blocks = (count + kGroup - 1) / kGroup;
+    parallel_tickets(
+        2 * blocks, [&] { return Tile(kMaxSide, x.z.bf16); },
+        [&](int64_t ticket, Tile& tile) {
+          const int64_t view = ticket / blocks * x.n + first, from = ticket % blocks * kGroup;
+          for (int64_t j = 0; j < x.m; j += kMaxSide)
+            product(tile, view + from, size(from, kGroup, count), j, size(j, kMaxSide, x.m), false);
+        });
   }
 }
 
-// Adds kRows rows to their own sums in r and, where there are columns, to theirs.
-template <bool kFixed, int kRows>
-SSLOPS_INLINE void add_rows(const Tile& t, int64_t row, float scale, const float* m, float* r, float* columns) {
-  F totals[kRows]{};
-  for_each_vector(t.cols, [&](int64_t j, int lanes) {
-    F down{};
-    for (int k = 0; k < kRows; ++k) {
-      const F v = load_lanes(t.s + (row + k) * t.ld + j, lanes, -kInf);
-      const F e = exp2_nonpositive((v - (kFixed ? 1.f : m[t.i0 + row + k])) * scale);
-      totals[k] += e;
-      if (kFixed)
-        down += e;
-      else if (columns)
-        down += exp2_nonpositive((v - load_lanes(m + t.j0 + j, lanes, 0.f)) * scale);
+// Raises the maxima of the tile's rows and columns and scales their sums down accordingly.
+void raise(const Part& t, const Scale& scale, float* top, float* sums) {
+  float columns[kMaxSide];
+  const auto raise_one = [&](int64_t i, float candidate) {
+    if (!(candidate > top[i])) return;
+    sums[i] *= expf((top[i] - candidate) * scale.inverse);
+    top[i] = candidate;
+  };
+  for (int64_t j = 0; j < t.width(); ++j) columns[j] = kLowest;
+  for (int64_t k = 0; k < t.rows; ++k) {
+    F best = splat(kLowest);
+    for (int64_t j = 0; j < t.width(); j += kLanes) {
+      const F s = load(t.row(k) + j);
+      best = max(s, best);
+      store(columns + j, max(s, load(columns + j)));
     }
-    if (columns) store_lanes(columns + j, lanes, load_lanes(columns + j, lanes, 0.f) + down);
-  });
-  for (int k = 0; k < kRows; ++k) r[t.i0 + row + k] += sum(totals[k]);
-}
-
-template <bool kFixed>
-void forward_tile_as(const Tile& t, float scale, const float* m, float* r, float* s_pos) {
-  float column_sum[kMaxChunks][kMaxTile];
-  for_each_chunk(t, [&](int64_t chunk, int64_t begin, int64_t end) {
-    float* columns = t.mirrored ? column_sum[chunk] : nullptr;
-    if (columns)
-      for (int64_t j = 0; j < t.cols; ++j) columns[j] = 0.f;
-    if (kFixed)
-      for (int64_t row = begin; row < end; ++row) take_positive(t, row, s_pos);
-    int64_t row = begin;
-    for (; row + 4 <= end; row += 4) add_rows<kFixed, 4>(t, row, scale, m, r, columns);
-    for (; row < end; ++row) add_rows<kFixed, 1>(t, row, scale, m, r, columns);
-  });
-  if (!t.mirrored) return;
-  for (int64_t j = 0; j < t.cols; ++j) {
-    float total = 0.f;
-    for (int64_t c = 0; c * kChunk < t.rows; ++c) total += column_sum[c][j];
-    r[t.j0 + j] += total;
+    raise_one(t.i0 + k, max(best));
   }
+  for (int64_t j = 0; j < t.columns && t.mirrored; ++j) raise_one(t.j0 + j, columns[j]);
 }
 
-void forward_tile(Tile t, double tau, bool fixed, float* m, float* r, float* s_pos) {
-  const float scale = log2_scale(tau);
-  if (fixed) return forward_tile_as<true>(t, scale, m, r, s_pos);
-  raise_maximum(t, scale, m, r, s_pos);
-  forward_tile_as<false>(t, scale, m, r, s_pos);
-}
-
-void count_tile(Tile t, const float* bar, float* above) {
-  parallel_for(t.rows, kChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      I count{};
-      const F least = splat(bar[t.i0 + row]);
-      for_each_vector(t.cols, [&](int64_t j, int lanes) {
-        const F s = load_lanes(t.s + row * t.ld + j, lanes, -kInf);
-        count = s > least ? count + 1 : count;
-      });
-      above[t.i0 + row] += sum(__builtin_convertvector(count, F));
+// Adds kCount rows to their own sums and, where the tile is mirrored, to those of its columns.
+template <bool kFixed, bool kMirrored, int kCount>
+SSLOPS_INLINE void add_rows(const Part& t, int64_t k, float inverse, const float* top, float* sums, float* columns) {
+  F totals[kCount]{};
+  for (int64_t j = 0; j < t.width(); j += kLanes) {
+    F down = kMirrored ? load(columns + j) : F{};
+    for (int r = 0; r < kCount; ++r) {
+      const F s = load(t.row(k + r) + j);
+      const F e = exp_nonpositive((s - (kFixed ? 1.f : top[t.i0 + k + r])) * inverse);
+      totals[r] += e;
+      if (kMirrored) down += kFixed ? e : exp_nonpositive((s - load(top + t.j0 + j)) * inverse);
     }
-  });
-  if (!t.mirrored) return;
-  parallel_for((t.cols + kLanes - 1) / kLanes, 2, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin * kLanes; j < end * kLanes && j < t.cols; j += kLanes) {
-      const int lanes = static_cast<int>(t.cols - j < kLanes ? t.cols - j : kLanes);
-      I count{};
-      const F least = load_lanes(bar + t.j0 + j, lanes, 0.f);
-      for (int64_t row = 0; row < t.rows; ++row) {
-        const F s = load_lanes(t.s + row * t.ld + j, lanes, -kInf);
-        count = s > least ? count + 1 : count;
-      }
-      const F total = load_lanes(above + t.j0 + j, lanes, 0.f) + __builtin_convertvector(count, F);
-      store_lanes(above + t.j0 + j, lanes, total);
-    }
-  });
+    if (kMirrored) store(columns + j, down);
+  }
+  for (int r = 0; r < kCount; ++r) sums[t.i0 + k + r] += sum(totals[r]);
 }
 
-void finish_forward(Own own, double tau, bool fixed, const float* m, const float* r, const float* s_pos, float* losses,
-                    float* stats) {
-  const float scale = log2_scale(tau);
-  const int64_t rows = 2 * own.count;
+template <bool kFixed, bool kMirrored>
+void add(const Part& t, float inverse, const float* top, float* sums) {
+  float columns[kMaxSide];
+  for (int64_t j = 0; j < t.width(); ++j) columns[j] = 0.f;
+  int64_t k = 0;
+  for (; k + 4 <= t.rows; k += 4) add_rows<kFixed, kMirrored, 4>(t, k, inverse, top, sums, columns);
+  for (; k < t.rows; ++k) add_rows<kFixed, kMirrored, 1>(t, k, inverse, top, sums, columns);
+  for (int64_t j = 0; j < t.columns && kMirrored; ++j) sums[t.j0 + j] += columns[j];
+}
+
+// How many of the tile's negatives exceed the similarity of their row's positive, and of their column's.
+void count_exceeding(const Part& t, const float* similarity, float* exceeding) {
+  float columns[kMaxSide];
+  for (int64_t j = 0; j < t.width(); ++j) columns[j] = 0.f;
+  for (int64_t k = 0; k < t.rows; ++k) {
+    F count{};
+    const F bar = splat(similarity[t.i0 + k]);
+    for (int64_t j = 0; j < t.width(); j += kLanes) {
+      const F s = load(t.row(k) + j), one = splat(1.f);
+      count += select(s > bar, one, F{});
+      if (t.mirrored) store(columns + j, load(columns + j) + select(s > load(similarity + t.j0 + j), one, F{}));
+    }
+    exceeding[t.i0 + k] += sum(count);
+  }
+  for (int64_t j = 0; j < t.columns && t.mirrored; ++j) exceeding[t.j0 + j] += columns[j];
+}
+
+void forward(Tensor z0, Tensor z1, double temperature, bool normalize, DType operand, int64_t first, Tensor losses,
+             Tensor logged, Tensor inv_norm, Tensor stats) {
+  const Batch x(z0, z1, temperature, normalize, operand, inv_norm);
+  const int64_t rows = losses.numel, count = rows / 2, padded = round_up(x.m, kGroup);
+  Buffer<float> top(padded), sums(padded), similarity(padded), exceeding(padded);
+  for (int64_t i = 0; i < padded; ++i) top[i] = kLowest, sums[i] = similarity[i] = exceeding[i] = 0.f;
+  x.positives(similarity);
+  for_each_tile(x, first, count, [&](const Tile&, const Part& t) {
+    if (!x.scale.fixed) raise(t, x.scale, top, sums);
+    const auto run = x.scale.fixed ? t.mirrored ? add<true, true> : add<true, false>
+                     : t.mirrored  ? add<false, true>
+                                   : add<false, false>;
+    run(t, x.scale.inverse, top, sums);
+    if (logged.numel) count_exceeding(t, similarity, exceeding);
+  });
   for (int64_t k = 0; k < rows; ++k) {
-    const int64_t i = own.row(k);
-    const float s = s_pos[i < own.n ? i : i - own.n], m_neg = fixed ? 1.f : m[i], top = fixed ? 1.f : max(s, m_neg);
-    const float r_neg = r[i] * exp2f((m_neg - top) * scale), e_pos = exp2f((s - top) * scale), total = r_neg + e_pos;
-    losses[k] = r_neg < e_pos ? log1pf(r_neg / e_pos) : logf(total) + static_cast<float>((top - s) / tau);
-    stats[k] = top;
-    stats[rows + k] = 1.f / total;
-    stats[2 * rows + k] = r_neg / total;
+    const int64_t i = first + (k < count ? k : x.n + k - count);
+    const Close close(similarity[i], sums[i], top[i], x.scale);
+    losses.as<float>()[k] = close.loss;
+    const float kept[] = {close.top, close.inverse, close.share};
+    for (int64_t row = 0; row < 3; ++row) stats.as<float>()[row * rows + k] = kept[row];
+    if (logged.numel) logged.as<float>()[k] = similarity[i], logged.as<float>()[rows + k] = exceeding[i];
   }
 }
 
+// S becomes W. top, weights [M]: of all rows, grad / r
 template <bool kFixed>
-void backward_tile_as(const Tile& t, float scale, const float* m, const float* a) {
-  for_each_chunk(t, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      mask_row(t, row);
-      float* s = t.s + row * t.ld;
-      const int64_t i = t.i0 + row;
-      const float top = kFixed ? 1.f : m[i], a_i = a[i];
-      for_each_vector(t.cols, [&](int64_t j, int lanes) {
-        const F v = load_lanes(s + j, lanes, -kInf), a_j = load_lanes(a + t.j0 + j, lanes, 0.f);
-        const F e = exp2_nonpositive((v - top) * scale);
-        F w;
-        if constexpr (kFixed)
-          w = e * (a_i + a_j);
-        else
-          w = e * a_i + exp2_nonpositive((v - load_lanes(m + t.j0 + j, lanes, 0.f)) * scale) * a_j;
-        store_lanes(s + j, lanes, w);
-      });
+void weigh(const Part& t, float inverse, const float* top, const float* weights) {
+  for (int64_t k = 0; k < t.rows; ++k) {
+    float* const s = t.row(k);
+    const float own_top = kFixed ? 1.f : top[t.i0 + k], own = weights[t.i0 + k];
+    for (int64_t j = 0; j < t.width(); j += kLanes) {
+      const F v = load(s + j), other = load(weights + t.j0 + j), e = exp_nonpositive((v - own_top) * inverse);
+      if constexpr (kFixed)
+        store(s + j, e * (own + other));
+      else
+        store(s + j, e * own + exp_nonpositive((v - load(top + t.j0 + j)) * inverse) * other);
     }
+  }
+}
+
+void backward(Tensor grad, Tensor z0, Tensor z1, double temperature, bool normalize, DType operand, int64_t first,
+              Tensor inv_norm, Tensor stats, Tensor dz0, Tensor dz1, Tensor dots) {
+  const Batch x(z0, z1, temperature, normalize, operand, inv_norm);
+  const int64_t count = dz0.sizes[0], padded = round_up(x.m, kGroup), ld = x.z.ld;
+  const float *const g = grad.as<float>(), *const kept = stats.as<float>();
+  Buffer<float> top(padded), weights(padded), dz((padded + bf16_gemm::kBlock) * ld);
+  for (int64_t i = 0; i < padded; ++i) {
+    top[i] = i < x.m ? kept[i] : 0.f;
+    weights[i] = i < x.m ? g[i] * kept[x.m + i] : 0.f;
+  }
+  parallel_for(padded, kGroup, [&](int64_t begin, int64_t end) {
+    std::memset(dz + begin * ld, 0, (end - begin) * ld * sizeof(float));
   });
-}
-
-void backward_tile(Tile t, double tau, bool fixed, const float* m, const float* a) {
-  const float scale = log2_scale(tau);
-  fixed ? backward_tile_as<true>(t, scale, m, a) : backward_tile_as<false>(t, scale, m, a);
-}
-
-void finish_backward(const void* z0, const void* z1, DType dtype, Own own, int64_t d, bool normalize, double tau,
-                     const float* grad, const float* z, const float* inv_norm, const float* stats, float* dz,
-                     int64_t ld, void* dz0, void* dz1, float* dots) {
-  const int64_t n = own.n;
-  const View x{z0, z1, dtype, n, d};
-  const float* negative_share = stats + 4 * n;
-  const float inv_tau = static_cast<float>(1.0 / tau);
-  parallel_for(2 * own.count, 64, [&](int64_t begin, int64_t end) {
+  for_each_tile(x, first, count, [&](Tile& tile, const Part& t) {
+    (x.scale.fixed ? weigh<true> : weigh<false>)(t, x.scale.inverse, top, weights);
+    tile.add(t.rows, t.columns, x.z, t.j0, dz + t.i0 * ld, x.z, t.i0, t.mirrored ? dz + t.j0 * ld : nullptr);
+  });
+  const float inverse = static_cast<float>(1. / x.scale.tau), *const share = kept + 2 * x.m;
+  parallel_for(2 * count, kGroup, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t i = own.row(k);
-      const int64_t positive = i < n ? i + n : i - n;
-      const float inv = inv_norm[i];
-      const float pull = grad[i] * negative_share[i] + grad[positive] * negative_share[positive];
-      float* g = dz + i * ld;
-      F product{};
-      for_each_vector(d, [&](int64_t j, int lanes) {
-        const F v = (load_lanes(g + j, lanes, 0.f) - pull * load_lanes(z + positive * d + j, lanes, 0.f)) * inv_tau;
-        store_lanes(g + j, lanes, v);
-        product += x.at(i, j, lanes) * inv * v;
+      const int64_t i = first + (k < count ? k : x.n + k - count), other = x.positive(i);
+      const float pull = g[i] * share[i] + g[other] * share[other];
+      float* const v = dz + i * ld;
+      for_each_vector(x.d, [&](int64_t j, int lanes) {
+        store_lanes(v + j, lanes, (load_lanes(v + j, lanes, 0.f) - pull * x.at(other, j, lanes)) * inverse);
       });
-      const float dot = sum(product);
-      dots[k] = dot;
-      // At a clamped norm F.normalize is a plain scaling: nothing to project out.
-      const bool project = normalize && inv < 1.f / kEps;
-      void* out = k < own.count ? dz0 : dz1;
-      for_each_vector(d, [&](int64_t j, int lanes) {
-        F v = load_lanes(g + j, lanes, 0.f);
-        if (project) v -= x.at(i, j, lanes) * (inv * dot);
-        store_from_float(out, dtype, (k < own.count ? k : k - own.count) * d + j, lanes, v * inv);
-      });
+      dots.as<float>()[k] = x.view(i).backward(i % x.n, v, k < count ? dz0 : dz1, k % count);
     }
   });
 }
@@ -264,7 +248,7 @@ void finish_backward(const void* z0, const void* z1, DType dtype, Own own, int64
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{normalize, forward_tile, count_tile, finish_forward, backward_tile, finish_backward};
+extern const Table table{forward, backward};
 }
 
 }  // namespace sslops::nt_xent

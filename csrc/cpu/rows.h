@@ -1,9 +1,10 @@
-// What several ops do with the rows of a matrix: their norms, and sums over them whose order does not depend on the
-// threads.
+// Rows of embeddings: their norms, the way back through F.normalize, and sums over rows whose order does not depend on
+// the threads.
 #pragma once
 #include <cstdint>
 
 #include "../common/parallel.h"
+#include "../common/tensor.h"
 #include "vec.h"
 
 namespace sslops {
@@ -51,6 +52,39 @@ SSLOPS_INLINE float inv_norm(const void* x, DType dtype, int64_t offset, int64_t
   const double norm = __builtin_sqrt(total);
   return static_cast<float>(1.0 / (norm < kNormEps ? static_cast<double>(kNormEps) : norm));
 }
+
+// [N, D] as they are stored, beside the 1 / norm of each, 1 where they are not normalised.
+struct Rows {
+  const void* x;
+  DType dtype;
+  int64_t d;
+  bool normalize;
+  const float* inv_norm;
+
+  Rows(const Tensor& x, bool normalize, const float* inv_norm)
+      : x(x.data), dtype(x.dtype), d(x.sizes[1]), normalize(normalize), inv_norm(inv_norm) {}
+
+  // Of the unit row, unrounded.
+  SSLOPS_INLINE F at(int64_t i, int64_t j, int lanes) const {
+    return load_as_float(x, dtype, i * d + j, lanes) * inv_norm[i];
+  }
+  float norm_of(int64_t i) const { return normalize ? sslops::inv_norm(x, dtype, i * d, d) : 1.f; }
+
+  // v [d], the gradient of unit row i, becomes that of the row as it is stored, in row `to` of out. Returns <row, v>.
+  SSLOPS_INLINE float backward(int64_t i, const float* v, const Tensor& out, int64_t to) const {
+    F product{};
+    for_each_vector(d, [&](int64_t j, int lanes) { product += at(i, j, lanes) * load_lanes(v + j, lanes, 0.f); });
+    const float dot = sum(product), inv = inv_norm[i];
+    // At a clamped norm F.normalize is a plain scaling: nothing to project out.
+    const bool project = normalize && inv < 1.f / kNormEps;
+    for_each_vector(d, [&](int64_t j, int lanes) {
+      F g = load_lanes(v + j, lanes, 0.f);
+      if (project) g -= at(i, j, lanes) * dot;
+      store_from_float(out.data, out.dtype, to * d + j, lanes, g * inv);
+    });
+    return dot;
+  }
+};
 
 }  // namespace
 }  // namespace sslops

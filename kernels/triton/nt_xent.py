@@ -10,7 +10,9 @@ to a multiple of 64 columns; forward PANELS x 4 a row (x 8 with the maxima searc
 PROGRAMS blocks of rows more (flash), or D x 4 a row and one W block (panel).
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -32,6 +34,12 @@ from .rows import (
     operand,
     row_tile,
 )
+
+if TYPE_CHECKING:
+    from sslops.distributed import Part
+    from sslops.ops.nt_xent import Arguments
+
+DISTRIBUTED = True
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("N", "M", "panel", "span", "row0", "row1", "total", "column0", "width", "panels")
@@ -265,22 +273,15 @@ def _maximum(temperature: float | Tensor, normalize: bool, rows: int, own: slice
     return fixed_maximum(temperature, normalize, rows) if own is None else None
 
 
-def forward(
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor,
-    normalize: bool,
-    compute_dtype: torch.dtype,
-    count_exceeding: bool = False,
-    own: slice | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """losses [2B] and stats [3 or 5, 2B] of the B examples `own`, by default all; inv_norm [2N]; all float32"""
+def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
+    z0, z1, temperature, normalize, compute_dtype = x.z0, x.z1, x.temperature, x.normalize, x.operand_dtype
+    own = None if part is None else slice(part.first, part.first + part.rows)
     n, d = z0.shape
     m = 2 * n
     losses = z0.new_empty(m, dtype=torch.float32)
-    stats = losses.new_empty((5 if count_exceeding else 3, m))
+    stats, logged = losses.new_empty((3, m)), losses.new_empty((2 if x.count_exceeding else 0, m))
     if n == 0:
-        return losses, torch.empty_like(losses), stats
+        return losses, logged, torch.empty_like(losses), stats
     precision = launch.precision(compute_dtype)
     config = launch.nearest("nt_xent", z0.device, compute_dtype, d)["forward"]
     maximum, scale = _maximum(temperature, normalize, m, own), log2_scale(temperature, z0)
@@ -303,30 +304,20 @@ def forward(
         _losses[triton.cdiv(m, 128),](
             r_parts, m_parts, s_pos, losses, stats, scale, maximum, n, m, panels, search, 32, 128, **launch.FUSED
         )
-        if count_exceeding:
-            torch.cat([s_pos, s_pos], out=stats[3])
+        if x.count_exceeding:
+            torch.cat([s_pos, s_pos], out=logged[0])
             for row0, row1 in _ranges(n, own):
                 _exceeding[triton.cdiv(row1 - row0, block),](
-                    z, s_pos, stats[4], n, m, stride, row0, precision, **config
+                    z, s_pos, logged[1], n, m, stride, row0, precision, **config
                 )
-    return _of(own, losses), inv_norm, _of(own, stats)
+    return _of(own, losses), _of(own, logged), inv_norm, _of(own, stats)
 
 
 def backward(
-    grad: Tensor,
-    z0: Tensor,
-    z1: Tensor,
-    temperature: float | Tensor,
-    normalize: bool,
-    compute_dtype: torch.dtype,
-    inv_norm: Tensor,
-    stats: Tensor,
-    own: slice | None = None,
+    grad: Tensor, x: Arguments, inv_norm: Tensor, stats: Tensor, part: Part | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz0, dz1 [B, D] of the examples `own` in the inputs' dtype and their share of dtemperature [], float32
-
-    From grad [2N] float32 and stats [3 or 5, 2N], those of all examples.
-    """
+    z0, z1, temperature, normalize, compute_dtype = x.z0, x.z1, x.temperature, x.normalize, x.operand_dtype
+    own = None if part is None else slice(part.first, part.first + part.rows)
     n, d = z0.shape
     views = (z0, z1) if own is None else (z0[own], z1[own])
     if n == 0:

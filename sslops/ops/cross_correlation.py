@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._columns import batch_norm
-from .._library import register
+from .._library_old import register
 from .._precision import compute_dtype
 from ..backend import is_distributed, kernel, resolve
 

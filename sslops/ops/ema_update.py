@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, _check
-from .._library import _LIBRARY
+from .._library_old import _LIBRARY
 from .._random import RandomStream, philox
 from ..backend import kernel, resolve
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _check, _patches
-from .._library import register
+from .._library_old import register
 from ..backend import kernel, resolve
 
 

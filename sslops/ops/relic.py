@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._contrastive import Metrics, autograd_wanted, check_options, metrics, reduce
-from .._library import register
+from .._library_old import register
 from .._precision import compute_dtype
 from ..backend import kernel, resolve
 

@@ -11,8 +11,9 @@ from common import OPERANDS, multiply
 from oracle import assert_accurate
 from torch import Tensor
 
+from sslops.distributed import Part
 from sslops.kernels.triton import launch, nt_xent
-from sslops.ops.nt_xent import reference
+from sslops.ops.nt_xent import Arguments, reference
 
 
 @contextlib.contextmanager
@@ -37,22 +38,30 @@ def call(
     z = torch.ones(n, d, dtype=dtype or compute, device=device)
     tau = torch.ones((), device=device) if temperature is None else temperature
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
-        losses, *saved = nt_xent.forward(z, z, tau, True, compute, count)
-        nt_xent.backward(losses, z, z, tau, True, compute, *saved)
+        x = arguments(z, z, tau, True, compute, count)
+        losses, _, *saved = nt_xent.forward(x)
+        nt_xent.backward(losses, x, *saved)
         if own is not None:
-            nt_xent.forward(z, z, tau, True, compute, count, own)
-            nt_xent.backward(losses, z, z, tau, True, compute, *saved, own)
+            part = Part(own.start, own.stop - own.start, None)
+            nt_xent.forward(x, part)
+            nt_xent.backward(losses, x, *saved, part)
+
+
+def arguments(
+    z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, operand: torch.dtype, count: bool = False
+) -> Arguments:
+    return Arguments(z0, z1, temperature, normalize, count, "", False, operand, "triton")
 
 
 def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
     """The call that tune.py times for `kernel`: the forward pass, or else the backward"""
     compute = torch.bfloat16 if operands == "half" else torch.float32
     z = torch.randn(2, 2048 if operands == "ieee" else 8192, width, dtype=compute, device=device)
-    arguments = (z[0], z[1], 0.1, True, compute)
-    losses, *saved = nt_xent.forward(*arguments)
+    x = arguments(z[0], z[1], 0.1, True, compute)
+    losses, _, *saved = nt_xent.forward(x)
     if kernel == "forward":
-        return lambda: nt_xent.forward(*arguments)
-    return lambda: nt_xent.backward(torch.full_like(losses, 1 / len(losses)), *arguments, *saved)
+        return lambda: nt_xent.forward(x)
+    return lambda: nt_xent.backward(torch.full_like(losses, 1 / len(losses)), x, *saved)
 
 
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -101,13 +110,13 @@ def evaluate(f: Callable, z: tuple[Tensor, Tensor], temperature: float, dtype: t
 class Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z0, z1, tau, options):
-        losses, *ctx.saved = nt_xent.forward(z0, z1, *options)
-        ctx.inputs = (z0, z1, *options)
+        ctx.inputs = arguments(z0, z1, *options)
+        losses, _, *ctx.saved = nt_xent.forward(ctx.inputs)
         return losses
 
     @staticmethod
     def backward(ctx, grad):
-        return *nt_xent.backward(grad.contiguous(), *ctx.inputs, *ctx.saved), None
+        return *nt_xent.backward(grad.contiguous(), ctx.inputs, *ctx.saved), None
 
 
 @pytest.fixture(autouse=True)
@@ -162,10 +171,11 @@ def test_many_panels(monkeypatch: pytest.MonkeyPatch, search: bool, panels: int)
 def test_metrics(n: int, d: int) -> None:
     z0, z1 = (x.float() for x in pairs("random", n, d))
     z1 += 2 / d**0.5 * z0
-    _, _, stats = nt_xent.forward(z0, z1, 0.1, True, z0.dtype, True)
-    _, positive, exceeding = reference(z0, z1, 0.1, True, z0.dtype)
-    torch.testing.assert_close(stats[3], positive)
-    assert torch.equal(stats[4], exceeding)
+    x = arguments(z0, z1, 0.1, True, z0.dtype, True)
+    _, (similarity, counted), _, _ = nt_xent.forward(x)
+    positive, exceeding = reference(x)[1]
+    torch.testing.assert_close(similarity, positive)
+    assert torch.equal(counted, exceeding)
     assert exceeding.unique().numel() > 10
 
 
@@ -174,17 +184,23 @@ def test_metrics(n: int, d: int) -> None:
 def test_parts_of_the_batch(chip: str, n: int, d: int, first: int, last: int) -> None:
     """As ranks have them: the slices of the whole"""
     z0, z1 = (x.float() for x in pairs("random", n, d))
-    options = (z0, z1, 0.1, True, z0.dtype)
+    x = arguments(z0, z1, 0.1, True, z0.dtype, True)
     grad = torch.linspace(0, 2, 2 * n)
-    parts = [own for own in (slice(0, first), slice(first, last), slice(last, n)) if own.start < own.stop]
+    bounds = [(0, first), (first, last), (last, n)]
+    parts = [Part(start, stop - start, None) for start, stop in bounds if start < stop]
+
+    def joined(each: list[Tensor]) -> Tensor:
+        return torch.cat([part.unflatten(-1, (2, -1)) for part in each], -1).flatten(-2)
+
     with mock.patch.object(launch, "chip", return_value=chip):
-        losses, inv_norm, stats = nt_xent.forward(*options, True)
-        found = [nt_xent.forward(*options, True, own) for own in parts]
-        gathered = torch.cat([each.view(5, 2, -1) for _, _, each in found], 2).view(5, -1)
-        gradients = nt_xent.backward(grad, *options, inv_norm, stats[:3])
-        shares = [nt_xent.backward(grad, *options, inv_norm, gathered[:3], own) for own in parts]
-    torch.testing.assert_close(torch.cat([each.view(2, -1) for each, _, _ in found], 1).flatten(), losses)
-    torch.testing.assert_close(gathered[2:], stats[2:])  # m and 1 / r go by another maximum
+        losses, logged, inv_norm, stats = nt_xent.forward(x)
+        found = [nt_xent.forward(x, part) for part in parts]
+        gathered = joined([each[3] for each in found])
+        gradients = nt_xent.backward(grad, x, inv_norm, stats)
+        shares = [nt_xent.backward(grad, x, inv_norm, gathered, part) for part in parts]
+    torch.testing.assert_close(joined([each[0] for each in found]), losses)
+    torch.testing.assert_close(joined([each[1] for each in found]), logged)
+    torch.testing.assert_close(gathered[2], stats[2])  # m and 1 / r go by another maximum
     for expected, *each in zip(gradients, *shares, strict=True):
         torch.testing.assert_close(torch.cat(each) if expected.dim() else sum(each), expected)
 
@@ -214,7 +230,7 @@ def compare(
     with mock.patch.object(launch, "chip", return_value=chip):
         got, again = (evaluate(kernel, z, temperature, dtype) for _ in range(2))
     eager, truth = (
-        evaluate(lambda z0, z1, tau, t=t: reference(z0, z1, tau, normalize, t)[0], z, temperature, t)
+        evaluate(lambda z0, z1, tau, t=t: reference(arguments(z0, z1, tau, normalize, t))[0], z, temperature, t)
         for t in (dtype, torch.float64)
     )
     # The temperature's gradient is a sum of terms that may cancel: its floor is of their size.
@@ -227,8 +243,9 @@ def compare(
 
 def test_empty() -> None:
     z = torch.empty(0, 5)
-    losses, inv_norm, stats = nt_xent.forward(z, z, 0.5, True, z.dtype)
-    dz0, dz1, dtemperature = nt_xent.backward(losses, z, z, 0.5, True, z.dtype, inv_norm, stats)
+    x = arguments(z, z, 0.5, True, z.dtype)
+    losses, _, inv_norm, stats = nt_xent.forward(x)
+    dz0, dz1, dtemperature = nt_xent.backward(losses, x, inv_norm, stats)
     assert (losses.shape, inv_norm.shape, stats.shape) == ((0,), (0,), (3, 0))
     assert (dz0.shape, dz1.shape, dtemperature.item()) == ((0, 5), (0, 5), 0)
 
@@ -236,13 +253,14 @@ def test_empty() -> None:
 def test_nan_spreads() -> None:
     z = torch.randn(9, 5)
     z[4, 2] = torch.nan
-    losses, _, _ = nt_xent.forward(z, z, 0.5, True, z.dtype)
+    losses, *_ = nt_xent.forward(arguments(z, z, 0.5, True, z.dtype))
     assert losses.isnan().all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.5])
 def test_nan_for_what_is_no_temperature(temperature: float) -> None:
-    options = (*torch.randn(2, 9, 5), torch.tensor(temperature), True, torch.float32)
-    losses, *saved = nt_xent.forward(*options)
+    z0, z1 = torch.randn(2, 9, 5)
+    x = arguments(z0, z1, torch.tensor(temperature), True, torch.float32)
+    losses, _, *saved = nt_xent.forward(x)
     assert losses.isnan().all()
-    assert all(x.isnan().all() for x in nt_xent.backward(torch.ones_like(losses), *options, *saved))
+    assert all(gradient.isnan().all() for gradient in nt_xent.backward(torch.ones_like(losses), x, *saved))

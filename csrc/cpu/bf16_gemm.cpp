@@ -1,4 +1,4 @@
-#include "gemm.h"
+#include "bf16_gemm.h"
 
 #include "../common/parallel.h"
 #include "vec.h"
@@ -7,12 +7,13 @@
 #include <immintrin.h>
 #endif
 
-namespace sslops::gemm {
+namespace sslops::bf16_gemm {
 namespace {
 
 #ifdef __AMX_BF16__
 
 constexpr int64_t kTile = 16, kTileValues = 512;
+static_assert(kLanes == kTile);
 
 // Eight tiles of 16 rows x 64 bytes; the previous configuration is the caller's (oneDNN keeps its own) and comes back.
 class TileScope {
@@ -152,4 +153,4 @@ namespace SSLOPS_ISA {
 extern const Table table{pack, matmul, round_both};
 }
 
-}  // namespace sslops::gemm
+}  // namespace sslops::bf16_gemm

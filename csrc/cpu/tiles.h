@@ -1,0 +1,133 @@
+// Tiles of A B^T and the products that go back from them, for one thread: in float32, or on AMX tiles, which keep the
+// float32 result of bf16 operands. A loss is an epilogue: what it makes of a tile in between.
+#pragma once
+#include "bf16_gemm.h"
+#include "buffer.h"
+#include "gemm.h"
+#include "vec.h"
+
+namespace sslops {
+namespace {
+
+constexpr int64_t kGroup = 64;  // rows that are filled at once; tiles begin at multiples of it
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A matrix in float32 whose rows miss each other's cache sets: an odd number of lines apart.
+constexpr int64_t stride_of(int64_t columns) {
+  return round_up(columns, 16) / 16 % 2 ? round_up(columns, 16) : round_up(columns, 16) + 16;
+}
+
+#ifdef __AMX_BF16__
+constexpr bool kHasBf16 = true;
+#else
+constexpr bool kHasBf16 = false;
+#endif
+
+// Rows [n, d] as operands of both products, in float32 unless bf16 is asked for and there.
+class Operand {
+ public:
+  Operand(int64_t n, int64_t d, DType operand)
+      : bf16(kHasBf16 && operand == DType::bf16),
+        d(d),
+        ld(bf16 ? round_up(d, bf16_gemm::kBlock) : stride_of(d)),
+        rows_(bf16 ? 0 : round_up(n, kGroup) * ld),
+        columns_(bf16 ? 0 : round_up(n, kGroup) * d),
+        halves_(bf16 ? (round_up(n, kGroup) + bf16_gemm::kBlock) * ld : 0),  // a tile's rows begin anywhere: one more
+        as_right_(bf16 ? round_up(n, kGroup) * ld : 0),
+        transposed_(bf16 ? round_up(n, kGroup) * ld : 0) {}
+
+  // Rows [first, first + count) from at(row, column, lanes), values as the operand dtype holds them. first is a
+  // multiple of kGroup; zeros follow the last row.
+  template <typename At>
+  void fill(int64_t first, int64_t count, At&& at) {
+    for (int64_t i = 0; i < round_up(count, kGroup); ++i) {
+      const int64_t row = first + i, used = i < count ? d : 0;
+      for_each_vector(used, [&](int64_t j, int lanes) {
+        if (bf16)
+          store_from_float(halves_, DType::bf16, row * ld + j, lanes, at(row, j, lanes));
+        else
+          store_lanes(rows_ + row * ld + j, lanes, at(row, j, lanes));
+      });
+      for (int64_t j = used; j < ld; ++j) bf16 ? void(halves_[row * ld + j] = 0) : void(rows_[row * ld + j] = 0.f);
+    }
+    for (int64_t i = first; i < first + count; i += kGroup) bf16 ? pack_halves(i) : pack(i);
+  }
+
+  const bool bf16;
+  const int64_t d, ld;  // columns; from a row of it, and of what is accumulated from it, to the next
+
+ private:
+  friend class Tile;
+
+  void pack(int64_t group) {
+    for (int64_t i = group; i < group + kGroup; i += kPanel) {
+      const float* const from = rows_ + i * ld;
+      float* to = columns_ + i * d;
+      for (int64_t j = 0; j < d; ++j, to += kPanel)
+        for (int64_t k = 0; k < kPanel; ++k) to[k] = from[k * ld + j];
+    }
+  }
+  void pack_halves(int64_t group) {
+    if constexpr (kHasBf16)
+      bf16_gemm::table().pack(halves_ + group * ld, kGroup, ld, as_right_ + group * ld, transposed_ + group * ld);
+  }
+
+  Buffer<float> rows_, columns_;                     // columns: of kPanel rows each, transposed
+  Buffer<uint16_t> halves_, as_right_, transposed_;  // right operands: the rows, and their transpose
+};
+
+// A thread's tile of up to `side` rows and columns.
+class Tile {
+ public:
+  Tile(int64_t side, bool bf16)
+      : ld(stride_of(round_up(side, kGroup))),
+        s(round_up(side, kGroup) * ld),
+        w_(bf16 ? round_up(side, kGroup) * ld : 0),
+        w_transposed_(bf16 ? round_up(side, kGroup) * ld : 0) {}
+
+  // s = a[i0 .. i0 + m) b[j0 .. j0 + n)^T; columns up to whole vectors are written.
+  void multiply(const Operand& a, int64_t i0, int64_t m, const Operand& b, int64_t j0, int64_t n) {
+    if (a.bf16) {
+      if constexpr (kHasBf16)
+        bf16_gemm::table().matmul(a.halves_ + i0 * a.ld, a.ld, {b.transposed_ + j0 * b.ld, 16 * b.ld, 512}, padded(m),
+                                  padded(n), a.ld, s, ld, false);
+      return;
+    }
+    gemm(m, n, a.d, {a.rows_ + i0 * a.ld, a.ld, 1}, {b.columns_ + j0 * b.d, kPanel, b.d * kPanel}, s, ld, false);
+  }
+
+  // rows [m, d] += s b[j0 ..) and columns [n, d] += s^T a[i0 ..); either may be null. Uses the operands' row stride.
+  void add(int64_t m, int64_t n, const Operand& b, int64_t j0, float* rows, const Operand& a, int64_t i0,
+           float* columns) {
+    if (b.bf16) return add_halves(m, n, b, j0, rows, a, i0, columns);
+    if (rows) gemm(m, b.d, n, {s, ld, 1}, {b.rows_ + j0 * b.ld, b.ld, kPanel}, rows, b.ld, true);
+    if (columns) gemm(n, a.d, m, {s, 1, ld}, {a.rows_ + i0 * a.ld, a.ld, kPanel}, columns, a.ld, true);
+  }
+
+  const int64_t ld;
+  Buffer<float> s;
+
+ private:
+  static int64_t padded(int64_t x) { return round_up(x, bf16_gemm::kBlock); }
+
+  void add_halves(int64_t m, int64_t n, const Operand& b, int64_t j0, float* rows, const Operand& a, int64_t i0,
+                  float* columns) {
+    if constexpr (kHasBf16) {
+      const auto& table = bf16_gemm::table();
+      table.round_both(s, ld, m, n, rows ? static_cast<uint16_t*>(w_) : nullptr, ld, w_transposed_, ld);
+      const auto product = [&](const uint16_t* w, int64_t rows, int64_t inner, const Operand& x, int64_t from,
+                               float* to) {
+        table.matmul(w, ld, {x.as_right_ + from * x.ld, 512, 32 * x.ld}, padded(rows), x.ld, padded(inner), to, x.ld,
+                     true);
+      };
+      if (rows) product(w_, m, n, b, j0, rows);
+      if (columns) product(w_transposed_, n, m, a, i0, columns);
+    }
+  }
+
+  Buffer<uint16_t> w_, w_transposed_;
+};
+
+}  // namespace
+}  // namespace sslops
