@@ -1,6 +1,7 @@
 """Builds sslops._C, the native core, with ninja and without torch; the metadata is in pyproject.toml.
 
 SSLOPS_BUILD_CUDA   auto (default): CUDA code where nvcc is found; 0: none; 1: an error where nvcc is absent
+SSLOPS_EMULATE_AMX  1: AMX tiles in plain C++ (tests/amx_emulation), to test their users on a CPU without them
 SSLOPS_CUDA_ARCHS   GPU architectures, "80,90,100" by default; the last one is also kept as PTX, for newer GPUs
 CUDA_HOME           where bin/nvcc is looked for before PATH
 CXX, MAX_JOBS       the C++ compiler, the number of parallel jobs
@@ -90,10 +91,13 @@ def ninja_graph(out: Path, version: str) -> str:
             edges.extend([f"build {objects[-1]}: {rule} {source}", "  flags = " + flags.replace("$", "$$")])
 
     compile("cxx", "module.cpp", " ".join([cxx_flags, *(shlex.quote(f"-D{macro}") for macro in macros)]))
-    compile("cxx", "common/*.cpp", cxx_flags)
+    emulated = os.environ.get("SSLOPS_EMULATE_AMX") == "1"
+    compile("cxx", "common/*.cpp", cxx_flags + " -DSSLOPS_EMULATE_AMX" * emulated)
     # Of an inline function that several objects hold, the linker keeps the first: with the portable ones in front, no
     # AVX instruction reaches code that runs on every CPU.
     for isa, isa_flags in ISAS.items():
+        if isa == "amx" and emulated:
+            isa_flags += " -include tests/amx_emulation/amx_emulation.h"
         compile("cxx", "cpu/*.cpp", f"{cxx_flags} {isa_flags} -DSSLOPS_ISA={isa}", f".{isa}")
     if nvcc:
         compile("nvcc", "cuda/*.cu", nvcc_flags, ".cuda")

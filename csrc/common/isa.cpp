@@ -18,7 +18,9 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 #if defined(__x86_64__)
 // AMX needs the kernel's leave to use its tile registers (arch_prctl), once a process.
 bool amx_usable() {
-#if defined(__linux__)
+#if defined(SSLOPS_EMULATE_AMX)
+  return true;
+#elif defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool amx_bf16 = d & (1u << 22), amx_tile = d & (1u << 24);
