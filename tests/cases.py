@@ -1,0 +1,98 @@
+"""What every promise is tried on: for each op a few calls of its public function, small, with the ways it branches."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import sslops
+
+
+class Case(NamedTuple):
+    op: str
+    name: str
+    call: Callable[..., Any]  # (**inputs, **options, backend=...) -> the result, or a tuple of which it is the first
+    inputs: dict[str, Tensor]  # floating-point: what dtypes, strides, NaN and other devices are tried on
+    options: dict[str, Any]
+    graded: tuple[str, ...] = ()  # the inputs that have a gradient
+    batched: bool = True  # the first dimension of all inputs is a batch of any size
+
+    def run(self, backend: str | None, inputs: dict[str, Tensor] | None = None) -> Tensor:
+        result = self.call(**(self.inputs if inputs is None else inputs), **self.options, backend=backend)
+        return result[0] if isinstance(result, tuple) else result
+
+    def run_with_gradients(self, backend: str | None, inputs: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """The result and the gradients under a fixed random cotangent"""
+        leaves = {name: x.detach().requires_grad_(name in self.graded) for name, x in (inputs or self.inputs).items()}
+        out = self.run(backend, leaves)
+        if not self.graded:
+            return [out]
+        cotangent = torch.rand(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
+        return [out.detach(), *torch.autograd.grad(out, [leaves[name] for name in self.graded], cotangent)]
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _ids(rows: int, count: int, of: int) -> Tensor:
+    g = torch.Generator().manual_seed(3)
+    return torch.stack([torch.randperm(of, generator=g)[:count] for _ in range(rows)])
+
+
+def _drawn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With a generator of its own, so that it draws the same at every call"""
+
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, generator=torch.Generator().manual_seed(5), **kwargs)
+
+    return drawn
+
+
+_Z = {"z0": _random(12, 20), "z1": _random(12, 20, seed=1)}
+_AB = {"z_a": _random(12, 10), "z_b": _random(12, 10, seed=1)}
+_QK = {"query": _random(12, 20), "key": _random(12, 20, seed=1)}
+_OT = {"online": _random(12, 20), "target": _random(12, 20, seed=1)}
+_RELIC = {"temperature": 0.3, "alpha": 1.0, "beta": 0.5}
+
+_PRED = {"pred": _random(3, 6, 48), "images": _random(3, 3, 12, 8, seed=1), "mask": (_random(3, 6) > 0).float()}
+_TOKENS = {
+    "visible": _random(3, 5, 10),
+    "mask_token": _random(1, 1, 10, seed=1),
+    "pos_embed": _random(1, 8, 10, seed=2),
+}
+_NOISE = {"noise": torch.rand(4, 10, generator=torch.Generator().manual_seed(0))}
+_MASK = {"batch": 4, "length": 10, "mask_ratio": 0.7}
+_CORRUPTION = {"ids": _ids(4, 10, 50), "mask_token_id": 3, "vocab_size": 50}
+
+# fmt: off
+CASES = [
+    Case("nt_xent", "mean", sslops.nt_xent, _Z, {"temperature": 0.2}, ("z0", "z1")),
+    Case("nt_xent", "rows", sslops.nt_xent, _Z, {"temperature": 0.02, "reduction": "none"}, ("z0", "z1")),
+    Case("nt_xent", "metrics", sslops.nt_xent, _Z, {"normalize": False, "return_metrics": True}, ("z0", "z1")),
+    Case("info_nce", "in-batch", sslops.info_nce, _QK, {}, ("query", "key")),
+    Case("info_nce", "queue", sslops.info_nce, _QK | {"negatives": _random(40, 20, seed=2)},
+         {"temperature": 0.2, "reduction": "none"}, ("query", "key", "negatives"), batched=False),
+    Case("relic", "all", sslops.relic, _OT, _RELIC, ("online", "target")),
+    Case("relic", "drawn", _drawn(sslops.relic), _OT, _RELIC | {"num_negatives": 3}, ("online",)),
+    Case("barlow_twins", "gram", sslops.barlow_twins, _AB, {"route": "gram"}, ("z_a", "z_b")),
+    Case("barlow_twins", "panels", sslops.barlow_twins, _AB, {"route": "panels"}, ("z_a", "z_b")),
+    Case("cross_correlation", "matrix", sslops.cross_correlation, _AB, {}, ("z_a", "z_b")),
+    Case("vicreg", "gram", sslops.vicreg, _AB, {"route": "gram"}, ("z_a", "z_b")),
+    Case("vicreg", "panels", sslops.vicreg, _AB, {"route": "panels"}, ("z_a", "z_b")),
+    Case("gather_patches", "chw", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},
+         {"ids": _ids(3, 4, 6), "patch_size": 4}, ("images",), batched=False),
+    Case("masked_patch_mse", "norm", sslops.masked_patch_mse, _PRED, {"patch_size": 4}, ("pred",)),
+    Case("gather_tokens", "rows", sslops.gather_tokens, {"tokens": _random(3, 6, 10)},
+         {"ids": _ids(3, 4, 6)}, ("tokens",), batched=False),
+    Case("restore_tokens", "prefix", sslops.restore_tokens, _TOKENS,
+         {"ids_restore": _ids(3, 7, 7), "num_prefix": 1}, ("visible", "mask_token", "pos_embed"), batched=False),
+    Case("random_mask", "noise", sslops.random_mask, _NOISE, _MASK, batched=False),
+    Case("random_mask", "drawn", _drawn(sslops.random_mask), {}, _MASK, batched=False),
+    Case("random_token_corruption", "drawn", _drawn(sslops.random_token_corruption), {}, _CORRUPTION, batched=False),
+]
+# fmt: on

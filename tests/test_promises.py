@@ -1,0 +1,300 @@
+"""The README's promises, each over all ops and backends (cases.py); EXEMPT says where one does not hold, and why."""
+
+import re
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sslops
+from sslops import _C, backend
+
+# (promise, op): why not
+EXEMPT = {
+    ("listed", "ema_update"): "updates in place: tests/test_ema_update.py",
+    ("fullgraph", "masked_patch_mse"): "eager mode scales the gradient that forward left: the last bit may differ",
+    ("empty_batch", "barlow_twins"): "refused: no variance",
+    ("empty_batch", "cross_correlation"): "refused: no variance",
+    ("empty_batch", "vicreg"): "refused: no variance",
+}
+
+TARGETS = [(case, *target) for case in CASES for target in oracle.targets(case.op)]
+each_target = pytest.mark.parametrize(("case", "device", "backend"), TARGETS, ids=str)
+GRADED = [target for target in TARGETS if target[0].graded]
+each_graded = pytest.mark.parametrize(("case", "device", "backend"), GRADED, ids=str)
+
+
+def skip_exempt(promise: str, case: Case) -> None:
+    reason = EXEMPT.get((promise, case.op))
+    if reason:
+        pytest.skip(reason)
+
+
+def on(device: str, case: Case) -> Case:
+    """Its tensors there"""
+
+    def moved(values: dict) -> dict:
+        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()}
+
+    return case._replace(inputs=moved(case.inputs), options=moved(case.options))
+
+
+class Calls(TorchDispatchMode):
+    """The calls of sslops' registered ops, with their arguments"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sslops":
+            self.found.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def calls(case: Case, backend: str) -> list:
+    with Calls() as mode:
+        case.run_with_gradients(backend)
+    assert mode.found
+    return mode.found
+
+
+def test_every_op_is_listed():
+    assert set(backend.ops()) - {case.op for case in CASES} == {op for promise, op in EXEMPT if promise == "listed"}
+
+
+def test_every_exemption_is_of_an_op_and_a_promise():
+    promises = {"listed", *re.findall(r"^def test_(\w+)\(case", open(__file__).read(), re.M)}
+    assert {promise for promise, _ in EXEMPT} <= promises
+    assert {op for _, op in EXEMPT} <= set(backend.ops())
+
+
+@each_target
+def test_opcheck(case, device, backend):
+    for op, arguments in calls(on(device, case), backend):
+        with torch.no_grad():
+            torch.library.opcheck(op, arguments)
+
+
+@each_target
+def test_fullgraph(case, device, backend):
+    """Without a graph break: the plain call's bits, and one graph for all batch sizes after the first"""
+    skip_exempt("fullgraph", case)
+    case = on(device, case)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(inputs):
+        return case.run(backend, inputs)
+
+    if case.call.__name__ == "drawn":
+        pytest.skip("a generator cannot be an argument of a graph")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    sizes = range(12, 8, -1) if case.batched else (None,)
+    for size in sizes:
+        inputs = {name: x[:size].clone() for name, x in case.inputs.items()}
+        expected = case.run_with_gradients(backend, inputs)
+        found = case._replace(
+            call=lambda backend, **inputs: compiled({k: v for k, v in inputs.items() if k in case.inputs})
+        )
+        for ours, theirs in zip(found.run_with_gradients(backend, inputs), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert counter.frame_count <= 2
+
+
+@each_target
+def test_export(case, device, backend):
+    """For inference, any batch size"""
+    case = on(device, case)
+    if not case.inputs or case.call.__name__ == "drawn":
+        pytest.skip("a generator cannot be an argument of a graph")
+
+    class Module(torch.nn.Module):
+        def forward(self, inputs):
+            return case.run(backend, inputs)
+
+    dynamic = {name: {0: torch.export.Dim.AUTO} if case.batched else None for name in case.inputs}
+    exported = torch.export.export(Module(), (case.inputs,), dynamic_shapes=(dynamic,)).module()
+    inputs = {name: x[:9] for name, x in case.inputs.items()} if case.batched else case.inputs
+    assert torch.equal(exported(inputs), case.run(backend, inputs))
+
+
+@each_target
+def test_autocast(case, device, backend):
+    """The result's dtype is eager's outside autocast; bf16 shows in nothing but the operands of matmuls"""
+    case = on(device, case)
+    plain = case.run_with_gradients("eager")
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = case.run_with_gradients(backend)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.dtype == theirs.dtype or case.op == "gather_patches"
+        torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.1, check_dtype=False)
+
+
+@each_graded
+def test_gradient_scaling(case, device, backend):
+    """GradScaler's factor is a power of two, and goes through to the last bit"""
+    case = on(device, case)
+    scaled = case._replace(
+        call=lambda **kwargs: case.run(kwargs["backend"], {k: kwargs[k] for k in case.inputs}) * 2.0**16
+    )
+    for ours, theirs in zip(scaled.run_with_gradients(backend), case.run_with_gradients(backend), strict=True):
+        assert torch.equal(ours, theirs * 2.0**16)
+
+
+@each_graded
+def test_second_derivative_is_refused(case, device, backend):
+    case = on(device, case)
+    leaves = {name: x.clone().requires_grad_(name in case.graded) for name, x in case.inputs.items()}
+    out = case.run(backend, leaves)
+    gradients = torch.autograd.grad((out * out).sum(), [leaves[name] for name in case.graded], create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"{case.op}: fused kernels have no second derivative"):
+        sum(g.square().sum() for g in gradients).backward()
+
+
+@each_target
+def test_same_bits(case, device, backend):
+    case = on(device, case)
+    threads, expected = torch.get_num_threads(), case.run_with_gradients(backend)
+    try:
+        for count in (threads, 1, 2, 3):
+            torch.set_num_threads(count)
+            for ours, theirs in zip(case.run_with_gradients(backend), expected, strict=True):
+                assert torch.equal(ours, theirs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_instruction_set(case, isa):
+    """Nothing but rounding between the CPU's kernels and the reference"""
+    for ours, theirs in zip(case.run_with_gradients("cpu"), case.run_with_gradients("eager"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+@each_target
+def test_strides(case, device, backend):
+    """Whatever its memory looks like, a tensor counts by its values"""
+    case = on(device, case)
+    expected = case.run_with_gradients(backend)
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    def spaced(x: Tensor) -> Tensor:
+        return torch.stack([x, x], -1)[..., 0]
+
+    def shifted(x: Tensor) -> Tensor:
+        memory = x.new_empty(x.numel() + 1)
+        return memory[1:].view(x.shape).copy_(x)
+
+    for laid_out in (transposed, spaced, shifted):
+        inputs = {name: laid_out(x) for name, x in case.inputs.items()}
+        for ours, theirs in zip(case.run_with_gradients(backend, inputs), expected, strict=True):
+            assert torch.equal(ours, theirs), laid_out.__name__
+
+
+@each_target
+def test_nan(case, device, backend):
+    """Shows where it shows in the reference"""
+    case = on(device, case)
+    skip_exempt("nan", case)
+    for name, x in case.inputs.items():
+        inputs = case.inputs | {name: x.clone()}
+        inputs[name].view(-1)[x.numel() // 2] = torch.nan
+        for ours, theirs in zip(
+            case.run_with_gradients(backend, inputs), case.run_with_gradients("eager", inputs), strict=True
+        ):
+            assert torch.equal(ours.isnan(), theirs.isnan()), name
+
+
+@each_target
+def test_empty_batch(case, device, backend):
+    case = on(device, case)
+    skip_exempt("empty_batch", case)
+    if not case.batched:
+        pytest.skip("other arguments hold its size")
+    inputs = {name: x[:0] for name, x in case.inputs.items()}
+    for ours, theirs in zip(
+        case.run_with_gradients(backend, inputs), case.run_with_gradients("eager", inputs), strict=True
+    ):
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@each_target
+def test_float64_takes_the_reference(case, device, backend):
+    case = on(device, case)
+    inputs = {name: x.double() for name, x in case.inputs.items()}
+    if inputs:
+        assert torch.equal(case.run(None, inputs), case.run("eager", inputs))
+        with pytest.raises(RuntimeError, match=rf"{case.op}: backend '{backend}' cannot run here: "):
+            case.run(backend, inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bad_input(case):
+    """By name, before anything runs, for every tensor: no tensor, of another kind, of another rank, elsewhere"""
+    for name, x in case.inputs.items():
+        for error, bad in (
+            (TypeError, x.tolist()),
+            (TypeError, x.to(torch.complex64)),
+            (TypeError, x.to_sparse()),
+            (ValueError, torch.stack([x, x])),
+            (ValueError, x.to("meta")),
+        ):
+            first = len(case.inputs) == 1 or (
+                name == next(iter(case.inputs)) and isinstance(bad, Tensor) and bad.is_meta
+            )
+            if first and isinstance(bad, Tensor) and bad.is_meta:
+                continue  # the others are elsewhere then, or all are meta: a trace
+            with pytest.raises(error) as caught:
+                case.run(None, case.inputs | {name: bad})
+            assert re.match(rf"{case.op}: \w+: wanted .*, got ", str(caught.value)), f"{name}: {caught.value}"
+
+
+def lies(arguments: tuple) -> list[tuple]:
+    """The arguments with one tensor that is not what the others say"""
+    found = []
+    for k, x in enumerate(arguments):
+        if not isinstance(x, Tensor):
+            continue
+        others = [x[None], x.to(torch.complex64), x.to("meta"), x.to_sparse()]
+        if x.dim():
+            others += [x[:-1], x[..., :-1], torch.cat([x, x], -1)]
+        others.append(x.half() if x.dtype == torch.float32 else x.float())
+        found += [(*arguments[:k], other, *arguments[k + 1 :]) for other in others]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lies_to_the_registered_op(case):
+    """torch.ops.sslops can be called by anyone. A call is refused by name, or is one that makes sense."""
+    refused = 0
+    for op, arguments in calls(case, "cpu"):
+        for lie in lies(arguments):
+            try:
+                with torch.no_grad():
+                    op(*lie)
+                message = ""
+            except (TypeError, ValueError, RuntimeError) as error:
+                message = str(error)
+                refused += 1
+            assert not message or message.startswith(case.op), message
+    assert refused
+
+
+def test_light_import():
+    """import sslops brings neither Triton nor torch._dynamo"""
+    script = "import sys, sslops; print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_build():
+    assert sslops.__version__ == _C.build_info()["version"]
