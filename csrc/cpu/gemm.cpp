@@ -13,6 +13,7 @@ namespace {
 #ifdef __AMX_BF16__
 
 constexpr int64_t kTile = 16, kTileValues = 512;
+static_assert(kLanes == kTile);
 
 // Eight tiles of 16 rows x 64 bytes; the previous configuration is the caller's (oneDNN keeps its own) and comes back.
 class TileScope {

@@ -170,7 +170,7 @@ void count_tile(Tile t, const float* bar, float* above) {
     }
   });
   if (!t.mirrored) return;
-  parallel_for((t.cols + kLanes - 1) / kLanes, 2, [&](int64_t begin, int64_t end) {
+  parallel_for((t.cols + kLanes - 1) / kLanes, kChunk / kLanes, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin * kLanes; j < end * kLanes && j < t.cols; j += kLanes) {
       const int lanes = static_cast<int>(t.cols - j < kLanes ? t.cols - j : kLanes);
       I count{};

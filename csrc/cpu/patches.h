@@ -24,7 +24,7 @@ SSLOPS_INLINE F load_pixels(const void* base, DType dtype, int64_t index, int n)
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   Bytes raw{};
   std::memcpy(&raw, static_cast<const uint8_t*>(base) + index, n);
-  return __builtin_convertvector(raw, F);
+  return __builtin_convertvector(__builtin_convertvector(raw, I), F);  // in one step it would be scalar
 }
 
 SSLOPS_INLINE void prefetch(const void* base, DType dtype, int64_t index) {

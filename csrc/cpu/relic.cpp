@@ -26,7 +26,8 @@ float log2_scale(double tau) {
 // Zero beyond the first n lanes.
 SSLOPS_INLINE F first(F v, int n) {
   if (n == kLanes) return v;
-  const I lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  I lane;
+  for (int k = 0; k < kLanes; ++k) lane[k] = k;
   return select(lane < n, v, F{});
 }
 

@@ -1,6 +1,7 @@
-// 16 float32 lanes in the compiler's own vector type: one source for SSE, AVX2, AVX-512 and NEON.
-// Included by files that are compiled once per ISA, so everything here has internal linkage (no symbol may be shared
-// between two instruction sets).
+// A register of float32 in the compiler's own vector type, as wide as the ISA has it: one source for SSE, NEON, AVX2
+// and AVX-512. Wider vectors would be legal, and their comparisons, selections and conversions scalar code. Included by
+// files that are compiled once per ISA, so everything here has internal linkage (no symbol may be shared between two
+// instruction sets).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,12 +13,18 @@
 namespace sslops {
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
-typedef float F __attribute__((vector_size(64)));
-typedef double D __attribute__((vector_size(128)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef double D __attribute__((vector_size(8 * kLanes)));  // two registers
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
 
 #define SSLOPS_INLINE inline __attribute__((always_inline))
 
@@ -33,7 +40,7 @@ SSLOPS_INLINE F load(const float* p) {
 }
 SSLOPS_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 
-// The first n < 16 lanes; the rest of a loaded vector is `fill`.
+// The first n < kLanes lanes; the rest of a loaded vector is `fill`.
 SSLOPS_INLINE F load(const float* p, int n, float fill) {
   F v = splat(fill);
   std::memcpy(&v, p, n * sizeof(float));
@@ -63,7 +70,7 @@ SSLOPS_INLINE float max(F v) {
   return lane[0];
 }
 
-// f(j, n): n = 16 lanes from column j, then the remainder. Lambdas see n as a constant in the main loop.
+// f(j, n): n = kLanes lanes from column j, then the remainder. Lambdas see n as a constant in the main loop.
 template <typename Fn>
 SSLOPS_INLINE void for_each_vector(int64_t cols, Fn&& f) {
   int64_t j = 0;
