@@ -60,19 +60,19 @@ def test_every_isa_is_seen() -> None:
     assert {file.suffixes[0][1:] for file in objects()} == set(str(_C.build_info()["isas"]).split(","))
 
 
-@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("lanes", [4, 16])
 def test_the_check_itself(lanes: int, tmp_path: Path) -> None:
-    """vec.h for AVX2, as it is, and with vectors twice as wide as the registers."""
+    """vec.h for SSE2, as it is, and with vectors four times as wide as the registers."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"needs {compiler[0]}")
     header = (ROOT / "csrc" / "cpu" / "vec.h").read_text()
-    planted = header.replace("kLanes = 8;", f"kLanes = {lanes};").replace('"../', f'"{ROOT}/csrc/')
+    planted = header.replace("kLanes = 4;", f"kLanes = {lanes};").replace('"../', f'"{ROOT}/csrc/')
     source, target = tmp_path / "planted.cpp", tmp_path / "planted.o"
     source.write_text(f"""{planted}
         using namespace sslops;
         void planted(float* x, long n) {{
           for (long k = 0; k < n; k += kLanes) store(x + k, round_to_bf16(exp2_nonpositive(load(x + k))));
         }}""")
-    subprocess.run([*compiler, "-O3", "-mavx2", "-mfma", "-w", "-c", source, "-o", target], check=True)
+    subprocess.run([*compiler, "-O3", "-w", "-c", source, "-o", target], check=True)
     assert (len(scalar_in_loops(target)) > BOUND) == (lanes == 16)
