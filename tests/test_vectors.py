@@ -16,8 +16,8 @@ import pytest
 from sslops import _C
 
 ROOT = Path(__file__).parents[1]
-# All innermost loops of an object together. Not 0: some of these instructions belong to what is done once per row.
-BOUND = 24
+# All loops of an object together. Not 0: some of these instructions are done once per row, or for the last few elements.
+BOUND = 40
 SCALAR = re.compile(r"v?(u?comis[sd]|cmp\w*s[sd]|cvt\w*2s[sd]|cvtt?s[sd]2\w+|(min|max)s[sd])")
 INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\t(\S+)(?: +(?:([0-9a-f]+) <)?)?", re.MULTILINE)
 
@@ -72,7 +72,7 @@ def test_the_check_itself(lanes: int, tmp_path: Path) -> None:
     source.write_text(f"""{planted}
         using namespace sslops;
         void planted(float* x, long n) {{
-          for (long k = 0; k < n; k += kLanes) store(x + k, round_to_bf16(exp2_nonpositive(load(x + k))));
+          for (long k = 0; k < n; k += kLanes) store(x + k, round_to_bf16(exp2_nonpositive(max(load(x + k), load(x)))));
         }}""")
     subprocess.run([*compiler, "-O3", "-w", "-c", source, "-o", target], check=True)
     assert (len(scalar_in_loops(target)) > BOUND) == (lanes == 16)

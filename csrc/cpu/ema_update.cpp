@@ -20,38 +20,42 @@ SSLOPS_INLINE F load_from(const void* base, int64_t i, int lanes) {
   return __builtin_convertvector(v, F);
 }
 
-SSLOPS_INLINE F average(Blend<float> b, F target, F source) {
-  const F near = b.from_source ? source : target, far = b.from_source ? target : source;
-  return b.weight == 0.f ? near : sslops::fused(splat(b.weight), far - near, near);
-}
+// Which end the step starts from, as apply in common/ema_update.h has it; a step of 0 is a copy.
+enum class Step { from_target, from_source, copy };
 
 // The vectors of to_bf16 and to_f16.
 SSLOPS_INLINE H round_stochastically(DType dtype, F v, U r) {
   const U bits = (U)v, magnitude = bits & 0x7fffffffu;
   const I finite = (I)magnitude < 0x7f800000;
   const auto pick = [](I mask, U a, U b) { return (U)select(mask, (F)a, (F)b); };
-  if (dtype == DType::bf16) return __builtin_convertvector(pick(finite, bits + r, (U)round_to_bf16(v)) >> 16, H);
+  if (dtype == DType::bf16) return narrow(pick(finite, (bits + r) >> 16, bf16_bits(v)));
   const U normal = (magnitude - (112u << 23) + (r >> 3)) >> 13;
   const U units = (U) __builtin_convertvector((F)magnitude * 0x1p40f, I);  // 2^16 to the last place of a subnormal one
   const U rounded = pick((I)magnitude < 113 << 23, (units + r) >> 16, pick((I)normal < 0x7c00, normal, U{} + 0x7c00u));
   const U special = pick((I)magnitude > 0x7f800000, U{} + 0x7e00u, U{} + 0x7c00u);
-  return __builtin_convertvector(pick(finite, rounded, special) | (bits >> 16 & 0x8000u), H);
+  return narrow(pick(finite, rounded, special) | (bits >> 16 & 0x8000u));
 }
 
-template <DType kTarget, DType kSource>
-void update_float(const Row& row, int64_t begin, int64_t end, Blend<float> b, const uint64_t* seed) {
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
+template <Step kStep, DType kTarget, DType kSource>
+void update_float(const Row& row, int64_t begin, int64_t end, float by, const uint64_t* seed) {
+  const F weight = splat(by);
+  const int64_t block = row.shadow || seed ? kBlock : end - begin;
+  for (int64_t i = begin; i < end; i += block) {
+    const int64_t n = std::min<int64_t>(block, end - i);
     uint32_t random[kBlock / 2];  // 16 bits for each element
     if (kTarget != DType::f32 && seed)
       draw_blocks(*seed, (row.first_chunk * kChunk + i) / kGroup, RandomStream::ema_update, random);
     for_each_vector(n, [&](int64_t j, int lanes) {
-      const F v =
-          average(b, load_from<kTarget>(row.target, i + j, lanes), load_from<kSource>(row.source, i + j, lanes));
+      F v = load_from<kSource>(row.source, i + j, lanes);
+      if (kStep != Step::copy) {
+        const F target = load_from<kTarget>(row.target, i + j, lanes);
+        v = kStep == Step::from_source ? sslops::fused(weight, target - v, v)
+                                       : sslops::fused(weight, v - target, target);
+      }
       if (kTarget == DType::f32 || !seed) return store_from_float(row.target, kTarget, i + j, lanes, v);
       H r;
       std::memcpy(&r, reinterpret_cast<const uint16_t*>(random) + j, sizeof r);
-      const H rounded = round_stochastically(kTarget, v, __builtin_convertvector(r, U));
+      const H rounded = round_stochastically(kTarget, v, widen(r));
       std::memcpy(static_cast<uint16_t*>(row.target) + i + j, &rounded, lanes * sizeof(uint16_t));
     });
     if (kTarget == DType::f32 && row.shadow)
@@ -62,12 +66,27 @@ void update_float(const Row& row, int64_t begin, int64_t end, Blend<float> b, co
   }
 }
 
-template <DType kTarget>
+template <Step kStep, DType kTarget>
 auto float_update(DType source) {
-  return source == DType::f32    ? update_float<kTarget, DType::f32>
-         : source == DType::bf16 ? update_float<kTarget, DType::bf16>
-         : source == DType::f16  ? update_float<kTarget, DType::f16>
-                                 : update_float<kTarget, DType::f64>;
+  return source == DType::f32    ? update_float<kStep, kTarget, DType::f32>
+         : source == DType::bf16 ? update_float<kStep, kTarget, DType::bf16>
+         : source == DType::f16  ? update_float<kStep, kTarget, DType::f16>
+                                 : update_float<kStep, kTarget, DType::f64>;
+}
+
+template <Step kStep>
+auto float_update(DType target, DType source) {
+  return target == DType::f32    ? float_update<kStep, DType::f32>(source)
+         : target == DType::bf16 ? float_update<kStep, DType::bf16>(source)
+                                 : float_update<kStep, DType::f16>(source);
+}
+
+void update_float(Row row, int64_t begin, int64_t end, Blend<float> b, const uint64_t* seed) {
+  if (b.weight == 0.f && !b.from_source) row.source = row.target, row.source_dtype = row.target_dtype;
+  const auto run = b.weight == 0.f ? float_update<Step::copy>
+                   : b.from_source ? float_update<Step::from_source>
+                                   : float_update<Step::from_target>;
+  run(row.target_dtype, row.source_dtype)(row, begin, end, b.weight, seed);
 }
 
 // The fused multiply-add is written out: whether it is one must not depend on the compiler.
@@ -109,9 +128,7 @@ void update(const Work& work, double momentum, const uint64_t* seed) {
       else if (row->target_dtype == DType::f64)
         update_double(*row, begin, end, b64);
       else
-        (row->target_dtype == DType::f32    ? float_update<DType::f32>
-         : row->target_dtype == DType::bf16 ? float_update<DType::bf16>
-                                            : float_update<DType::f16>)(row->source_dtype)(*row, begin, end, b, seed);
+        update_float(*row, begin, end, b, seed);
     }
   });
 }

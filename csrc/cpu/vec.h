@@ -9,6 +9,7 @@
 #include "../common/dtype.h"
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what intrinsics leave undefined on purpose
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -131,10 +132,31 @@ SSLOPS_INLINE F exp2_nonpositive(F x) {
   return select(x < -126.f, F{}, p * scale);
 }
 
-SSLOPS_INLINE F round_to_bf16(F v) {
-  const U bits = (U)v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return (F)((U)select(v == v, (F)rounded, (F)(bits | 0x400000u)) & 0xffff0000u);
+// 16-bit integers and back; values fit. GCC converts halves of vectors where there is an instruction for the whole.
+SSLOPS_INLINE U widen(H v) {
+#if defined(__AVX512F__)
+  return (U)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (U)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, U);
+#endif
 }
+SSLOPS_INLINE H narrow(U v) {
+#if defined(__AVX512F__)
+  return (H)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  return (H)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, H);
+#endif
+}
+
+SSLOPS_INLINE U bf16_bits(F v) {
+  const U bits = (U)v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (U)select(v == v, (F)rounded, (F)(bits | 0x400000u)) >> 16;
+}
+SSLOPS_INLINE F round_to_bf16(F v) { return (F)(bf16_bits(v) << 16); }
 
 #if defined(__AVX512F__)
 SSLOPS_INLINE F f16_to_float(H half) { return (F)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half); }
@@ -145,7 +167,7 @@ SSLOPS_INLINE H float_to_f16(F v) { return (H)_mm256_cvtps_ph((__m256)v, _MM_FRO
 #else
 // In integers: the compilers' own type is missing in some of them.
 SSLOPS_INLINE F f16_to_float(H half) {
-  const U bits = __builtin_convertvector(half, U);
+  const U bits = widen(half);
   const U sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13, normal = magnitude + (112u << 23);
   const F tiny = (F)(magnitude + (113u << 23)) - (F)(U{} + (113u << 23));
   const F finite = select((I)magnitude < 1 << 23, tiny, (F)normal);
@@ -160,7 +182,7 @@ SSLOPS_INLINE H float_to_f16(F v) {
   const U finite = (U)select((I)magnitude < 0x38800000, (F)tiny, (F)normal);
   const U nan = (magnitude >> 13 & 0x3ffu) | 0x7e00u;
   const U large = (U)select((I)magnitude > 0x7f800000, (F)nan, (F)(U{} + 0x7c00u));
-  return __builtin_convertvector((U)select((I)magnitude >= 0x477ff000, (F)large, (F)finite) | sign, H);
+  return narrow((U)select((I)magnitude >= 0x477ff000, (F)large, (F)finite) | sign);
 }
 #endif
 
@@ -168,12 +190,12 @@ SSLOPS_INLINE F load_as_float(const void* base, DType dtype, int64_t index, int 
   if (dtype == DType::f32) return load_lanes(static_cast<const float*>(base) + index, n, 0.f);
   H raw{};
   std::memcpy(&raw, static_cast<const uint16_t*>(base) + index, n * sizeof(uint16_t));
-  return dtype == DType::bf16 ? (F)(__builtin_convertvector(raw, U) << 16) : f16_to_float(raw);
+  return dtype == DType::bf16 ? (F)(widen(raw) << 16) : f16_to_float(raw);
 }
 
 SSLOPS_INLINE void store_from_float(void* base, DType dtype, int64_t index, int n, F v) {
   if (dtype == DType::f32) return store_lanes(static_cast<float*>(base) + index, n, v);
-  const H raw = dtype == DType::bf16 ? __builtin_convertvector((U)round_to_bf16(v) >> 16, H) : float_to_f16(v);
+  const H raw = dtype == DType::bf16 ? narrow(bf16_bits(v)) : float_to_f16(v);
   std::memcpy(static_cast<uint16_t*>(base) + index, &raw, n * sizeof(uint16_t));
 }
 
