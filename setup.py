@@ -25,7 +25,7 @@ from setuptools.errors import CompileError, PlatformError
 CXX = os.environ.get("CXX", "c++")
 CUDA_ARCHS = os.environ.get("SSLOPS_CUDA_ARCHS", "80,90,100").split(",")
 FLAGS = "-O3 -DNDEBUG -std=c++17 -Icsrc"
-HOST_FLAGS = "-fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+HOST_FLAGS = "-fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
 
 # Every csrc/cpu/<op>.cpp is compiled once per ISA, as namespace sslops::<isa>; which one runs is decided at run time.
 ISAS = {"portable": ""}

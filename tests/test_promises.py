@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import oracle
 import pytest
@@ -69,7 +70,7 @@ def test_every_op_is_listed():
 
 
 def test_every_exemption_is_of_an_op_and_a_promise():
-    promises = {"listed", *re.findall(r"^def test_(\w+)\(case", open(__file__).read(), re.M)}
+    promises = {"listed", *re.findall(r"^def test_(\w+)\(case", Path(__file__).read_text(), re.M)}
     assert {promise for promise, _ in EXEMPT} <= promises
     assert {op for _, op in EXEMPT} <= set(backend.ops())
 

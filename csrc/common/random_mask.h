@@ -30,8 +30,11 @@ SSLOPS_HOST_DEVICE int32_t order(float x) {
   return x == x ? b ^ (b >> 31 & kLast) : kLast;
 }
 
+SSLOPS_HOST_DEVICE uint64_t first_block(int64_t length, int64_t row) {
+  return static_cast<uint64_t>(row * ((length + 3) / 4));
+}
 SSLOPS_HOST_DEVICE Random4 draw(uint64_t key, int64_t length, int64_t row, int64_t block) {
-  return philox(key, static_cast<uint64_t>(row * ((length + 3) / 4) + block), RandomStream::random_mask);
+  return philox(key, first_block(length, row) + block, RandomStream::random_mask);
 }
 
 SSLOPS_HOST_DEVICE void place(const Mask& m, int64_t length, int64_t row, int64_t j, int64_t rank) {

@@ -3,87 +3,111 @@
 #include <algorithm>
 
 #include "../common/parallel.h"
+#include "random.h"
 #include "vec.h"
 
 namespace sslops::ema_update {
 namespace {
 
-constexpr int kBlock = 256;                 // elements that are converted at a time: 1024 took a third longer
+constexpr int kBlock = kGroup * kBlocks;    // elements that get their noise at a time
 constexpr int64_t kThreadElements = 32768;  // below it, a second thread costs more than it brings
 
-void widen(const uint16_t* in, int n, DType dtype, float* out) {
-  for_each_vector(n, [&](int64_t j, int lanes) { store_lanes(out + j, lanes, load_as_float(in, dtype, j, lanes)); });
+template <DType kDType>
+SSLOPS_INLINE F load_from(const void* base, int64_t i, int lanes) {
+  if constexpr (kDType != DType::f64) return load_as_float(base, kDType, i, lanes);
+  D v{};
+  std::memcpy(&v, static_cast<const double*>(base) + i, lanes * sizeof(double));
+  return __builtin_convertvector(v, F);
 }
 
-void narrow(const float* in, int n, DType dtype, uint16_t* out) {
-  for_each_vector(
-      n, [&](int64_t j, int lanes) { store_from_float(out, dtype, j, lanes, load_lanes(in + j, lanes, 0.f)); });
+// Which end the step starts from, as apply in common/ema_update.h has it; a step of 0 is a copy.
+enum class Step { from_target, from_source, copy };
+
+// The vectors of to_bf16 and to_f16.
+SSLOPS_INLINE H round_stochastically(DType dtype, F v, U r) {
+  const U bits = (U)v, magnitude = bits & 0x7fffffffu;
+  const I finite = (I)magnitude < 0x7f800000;
+  const auto pick = [](I mask, U a, U b) { return (U)select(mask, (F)a, (F)b); };
+  if (dtype == DType::bf16) return narrow(pick(finite, (bits + r) >> 16, bf16_bits(v)));
+  const U normal = (magnitude - (112u << 23) + (r >> 3)) >> 13;
+  const U units = (U) __builtin_convertvector((F)magnitude * 0x1p40f, I);  // 2^16 to the last place of a subnormal one
+  const U rounded = pick((I)magnitude < 113 << 23, (units + r) >> 16, pick((I)normal < 0x7c00, normal, U{} + 0x7c00u));
+  const U special = pick((I)magnitude > 0x7f800000, U{} + 0x7e00u, U{} + 0x7c00u);
+  return narrow(pick(finite, rounded, special) | (bits >> 16 & 0x8000u));
 }
 
-// index: of in[0] in the whole table, a multiple of kGroup.
-void narrow(const float* in, int n, DType dtype, uint16_t* out, uint64_t seed, int64_t index) {
-  uint32_t words[kBlock / 2] = {};
-  for (int g = 0; g < (n + kGroup - 1) / kGroup; ++g) {
-    const Random4 r = noise(seed, index / kGroup + g);
-    for (int k = 0; k < 4; ++k) words[4 * g + k] = r.word[k];
+template <Step kStep, DType kTarget, DType kSource>
+void update_float(const Row& row, int64_t begin, int64_t end, float by, const uint64_t* seed) {
+  const F weight = splat(by);
+  const int64_t block = row.shadow || seed ? kBlock : end - begin;
+  for (int64_t i = begin; i < end; i += block) {
+    const int64_t n = std::min<int64_t>(block, end - i);
+    uint32_t random[kBlock / 2];  // 16 bits for each element
+    if (kTarget != DType::f32 && seed)
+      draw_blocks(*seed, (row.first_chunk * kChunk + i) / kGroup, RandomStream::ema_update, random);
+    for_each_vector(n, [&](int64_t j, int lanes) {
+      F v = load_from<kSource>(row.source, i + j, lanes);
+      if (kStep != Step::copy) {
+        const F target = load_from<kTarget>(row.target, i + j, lanes);
+        v = kStep == Step::from_source ? sslops::fused(weight, target - v, v)
+                                       : sslops::fused(weight, v - target, target);
+      }
+      if (kTarget == DType::f32 || !seed) return store_from_float(row.target, kTarget, i + j, lanes, v);
+      H r;
+      std::memcpy(&r, reinterpret_cast<const uint16_t*>(random) + j, sizeof r);
+      const H rounded = round_stochastically(kTarget, v, widen(r));
+      std::memcpy(static_cast<uint16_t*>(row.target) + i + j, &rounded, lanes * sizeof(uint16_t));
+    });
+    if (kTarget == DType::f32 && row.shadow)
+      for_each_vector(n, [&](int64_t j, int lanes) {
+        const F v = load_as_float(row.target, DType::f32, i + j, lanes);
+        store_from_float(row.shadow, row.shadow_dtype, i + j, lanes, v);
+      });
   }
-  uint16_t random[kBlock];
-  for (int i = 0; i < kBlock / 2; ++i) {
-    random[2 * i] = static_cast<uint16_t>(words[i]);
-    random[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
-  }
-  if (dtype == DType::bf16)
-    for (int i = 0; i < n; ++i) out[i] = to_bf16(in[i], random[i]);
-  else
-    for (int i = 0; i < n; ++i) out[i] = to_f16(in[i], random[i]);
 }
 
-// n elements as A: where they are if they are that already, otherwise converted into the buffer.
-template <typename A>
-const A* read(const void* base, DType dtype, int64_t i, int n, A* buffer) {
-  if (dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32)) return static_cast<const A*>(base) + i;
-  if (dtype == DType::f32) {
-    std::copy_n(static_cast<const float*>(base) + i, n, buffer);
-  } else if (dtype == DType::f64) {
-    for (int k = 0; k < n; ++k) buffer[k] = static_cast<A>(static_cast<const double*>(base)[i + k]);
-  } else if constexpr (sizeof(A) == 4) {
-    widen(static_cast<const uint16_t*>(base) + i, n, dtype, buffer);
-  } else {
-    float narrower[kBlock];
-    widen(static_cast<const uint16_t*>(base) + i, n, dtype, narrower);
-    std::copy_n(narrower, n, buffer);
-  }
-  return buffer;
+template <Step kStep, DType kTarget>
+auto float_update(DType source) {
+  return source == DType::f32    ? update_float<kStep, kTarget, DType::f32>
+         : source == DType::bf16 ? update_float<kStep, kTarget, DType::bf16>
+         : source == DType::f16  ? update_float<kStep, kTarget, DType::f16>
+                                 : update_float<kStep, kTarget, DType::f64>;
+}
+
+template <Step kStep>
+auto float_update(DType target, DType source) {
+  return target == DType::f32    ? float_update<kStep, DType::f32>(source)
+         : target == DType::bf16 ? float_update<kStep, DType::bf16>(source)
+                                 : float_update<kStep, DType::f16>(source);
+}
+
+void update_float(Row row, int64_t begin, int64_t end, Blend<float> b, const uint64_t* seed) {
+  if (b.weight == 0.f && !b.from_source) row.source = row.target, row.source_dtype = row.target_dtype;
+  const auto run = b.weight == 0.f ? float_update<Step::copy>
+                   : b.from_source ? float_update<Step::from_source>
+                                   : float_update<Step::from_target>;
+  run(row.target_dtype, row.source_dtype)(row, begin, end, b.weight, seed);
 }
 
 // The fused multiply-add is written out: whether it is one must not depend on the compiler.
-template <typename A>
-void average(A* __restrict target, const A* __restrict source, int64_t n, Blend<A> b) {
-  for (int64_t k = 0; k < n; ++k) target[k] = apply(b, target[k], source[k]);
-}
-
-void update_float(const Row& row, int64_t begin, int64_t end, Blend<float> b, const uint64_t* seed) {
-  const DType dtype = row.target_dtype;
-  float targets[kBlock], sources[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
-    const float* source = read(row.source, row.source_dtype, i, n, sources);
-    float* target = const_cast<float*>(read(row.target, row.target_dtype, i, n, targets));
-    average(target, source, n, b);
-    if (dtype != DType::f32) {
-      uint16_t* const out = static_cast<uint16_t*>(row.target) + i;
-      seed ? narrow(target, n, dtype, out, *seed, row.first_chunk * kChunk + i) : narrow(target, n, dtype, out);
-    } else if (row.shadow) {
-      narrow(target, n, row.shadow_dtype, static_cast<uint16_t*>(row.shadow) + i);
-    }
-  }
+template <typename Source>
+void update_double(double* __restrict target, const Source* __restrict source, int64_t n, Blend<double> b) {
+  for (int64_t k = 0; k < n; ++k) target[k] = apply(b, target[k], static_cast<double>(source[k]));
 }
 
 void update_double(const Row& row, int64_t begin, int64_t end, Blend<double> b) {
-  double sources[kBlock];
+  double* const target = static_cast<double*>(row.target);
+  if (row.source_dtype == DType::f64)
+    return update_double(target + begin, static_cast<const double*>(row.source) + begin, end - begin, b);
+  if (row.source_dtype == DType::f32)
+    return update_double(target + begin, static_cast<const float*>(row.source) + begin, end - begin, b);
+  float wider[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
-    average(static_cast<double*>(row.target) + i, read(row.source, row.source_dtype, i, n, sources), n, b);
+    const int64_t n = std::min<int64_t>(kBlock, end - i);
+    for_each_vector(n, [&](int64_t j, int lanes) {
+      store_lanes(wider + j, lanes, load_as_float(row.source, row.source_dtype, i + j, lanes));
+    });
+    update_double(target + i, wider, n, b);
   }
 }
 

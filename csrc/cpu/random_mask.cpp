@@ -24,10 +24,9 @@ void fill(const Noise& noise, int64_t row, Item* items) {
   } else {
     const uint64_t key = *noise.key;
     for (int64_t first = 0; first < noise.length; first += 4 * kBlocks) {
-      uint32_t words[4][kBlocks];
-      draw_blocks(words, [&](int k) { return draw(key, noise.length, row, first / 4 + k); });
-      for (int k = 0; k < 4 * kBlocks; ++k)
-        items[first + k] = item(static_cast<int32_t>(words[k % 4][k / 4]), first + k);
+      uint32_t words[4 * kBlocks];
+      draw_blocks(key, first_block(noise.length, row) + first / 4, RandomStream::random_mask, words);
+      for (int k = 0; k < 4 * kBlocks; ++k) items[first + k] = item(static_cast<int32_t>(words[k]), first + k);
     }
   }
   for (int64_t j = 0; j < noise.num_prefix; ++j) items[j] = item(kFirst, j);

@@ -8,6 +8,13 @@
 
 #include "../common/dtype.h"
 
+#if defined(__x86_64__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what intrinsics leave undefined on purpose
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
 #pragma GCC diagnostic ignored "-Wunused-function"
 
 namespace sslops {
@@ -70,6 +77,35 @@ SSLOPS_INLINE float max(F v) {
   return lane[0];
 }
 
+// a b + c, rounded once.
+SSLOPS_INLINE F fused(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  // fmaf would be a call for each lane. In double the product is exact, and a sum that is rounded to odd (towards the
+  // neighbour with an odd last bit, unless it is exact) can be rounded again.
+  typedef double Half __attribute__((vector_size(4 * kLanes)));
+  typedef int64_t Bits __attribute__((vector_size(4 * kLanes)));
+  const D wide_product = __builtin_convertvector(a, D) * __builtin_convertvector(b, D);
+  D result = __builtin_convertvector(c, D);
+  Half product[2], half[2];
+  std::memcpy(product, &wide_product, sizeof product);
+  std::memcpy(half, &result, sizeof half);
+  for (int k = 0; k < 2; ++k) {
+    const Half sum = product[k] + half[k], part = sum - product[k];
+    const Half error = (product[k] - (sum - part)) + (half[k] - part);
+    const Bits bits = (Bits)sum, away = (error > 0.) ^ (sum < 0.), inexact = (error > 0.) | (error < 0.);
+    half[k] = (Half)(bits + ((~away | 1) & inexact & ((bits & 1) - 1)));
+  }
+  std::memcpy(&result, half, sizeof half);
+  return __builtin_convertvector(result, F);
+#endif
+}
+
 // f(j, n): n = kLanes lanes from column j, then the remainder. Lambdas see n as a constant in the main loop.
 template <typename Fn>
 SSLOPS_INLINE void for_each_vector(int64_t cols, Fn&& f) {
@@ -96,42 +132,70 @@ SSLOPS_INLINE F exp2_nonpositive(F x) {
   return select(x < -126.f, F{}, p * scale);
 }
 
-SSLOPS_INLINE F round_to_bf16(F v) {
-  const U bits = (U)v;
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-  return select(v == v, (F)rounded, v);
+// 16-bit integers and back; values fit. GCC converts halves of vectors where there is an instruction for the whole.
+SSLOPS_INLINE U widen(H v) {
+#if defined(__AVX512F__)
+  return (U)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (U)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, U);
+#endif
+}
+SSLOPS_INLINE H narrow(U v) {
+#if defined(__AVX512F__)
+  return (H)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  return (H)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, H);
+#endif
 }
 
-// float16 in integers: the compilers' own type is missing in some of them.
-SSLOPS_INLINE F f16_to_float(U half) {
-  const U sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13, normal = magnitude + (112u << 23);
+SSLOPS_INLINE U bf16_bits(F v) {
+  const U bits = (U)v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (U)select(v == v, (F)rounded, (F)(bits | 0x400000u)) >> 16;
+}
+SSLOPS_INLINE F round_to_bf16(F v) { return (F)(bf16_bits(v) << 16); }
+
+#if defined(__AVX512F__)
+SSLOPS_INLINE F f16_to_float(H half) { return (F)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half); }
+SSLOPS_INLINE H float_to_f16(F v) { return (H)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+SSLOPS_INLINE F f16_to_float(H half) { return (F)_mm256_cvtph_ps((__m128i)half); }
+SSLOPS_INLINE H float_to_f16(F v) { return (H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// In integers: the compilers' own type is missing in some of them.
+SSLOPS_INLINE F f16_to_float(H half) {
+  const U bits = widen(half);
+  const U sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13, normal = magnitude + (112u << 23);
   const F tiny = (F)(magnitude + (113u << 23)) - (F)(U{} + (113u << 23));
-  const F finite = select((I)(magnitude < 1u << 23), tiny, (F)normal);
-  const F v = select((I)(magnitude >= 0xf800000u), (F)(normal + (112u << 23)), finite);
+  const F finite = select((I)magnitude < 1 << 23, tiny, (F)normal);
+  const F v = select((I)magnitude >= 0x1f << 23, (F)(normal + (112u << 23)), finite);
   return (F)((U)v | sign);
 }
 
-SSLOPS_INLINE U float_to_f16(F v) {
+SSLOPS_INLINE H float_to_f16(F v) {
   const U bits = (U)v, sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
   const U tiny = (U)((F)magnitude + 0.5f) - 0x3f000000u;  // 0.5 has the unit of the smallest float16 in its last place
-  const U finite = (U)select((I)(magnitude < 0x38800000u), (F)tiny, (F)normal);
-  const U large = (U)select((I)(magnitude > 0x7f800000u), (F)(U{} + 0x7e00u), (F)(U{} + 0x7c00u));
-  return (U)select((I)(magnitude >= 0x477ff000u), (F)large, (F)finite) | sign;
+  const U finite = (U)select((I)magnitude < 0x38800000, (F)tiny, (F)normal);
+  const U nan = (magnitude >> 13 & 0x3ffu) | 0x7e00u;
+  const U large = (U)select((I)magnitude > 0x7f800000, (F)nan, (F)(U{} + 0x7c00u));
+  return narrow((U)select((I)magnitude >= 0x477ff000, (F)large, (F)finite) | sign);
 }
+#endif
 
 SSLOPS_INLINE F load_as_float(const void* base, DType dtype, int64_t index, int n) {
   if (dtype == DType::f32) return load_lanes(static_cast<const float*>(base) + index, n, 0.f);
   H raw{};
   std::memcpy(&raw, static_cast<const uint16_t*>(base) + index, n * sizeof(uint16_t));
-  const U bits = __builtin_convertvector(raw, U);
-  return dtype == DType::bf16 ? (F)(bits << 16) : f16_to_float(bits);
+  return dtype == DType::bf16 ? (F)(widen(raw) << 16) : f16_to_float(raw);
 }
 
 SSLOPS_INLINE void store_from_float(void* base, DType dtype, int64_t index, int n, F v) {
   if (dtype == DType::f32) return store_lanes(static_cast<float*>(base) + index, n, v);
-  const U bits = dtype == DType::bf16 ? (U)round_to_bf16(v) >> 16 : float_to_f16(v);
-  const H raw = __builtin_convertvector(bits, H);
+  const H raw = dtype == DType::bf16 ? narrow(bf16_bits(v)) : float_to_f16(v);
   std::memcpy(static_cast<uint16_t*>(base) + index, &raw, n * sizeof(uint16_t));
 }
 
