@@ -76,12 +76,30 @@ struct type_caster<DType> {
 
 namespace {
 
+// Ctrl-C, seen where Python runs its signal handlers: on the main thread.
+bool check_signals() {
+  const py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
 template <typename Table, typename Result, typename... Arguments>
 void bind(py::module_& m, const Table& (*table)(), const Bound<Table, Result, Arguments...>& bound) {
   const auto function = bound.function;
-  m.def(
-      bound.name, [=](Arguments... arguments) -> Result { return (table().*function)(arguments...); },
-      py::call_guard<py::gil_scoped_release>());
+  m.def(bound.name, [=](Arguments... arguments) -> Result {
+    const Call call(check_signals);
+    const auto run = [&] {
+      const py::gil_scoped_release others_may_run;
+      return (table().*function)(arguments...);
+    };
+    if constexpr (std::is_void_v<Result>) {
+      run();
+      if (call.interrupted()) throw py::error_already_set();
+    } else {
+      Result result = run();
+      if (call.interrupted()) throw py::error_already_set();
+      return result;
+    }
+  });
 }
 
 // Each function of a table under its name, to be called on the table of the instruction set in use, without the GIL.

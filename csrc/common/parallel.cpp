@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <sched.h>
+#include <time.h>
 
 #include "torch_symbol.h"
 
@@ -25,6 +26,31 @@ void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void*
   } else {
     fn(begin, end, ctx);
   }
+}
+
+namespace {
+
+constexpr double kPatience = 0.1;  // seconds
+thread_local Call* current = nullptr;
+
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+}  // namespace
+
+Call::Call(bool (*interrupt)()) : interrupt_(interrupt), asked_(now()), outer_(current) { current = this; }
+Call::~Call() { current = outer_; }
+
+bool give_up() {
+  Call* const call = current;
+  if (!call || call->interrupted_) return call;
+  const double time = now();
+  if (time - call->asked_ < kPatience) return false;
+  call->asked_ = time;
+  return call->interrupted_ = call->interrupt_();
 }
 
 void wait_for(const int32_t* progress, int32_t wanted) {

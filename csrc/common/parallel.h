@@ -18,6 +18,24 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<Body*>(&body));
 }
 
+// A call from Python, on the thread that made it. `interrupt` is asked now and then, on that thread, whether to give up:
+// loops over tickets then end early, and what they were to write is not to be used.
+class Call {
+ public:
+  explicit Call(bool (*interrupt)());
+  Call(const Call&) = delete;
+  ~Call();
+  bool interrupted() const { return interrupted_; }
+
+ private:
+  friend bool give_up();
+  bool (*interrupt_)();
+  double asked_;
+  bool interrupted_ = false;
+  Call* outer_;
+};
+bool give_up();  // of the current thread's call, if it has one
+
 // body(k, state) for every k in [0, n), each thread with a state of its own from make(). A thread takes the next k when
 // it is free: they begin in the order of k, so that one may wait for smaller ones.
 template <typename Make, typename Body>
@@ -25,7 +43,10 @@ void parallel_tickets(int64_t n, const Make& make, const Body& body) {
   int64_t next = 0;
   parallel_for(n, 1, [&](int64_t, int64_t) {  // a part of the range for each thread: how many there are is all it says
     auto&& state = make();
-    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) body(k, state);
+    for (int64_t k; (k = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) {
+      body(k, state);
+      if (give_up()) __atomic_store_n(&next, n, __ATOMIC_RELAXED);
+    }
   });
 }
 template <typename Body>
