@@ -100,7 +100,7 @@ def pairs(kind: str, n: int, d: int) -> tuple[Tensor, Tensor]:
 
 def evaluate(f: Callable, z: Sequence[Tensor], temperature: float, dtype: torch.dtype) -> list[Tensor]:
     """Losses [2N] and the gradients of the views and the temperature under uneven weights"""
-    z0, z1 = (x.to(dtype).requires_grad_() for x in z)
+    z0, z1 = (x.detach().to(dtype).requires_grad_() for x in z)
     tau = torch.tensor(temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
     losses = f(z0, z1, tau)
     weights = torch.linspace(0, 2, len(losses), dtype=losses.dtype) / len(losses)
