@@ -1,7 +1,12 @@
+import os
+
 import pytest
 import torch
 
 from sslops import _C
+
+if instructions := os.environ.get("SSLOPS_TEST_ISA"):  # all tests by another instruction set than the best one
+    _C.set_isa(instructions)
 
 
 @pytest.fixture(autouse=True)

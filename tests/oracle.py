@@ -3,12 +3,24 @@
 An op's truth is its eager reference in float64. Its error, for the output and for every gradient, may be at most twice
 the error of the eager reference in the input's own dtype, plus the floor of that dtype. Errors are relative, in the
 2-norm and in the maximum norm.
+
+On one small tensor an error is luck, and the luck depends on how a matmul sums, so on the machine: where both err
+alike, one number in three has more than twice the other's error. So the promise is about root mean squares over draws
+of the rounding. Most cases keep it on the first draw, which is then the only one; one that does not is drawn again,
+what failed staying in the mean, until the mean keeps it or there are DRAWS. How often one number, or the 2-norm of ten,
+fails, with normal errors and no floor (simulated; in brackets on one draw alone):
+
+    our error / eager's     0.7       1           1.4         2           3           4
+    one number            0 (22%)   0 (30%)   0.3% (39%)   10% (50%)   42% (62%)   60% (70%)
+    ten numbers           0 (0)     0 (2%)      0 (14%)    10% (50%)   87% (89%)   98% (98%)
+
+So a right kernel fails nowhere, and a fault shows in what has many numbers, like a gradient, nearly as on one draw.
 """
 
 import contextlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -28,6 +40,7 @@ FLOORS = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 8,
 }
 EAGER_FACTOR = 2.0
+DRAWS = 32
 
 
 def lowered(x: Any) -> list[Any]:
@@ -60,20 +73,46 @@ def errors(x: Tensor, truth: Tensor, scale: float = 0.0) -> tuple[float, float]:
     return norms[0], norms[1]
 
 
-def assert_accurate(
-    name: str, got: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 0.0
+def draws(inputs: Sequence[Tensor], dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """The inputs; then all of them, but for 0-d ones, longer by some units in the last place of dtype.
+
+    What collapses, agrees or cancels does so in every draw, but each number is rounded anew.
+    """
+    for draw in range(DRAWS):
+        factor = 1 + draw * torch.finfo(dtype).eps
+        yield [factor * x if draw and x.dim() else x for x in inputs]
+
+
+def assert_promise(
+    names: Sequence[str],
+    answers: Callable[[list[Tensor]], Sequence[Sequence[Tensor]]],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    scale: Mapping[str, float] | None = None,
 ) -> None:
-    assert got.shape == eager.shape == truth.shape, f"{name}: shape {list(got.shape)}, eager has {list(eager.shape)}"
-    assert got.dtype == eager.dtype, f"{name}: {got.dtype}, eager has {eager.dtype}"
-    if not got.numel():
-        return
-    for norm, error, eager_error in zip(
-        ("2", "max"), errors(got, truth, scale), errors(eager, truth, scale), strict=True
-    ):
-        if not eager_error < float("inf"):  # eager overflowed: what we give must still be right
-            eager_error = 0.0
-        bound = EAGER_FACTOR * eager_error + FLOORS[dtype]
-        assert error <= bound, f"{name}: error {error:.2e} ({norm}-norm) above {bound:.2e}; eager has {eager_error:.2e}"
+    """answers(draw of inputs): three lists, ours, eager's and the truth, of what the names name. scale: for `errors`"""
+    squares: dict[tuple[str, str], Tensor] = {}  # sums over draws, of ours and of eager's
+    for count, draw in enumerate(draws(inputs, dtype), 1):
+        for name, got, eager, truth in zip(names, *answers(draw), strict=True):
+            assert got.shape == eager.shape == truth.shape, f"{name}: {got.shape}, eager has {eager.shape}"
+            assert got.dtype == eager.dtype, f"{name}: {got.dtype}, eager has {eager.dtype}"
+            if not got.numel():
+                continue
+            found = (errors(x, truth, (scale or {}).get(name, 0.0)) for x in (got, eager))
+            for norm, ours, theirs in zip(("2", "max"), *found, strict=True):
+                if not theirs < float("inf"):  # eager overflowed: what we give must still be right
+                    theirs = 0.0
+                square = torch.tensor([ours, theirs], dtype=torch.float64) ** 2
+                squares[name, norm] = square + squares.get((name, norm), 0.0)
+        failed = []
+        for (name, norm), square in squares.items():
+            ours, theirs = (square / count).sqrt().tolist()
+            bound = EAGER_FACTOR * theirs + FLOORS[dtype]
+            if not ours <= bound:
+                failed.append(f"{name}: error {ours:.2e} ({norm}-norm) above {bound:.2e}; eager has {theirs:.2e}")
+        if not failed:
+            return
+    raise AssertionError("\n".join(failed))
 
 
 def evaluate(
@@ -96,18 +135,19 @@ def check(
     backend: str,
     *,
     dtype: torch.dtype | None = None,
-    scale: dict[str, float] | None = None,
+    scale: Mapping[str, float] | None = None,
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     **kwargs: object,
 ) -> None:
     """The promise, for op(*inputs, backend=..., **kwargs). dtype: the row of FLOORS; None: the first input's."""
+
+    def answers(draw: list[Tensor]) -> Sequence[Sequence[Tensor]]:
+        truth = evaluate(op, draw, "eager", torch.float64, **kwargs)
+        with context():
+            return *(evaluate(op, draw, each, **kwargs) for each in (backend, "eager")), truth
+
     tensors = list(inputs.values())
-    truth = evaluate(op, tensors, "eager", torch.float64, **kwargs)
-    with context():
-        eager = evaluate(op, tensors, "eager", **kwargs)
-        got = evaluate(op, tensors, backend, **kwargs)
-    for name, ours, theirs, exact in zip(["output", *inputs], got, eager, truth, strict=True):
-        assert_accurate(name, ours, theirs, exact, dtype or tensors[0].dtype, (scale or {}).get(name, 0.0))
+    assert_promise(["output", *inputs], answers, tensors, dtype or tensors[0].dtype, scale)
 
 
 @contextlib.contextmanager

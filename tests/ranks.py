@@ -2,6 +2,7 @@
 
 import datetime
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sslops import _C
+
 PATIENCE = 60  # seconds; a rank that takes longer hangs
 
 
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
+    if isa := os.environ.get("SSLOPS_TEST_ISA"):  # as conftest.py
+        _C.set_isa(isa)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=PATIENCE)
     )

@@ -71,10 +71,9 @@ def evaluate(rank: int, world: int, op, inputs: list[Tensor], options: dict) -> 
     return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(out))]
 
 
-def check(ranks: Ranks, op, inputs: list[Tensor], backend: str, truth_of=None, **options) -> None:
-    """The accuracy promise for what all ranks have, averaged as DDP does, against one process with the whole batch."""
-    answers = ranks(evaluate, op, inputs, options | {"backend": backend})
-    values, *gradients = zip(*answers, strict=True)
+def of_all_ranks(ranks: Ranks, op, inputs: list[Tensor], options: dict) -> list[Tensor]:
+    """Value and gradients of the whole batch, averaged as DDP does"""
+    values, *gradients = zip(*ranks(evaluate, op, inputs, options), strict=True)
     if options.get("reduction") == "none":
         parts = len(values[0]) * ranks.world // len(inputs[0])
         got = [torch.cat([torch.cat([v.chunk(parts)[part] for v in values]) for part in range(parts)])]
@@ -84,11 +83,18 @@ def check(ranks: Ranks, op, inputs: list[Tensor], backend: str, truth_of=None, *
     world = 1 if options.get("reduction") == "none" else ranks.world
     for x, shards in zip(inputs, gradients, strict=True):
         got.append((torch.cat(shards) if x.dim() else torch.stack(shards).sum()) / world)
-    truth_of = truth_of or op
-    truth = oracle.evaluate(truth_of, inputs, "eager", torch.float64, **options)
-    eager = oracle.evaluate(truth_of, inputs, "eager", **options)
-    for name, *values in zip(["output", "first", "second", "temperature"], got, eager, truth, strict=False):
-        oracle.assert_accurate(name, *values, inputs[0].dtype)
+    return got
+
+
+def check(ranks: Ranks, op, inputs: list[Tensor], backend: str, truth_of=None, **options) -> None:
+    """The accuracy promise for what all ranks have, against one process with the whole batch."""
+
+    def answers(draw: list[Tensor]):
+        whole = (oracle.evaluate(truth_of or op, draw, "eager", dtype, **options) for dtype in (None, torch.float64))
+        return of_all_ranks(ranks, op, draw, options | {"backend": backend}), *whole
+
+    names = ["output", "first", "second", "temperature"][: len(inputs) + 1]
+    oracle.assert_promise(names, answers, inputs, inputs[0].dtype)
 
 
 @each_backend

@@ -51,8 +51,7 @@ def check(inputs, backend, kind, op=losses, **kwargs):
 @pytest.mark.parametrize(
     ("b", "k", "d", "temperature"),
     [(2, 5, 3, 0.5), (5, 33, 33, 0.1)]  # too few rows for eager's error to be typical at a lower temperature
-    + [(67, 300, 33, t) for t in (1.0, 0.1, 0.02)]
-    + [(b, k, d, t) for b, k, d in [(256, 1024, 128), (301, 2500, 40)] for t in (1.0, 0.1, 0.02, 0.005)],
+    + [(b, k, d, t) for b, k, d in [(67, 300, 33), (256, 1024, 128), (301, 2500, 40)] for t in (1.0, 0.1, 0.02, 0.005)],
 )
 def test_accuracy(device, backend, kind, dtype, b, k, d, temperature):
     with oracle.poisoned_memory():
@@ -208,8 +207,7 @@ def test_one_row_opposite_all_others(device, backend, kind, temperature):
 @each_target
 @pytest.mark.parametrize("temperature", [1e10, 1e30])
 def test_high_temperatures(device, backend, temperature):
-    inputs = pairs(30, 8, 20, device=device)
-    oracle.check(losses, inputs, backend, temperature=temperature, scale=dict.fromkeys(inputs, 1.0))
+    oracle.check(losses, pairs(30, 8, 20, device=device), backend, temperature=temperature)
 
 
 @each_target

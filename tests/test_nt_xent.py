@@ -52,7 +52,7 @@ def test_accuracy(device, backend, dtype, n, d, temperature):
 def test_one_dimension(device, backend):
     """Rows are +1 or -1 and the normalisation leaves no gradient, only terms of size 1 / tau that cancel."""
     inputs = views(30, 1, device=device)
-    scale = {name: float(2 / 0.1 / x.abs().min()) for name, x in inputs.items()}
+    scale = {name: float((2 / 0.1 / x).square().mean().sqrt()) for name, x in inputs.items()}
     oracle.check(losses, inputs, backend, scale=scale, temperature=0.1)
 
 
@@ -153,7 +153,7 @@ def test_one_row_opposite_all_others(device, backend, temperature):
 @each_target
 @pytest.mark.parametrize("temperature", [1e10, 1e30])
 def test_high_temperatures(device, backend, temperature):
-    oracle.check(losses, views(30, 8, device=device), backend, temperature=temperature, scale={"z0": 1.0, "z1": 1.0})
+    oracle.check(losses, views(30, 8, device=device), backend, temperature=temperature)
 
 
 @each_target
