@@ -16,8 +16,8 @@ import pytest
 from sslops import _C
 
 ROOT = Path(__file__).parents[1]
-# All loops of an object together. Not 0: some of these instructions are done once per row, or for the last few elements.
-BOUND = 40
+# All loops of an object together. Not 0: some of these are done once per row, or for the last few elements.
+BOUND = 15
 SCALAR = re.compile(r"v?(u?comis[sd]|cmp\w*s[sd]|cvt\w*2s[sd]|cvtt?s[sd]2\w+|(min|max)s[sd])")
 INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\t(\S+)(?: +(?:([0-9a-f]+) <)?)?", re.MULTILINE)
 

@@ -12,12 +12,31 @@ namespace {
 constexpr int kBlock = kGroup * kBlocks;    // elements that get their noise at a time
 constexpr int64_t kThreadElements = 32768;  // below it, a second thread costs more than it brings
 
-template <DType kDType>
-SSLOPS_INLINE F load_from(const void* base, int64_t i, int lanes) {
-  if constexpr (kDType != DType::f64) return load_as_float(base, kDType, i, lanes);
+// A target's own precision, in which its average is taken.
+template <DType>
+struct Wide {
+  typedef F Vector;
+  typedef float Scalar;
+};
+template <>
+struct Wide<DType::f64> {
+  typedef D Vector;
+  typedef double Scalar;
+};
+
+template <typename V, DType kDType>
+SSLOPS_INLINE V load_from(const void* base, int64_t i, int lanes) {
+  if constexpr (kDType != DType::f64) return __builtin_convertvector(load_as_float(base, kDType, i, lanes), V);
   D v{};
   std::memcpy(&v, static_cast<const double*>(base) + i, lanes * sizeof(double));
-  return __builtin_convertvector(v, F);
+  return __builtin_convertvector(v, V);
+}
+
+SSLOPS_INLINE void store_to(void* base, DType dtype, int64_t i, int lanes, F v) {
+  store_from_float(base, dtype, i, lanes, v);
+}
+SSLOPS_INLINE void store_to(void* base, DType, int64_t i, int lanes, D v) {
+  std::memcpy(static_cast<double*>(base) + i, &v, lanes * sizeof(double));
 }
 
 // Which end the step starts from, as apply in common/ema_update.h has it; a step of 0 is a copy.
@@ -37,26 +56,33 @@ SSLOPS_INLINE H round_stochastically(DType dtype, F v, U r) {
 }
 
 template <Step kStep, DType kTarget, DType kSource>
-void update_float(const Row& row, int64_t begin, int64_t end, float by, const uint64_t* seed) {
-  const F weight = splat(by);
-  const int64_t block = row.shadow || seed ? kBlock : end - begin;
+void update_row(const Row& row, int64_t begin, int64_t end, double by, const uint64_t* seed) {
+  constexpr bool kHalf = kTarget == DType::bf16 || kTarget == DType::f16;
+  typedef typename Wide<kTarget>::Vector V;
+  const V weight = V{} + static_cast<typename Wide<kTarget>::Scalar>(by);
+  const bool random = kHalf && seed;
+  const int64_t block = row.shadow || random ? kBlock : end - begin;
   for (int64_t i = begin; i < end; i += block) {
     const int64_t n = std::min<int64_t>(block, end - i);
-    uint32_t random[kBlock / 2];  // 16 bits for each element
-    if (kTarget != DType::f32 && seed)
-      draw_blocks(*seed, (row.first_chunk * kChunk + i) / kGroup, RandomStream::ema_update, random);
+    uint32_t noise[kBlock / 2];  // 16 bits for each element
+    if (random) draw_blocks(*seed, (row.first_chunk * kChunk + i) / kGroup, RandomStream::ema_update, noise);
     for_each_vector(n, [&](int64_t j, int lanes) {
-      F v = load_from<kSource>(row.source, i + j, lanes);
+      V v = load_from<V, kSource>(row.source, i + j, lanes);
       if (kStep != Step::copy) {
-        const F target = load_from<kTarget>(row.target, i + j, lanes);
+        const V target = load_from<V, kTarget>(row.target, i + j, lanes);
         v = kStep == Step::from_source ? sslops::fused(weight, target - v, v)
                                        : sslops::fused(weight, v - target, target);
       }
-      if (kTarget == DType::f32 || !seed) return store_from_float(row.target, kTarget, i + j, lanes, v);
-      H r;
-      std::memcpy(&r, reinterpret_cast<const uint16_t*>(random) + j, sizeof r);
-      const H rounded = round_stochastically(kTarget, v, widen(r));
-      std::memcpy(static_cast<uint16_t*>(row.target) + i + j, &rounded, lanes * sizeof(uint16_t));
+      if constexpr (kHalf) {
+        if (random) {
+          H r;
+          std::memcpy(&r, reinterpret_cast<const uint16_t*>(noise) + j, sizeof r);
+          const H rounded = round_stochastically(kTarget, v, widen(r));
+          std::memcpy(static_cast<uint16_t*>(row.target) + i + j, &rounded, lanes * sizeof(uint16_t));
+          return;
+        }
+      }
+      store_to(row.target, kTarget, i + j, lanes, v);
     });
     if (kTarget == DType::f32 && row.shadow)
       for_each_vector(n, [&](int64_t j, int lanes) {
@@ -67,53 +93,32 @@ void update_float(const Row& row, int64_t begin, int64_t end, float by, const ui
 }
 
 template <Step kStep, DType kTarget>
-auto float_update(DType source) {
-  return source == DType::f32    ? update_float<kStep, kTarget, DType::f32>
-         : source == DType::bf16 ? update_float<kStep, kTarget, DType::bf16>
-         : source == DType::f16  ? update_float<kStep, kTarget, DType::f16>
-                                 : update_float<kStep, kTarget, DType::f64>;
+auto row_update(DType source) {
+  return source == DType::f32    ? update_row<kStep, kTarget, DType::f32>
+         : source == DType::bf16 ? update_row<kStep, kTarget, DType::bf16>
+         : source == DType::f16  ? update_row<kStep, kTarget, DType::f16>
+                                 : update_row<kStep, kTarget, DType::f64>;
 }
 
 template <Step kStep>
-auto float_update(DType target, DType source) {
-  return target == DType::f32    ? float_update<kStep, DType::f32>(source)
-         : target == DType::bf16 ? float_update<kStep, DType::bf16>(source)
-                                 : float_update<kStep, DType::f16>(source);
+auto row_update(DType target, DType source) {
+  return target == DType::f32    ? row_update<kStep, DType::f32>(source)
+         : target == DType::bf16 ? row_update<kStep, DType::bf16>(source)
+         : target == DType::f16  ? row_update<kStep, DType::f16>(source)
+                                 : row_update<kStep, DType::f64>(source);
 }
 
-void update_float(Row row, int64_t begin, int64_t end, Blend<float> b, const uint64_t* seed) {
-  if (b.weight == 0.f && !b.from_source) row.source = row.target, row.source_dtype = row.target_dtype;
-  const auto run = b.weight == 0.f ? float_update<Step::copy>
-                   : b.from_source ? float_update<Step::from_source>
-                                   : float_update<Step::from_target>;
+void update_row(Row row, int64_t begin, int64_t end, Blend<double> b, const uint64_t* seed) {
+  const bool copy = row.target_dtype == DType::f64 ? b.weight == 0. : static_cast<float>(b.weight) == 0.f;
+  if (copy && !b.from_source) row.source = row.target, row.source_dtype = row.target_dtype;
+  const auto run = copy            ? row_update<Step::copy>
+                   : b.from_source ? row_update<Step::from_source>
+                                   : row_update<Step::from_target>;
   run(row.target_dtype, row.source_dtype)(row, begin, end, b.weight, seed);
 }
 
-// The fused multiply-add is written out: whether it is one must not depend on the compiler.
-template <typename Source>
-void update_double(double* __restrict target, const Source* __restrict source, int64_t n, Blend<double> b) {
-  for (int64_t k = 0; k < n; ++k) target[k] = apply(b, target[k], static_cast<double>(source[k]));
-}
-
-void update_double(const Row& row, int64_t begin, int64_t end, Blend<double> b) {
-  double* const target = static_cast<double*>(row.target);
-  if (row.source_dtype == DType::f64)
-    return update_double(target + begin, static_cast<const double*>(row.source) + begin, end - begin, b);
-  if (row.source_dtype == DType::f32)
-    return update_double(target + begin, static_cast<const float*>(row.source) + begin, end - begin, b);
-  float wider[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min<int64_t>(kBlock, end - i);
-    for_each_vector(n, [&](int64_t j, int lanes) {
-      store_lanes(wider + j, lanes, load_as_float(row.source, row.source_dtype, i + j, lanes));
-    });
-    update_double(target + i, wider, n, b);
-  }
-}
-
 void update(const Work& work, double momentum, const uint64_t* seed) {
-  const Blend<float> b = blend<float>(momentum);
-  const Blend<double> b64 = blend<double>(momentum);
+  const Blend<double> b = blend<double>(momentum);
   const int64_t grain = std::max<int64_t>(1, kThreadElements * work.chunks / std::max<int64_t>(1, work.elements));
   parallel_for(work.chunks, grain, [&](int64_t first, int64_t last) {
     auto row = std::upper_bound(work.rows.begin(), work.rows.end(), first,
@@ -125,10 +130,8 @@ void update(const Work& work, double momentum, const uint64_t* seed) {
       if (row->copied)
         std::copy_n(static_cast<const char*>(row->source) + begin, end - begin,
                     static_cast<char*>(row->target) + begin);
-      else if (row->target_dtype == DType::f64)
-        update_double(*row, begin, end, b64);
       else
-        update_float(*row, begin, end, b, seed);
+        update_row(*row, begin, end, b, seed);
     }
   });
 }

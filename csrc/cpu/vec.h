@@ -106,6 +106,27 @@ SSLOPS_INLINE F fused(F a, F b, F c) {
 #endif
 }
 
+SSLOPS_INLINE D fused(D a, D b, D c) {
+  typedef double Half __attribute__((vector_size(4 * kLanes)));
+  Half x[2], y[2], z[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  std::memcpy(z, &c, sizeof c);
+  for (int k = 0; k < 2; ++k) {
+#if defined(__AVX512F__)
+    z[k] = (Half)_mm512_fmadd_pd((__m512d)x[k], (__m512d)y[k], (__m512d)z[k]);
+#elif defined(__FMA__)
+    z[k] = (Half)_mm256_fmadd_pd((__m256d)x[k], (__m256d)y[k], (__m256d)z[k]);
+#elif defined(__ARM_NEON)
+    z[k] = (Half)vfmaq_f64((float64x2_t)z[k], (float64x2_t)x[k], (float64x2_t)y[k]);
+#else
+    for (int lane = 0; lane < kLanes / 2; ++lane) z[k][lane] = __builtin_fma(x[k][lane], y[k][lane], z[k][lane]);
+#endif
+  }
+  std::memcpy(&c, z, sizeof c);
+  return c;
+}
+
 // f(j, n): n = kLanes lanes from column j, then the remainder. Lambdas see n as a constant in the main loop.
 template <typename Fn>
 SSLOPS_INLINE void for_each_vector(int64_t cols, Fn&& f) {
