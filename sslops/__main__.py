@@ -1,6 +1,7 @@
 """`python -m sslops`: what is installed, and which backend each op takes on this machine, or why it does not."""
 
 import importlib.util
+import signal
 import sys
 
 import torch
@@ -49,15 +50,33 @@ def main() -> None:
     if torch.cuda.is_available():
         devices.append(torch.device("cuda", torch.cuda.current_device()))
     for device in devices:
-        print(f"\nfloat32 on {device}")
-        for op in ops():
-            taken, trouble = choice(op, device, torch.float32)
-            if trouble:
-                print(f"  {trouble}")
-            for backend in BACKENDS:
-                state = "taken" if backend == taken else refusal(backend, op, device, torch.float32) or "available"
-                print(f"  {op:<20}{backend:<8}{state}")
+        print("\n" + _table(device))
+
+
+def _table(device: torch.device) -> str:
+    """Ops by backends: the one taken in brackets, "-" where there is no kernel, numbers for the other reasons"""
+    rows, reasons, troubles = [["", *BACKENDS]], [], set()
+    for op in ops():
+        taken, trouble = choice(op, device, torch.float32)
+        troubles |= {trouble} - {""}
+        cells = []
+        for backend in BACKENDS:
+            reason = refusal(backend, op, device, torch.float32)
+            if reason is None:
+                cells.append("[yes]" if backend == taken else "yes")
+            elif reason.startswith(f"{op} has no "):
+                cells.append("-")
+            else:
+                if reason not in reasons:
+                    reasons.append(reason)
+                cells.append(str(reasons.index(reason) + 1))
+        rows.append([op, *cells])
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    lines = [f"float32 on {device}; in brackets: taken unless backend= asks for another", *sorted(troubles)]
+    lines += ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *(f"{number}: {reason}" for number, reason in enumerate(reasons, 1))])
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python -m sslops | head`
     main()
