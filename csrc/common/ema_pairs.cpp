@@ -44,6 +44,14 @@ bool contiguous(const Tensor& x) {
   return true;
 }
 
+// Of complex tensors the dtype of the parts, which are averaged one by one.
+Tensor read_parts(uintptr_t impl) {
+  Tensor x = read_tensor(impl);
+  if (x.complex) x.dtype = x.item_size == 8 ? DType::f32 : DType::f64;
+  x.floating = x.floating || x.complex;
+  return x;
+}
+
 Entry entry(const Tensor& x, int list, int64_t index) {
   int64_t last = 0;  // of the offsets, so far
   bool distinct = true;
@@ -115,7 +123,7 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
     const auto& impls = list == kTargets ? targets : list == kSources ? sources : shadows;
     lists[list].reserve(impls.size());
     for (uintptr_t impl : impls) {
-      const Tensor& x = lists[list].emplace_back(read_tensor(impl));
+      const Tensor& x = lists[list].emplace_back(read_parts(impl));
       layout.insert(layout.end(), {reinterpret_cast<int64_t>(x.data), x.torch_dtype, x.device_type, x.device_index,
                                    x.dim, x.strides != nullptr});
       layout.insert(layout.end(), x.sizes, x.sizes + x.dim);
@@ -131,15 +139,15 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
   entries.reserve(used * count);
   for (int64_t k = 0; k < count; ++k)
     for (int list = 0; list < used; ++list) {
-      const Tensor& x = lists[list][k];
+      const Tensor &x = lists[list][k], &target = lists[kTargets][k];
       if (!x.strides) return {"memory", list, k};
-      if (copied && x.torch_dtype != lists[kTargets][k].torch_dtype && !(x.floating && lists[kTargets][k].floating))
-        return {"other dtype", list, k};
       if (!copied && !x.floating) return {"dtype", list, k};
-      if (!same_sizes(x, lists[kTargets][k])) return {"shape", list, k};
+      if (x.torch_dtype != target.torch_dtype && !(x.floating && target.floating && x.complex == target.complex))
+        return {"other dtype", list, k};
+      if (!same_sizes(x, target)) return {"shape", list, k};
       if (!same_device(x, lists[kTargets][0])) return {"device", list, k};
       if (x.numel && !x.data) return {"memory", list, k};
-      if (list == kShadows && lists[kTargets][k].dtype != DType::f32) return {"shadowed", kTargets, k};
+      if (list == kShadows && (target.dtype != DType::f32 || target.complex)) return {"shadowed", kTargets, k};
       if (list == kShadows && x.item_size != 2) return {"shadow", list, k};
       if (x.numel == 0) continue;
       entries.push_back(entry(x, list, k));
@@ -169,20 +177,18 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
   auto found = std::make_shared<Work>();
   updated.clear();
   strided.clear();
-  single.clear();
+  lazy.clear();
   for (size_t at = 0; at < entries.size(); at += used) {
     const Entry& target = entries[at];
     const int64_t k = target.index;
     const Tensor &t = target.x, &s = lists[kSources][k];
     if (repeated[k]) continue;
     updated.push_back(k);
-    if (t.numel == 1) single.push_back(k);
+    if (t.numel == 1 || t.complex) lazy.push_back(k);
     bool flat = target.dense() && same_order(t, s);
     Row row{t.data, s.data, nullptr, t.numel, found->chunks, t.dtype, s.dtype, DType::f32, false};
-    if (copied && t.torch_dtype == s.torch_dtype) {
-      row.copied = true;
-      row.numel *= t.item_size;
-    }
+    row.copied = copied && t.torch_dtype == s.torch_dtype;
+    row.numel *= row.copied ? t.item_size : t.complex ? 2 : 1;
     if (used == 3) {
       const Tensor& shadow = lists[kShadows][k];
       flat = flat && same_order(t, shadow);

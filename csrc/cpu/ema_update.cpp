@@ -36,6 +36,14 @@ SSLOPS_INLINE H round_stochastically(DType dtype, F v, U r) {
   return narrow(pick(finite, rounded, special) | (bits >> 16 & 0x8000u));
 }
 
+// The vectors of apply. The selects are of bits: NaN and infinities alone have no difference.
+SSLOPS_INLINE F step(F weight, F near, F far) {
+  const F difference = far - near;
+  const I none = ((I)difference & 0x7fffffff) >= 0x7f800000;
+  const F share = select(none, splat(1.f) - weight, splat(1.f));
+  return sslops::fused(weight, select(none, far, difference), share * near);
+}
+
 template <Step kStep, DType kTarget, DType kSource>
 void update_float(const Row& row, int64_t begin, int64_t end, float by, const uint64_t* seed) {
   const F weight = splat(by);
@@ -49,8 +57,7 @@ void update_float(const Row& row, int64_t begin, int64_t end, float by, const ui
       F v = load_from<kSource>(row.source, i + j, lanes);
       if (kStep != Step::copy) {
         const F target = load_from<kTarget>(row.target, i + j, lanes);
-        v = kStep == Step::from_source ? sslops::fused(weight, target - v, v)
-                                       : sslops::fused(weight, v - target, target);
+        v = kStep == Step::from_source ? step(weight, v, target) : step(weight, target, v);
       }
       if (kTarget == DType::f32 || !seed) return store_from_float(row.target, kTarget, i + j, lanes, v);
       H r;
@@ -82,7 +89,10 @@ auto float_update(DType target, DType source) {
 }
 
 void update_float(Row row, int64_t begin, int64_t end, Blend<float> b, const uint64_t* seed) {
-  if (b.weight == 0.f && !b.from_source) row.source = row.target, row.source_dtype = row.target_dtype;
+  if (keeps_target(b)) {
+    if (!row.shadow) return;
+    row.source = row.target, row.source_dtype = row.target_dtype;
+  }
   const auto run = b.weight == 0.f ? float_update<Step::copy>
                    : b.from_source ? float_update<Step::from_source>
                                    : float_update<Step::from_target>;
@@ -96,6 +106,7 @@ void update_double(double* __restrict target, const Source* __restrict source, i
 }
 
 void update_double(const Row& row, int64_t begin, int64_t end, Blend<double> b) {
+  if (keeps_target(b)) return;
   double* const target = static_cast<double*>(row.target);
   if (row.source_dtype == DType::f64)
     return update_double(target + begin, static_cast<const double*>(row.source) + begin, end - begin, b);
