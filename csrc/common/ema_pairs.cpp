@@ -117,17 +117,20 @@ bool same_memory(const Tensor& a, const Tensor& b) {
 Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,
                     const std::vector<uintptr_t>& shadows, bool copied) {
   std::vector<Tensor> lists[3];
-  std::vector<int64_t> layout{static_cast<int64_t>(targets.size()), static_cast<int64_t>(shadows.size())};
-  layout.reserve(layout_.size());
+  std::vector<int64_t>& layout = now_;  // its memory is kept
+  layout.clear();
+  layout.push_back(targets.size());
+  layout.push_back(shadows.size());
   for (int list : {kTargets, kSources, kShadows}) {
     const auto& impls = list == kTargets ? targets : list == kSources ? sources : shadows;
     lists[list].reserve(impls.size());
     for (uintptr_t impl : impls) {
       const Tensor& x = lists[list].emplace_back(read_parts(impl));
-      layout.insert(layout.end(), {reinterpret_cast<int64_t>(x.data), x.torch_dtype, x.device_type, x.device_index,
-                                   x.dim, x.strides != nullptr});
-      layout.insert(layout.end(), x.sizes, x.sizes + x.dim);
-      if (x.strides) layout.insert(layout.end(), x.strides, x.strides + x.dim);
+      const int64_t kind = static_cast<int64_t>(x.torch_dtype) << 32 | x.device_type << 16 | (x.device_index & 0xffff);
+      for (int64_t value : {reinterpret_cast<int64_t>(x.data), kind, x.dim, int64_t{x.strides != nullptr}})
+        layout.push_back(value);
+      for (int64_t d = 0; d < x.dim; ++d) layout.push_back(x.sizes[d]);
+      for (int64_t d = 0; d < x.dim && x.strides; ++d) layout.push_back(x.strides[d]);
     }
   }
   if (layout == layout_) return {};
@@ -204,7 +207,7 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
     found->elements += row.numel;
   }
   work = std::move(found);
-  layout_ = std::move(layout);
+  layout_.swap(now_);
   return {};
 }
 

@@ -45,7 +45,7 @@ class Pairs {
   std::vector<int64_t> lazy;
 
  private:
-  std::vector<int64_t> layout_;
+  std::vector<int64_t> layout_, now_;
 };
 
 }  // namespace sslops::ema_update

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from .. import _C, _check
 from .._library_old import _LIBRARY
@@ -121,11 +121,15 @@ class Pairs:
         if changed := bool(self._problem[0]) or self._work is not before:
             lazy = (k for k in self._native.lazy if any(x[k].is_neg() or x[k].is_conj() for x in self._lists if x))
             self._by_copy = {*self._native.strided, *lazy}
-            for name, tensors in zip(_LISTS, self._lists, strict=True):  # empty ones, for all that can be read of them
-                if UninitializedParameter in map(type, tensors):
-                    k = list(map(type, tensors)).index(UninitializedParameter)
-                    _check.bad_value(self._op, f"{name}[{k}]", "a tensor that has its shape", "UninitializedParameter")
+            if len(self._native.updated) < len(self._lists[0]):  # empty ones, or the same twice
+                self._refuse_lazy()
         return changed
+
+    def _refuse_lazy(self) -> None:
+        for name, tensors in zip(_LISTS, self._lists, strict=True):
+            for k, x in enumerate(tensors):
+                if is_lazy(x):
+                    _check.bad_value(self._op, f"{name}[{k}]", "a tensor that has its shape", type(x).__name__)
 
     def check(self) -> None:
         """Raises for tensors, as they were read, that cannot be updated."""
@@ -165,7 +169,7 @@ class Pairs:
             self._update_copies(momentum, seed, chosen)
             return
         kernel(chosen, "ema_update").forward(self._work, targets[0].device, momentum, seed, self._memory)
-        torch.autograd.graph.increment_version([*targets, *shadows])
+        torch.autograd.graph.increment_version([*targets, *shadows] if shadows else targets)
 
     def _update_copies(self, momentum: float | Tensor, seed: int | Tensor | None, backend: str) -> None:
         """With contiguous copies in the places of those: a tensor's place decides on its random numbers."""
@@ -315,14 +319,16 @@ def ema_update_(
     Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722, Eq. 2.
     """
     targets, sources, shadows = (
-        _listed(name, xs) for name, xs in zip(_LISTS, (targets, sources, () if shadows is None else shadows), strict=True)
+        _listed(name, xs)
+        for name, xs in zip(_LISTS, (targets, sources, () if shadows is None else shadows), strict=True)
     )
     if targets and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
         backend = resolve("ema_update", targets[0].device, targets[0].dtype, backend)
         with torch.no_grad():
             torch.ops.sslops.ema_update_(
                 targets, sources, shadows,
-                momentum if isinstance(momentum, Tensor) else None, 0.0 if isinstance(momentum, Tensor) else float(momentum),
+                momentum if isinstance(momentum, Tensor) else None,
+                0.0 if isinstance(momentum, Tensor) else float(momentum),
                 seed if isinstance(seed, Tensor) else None, None if isinstance(seed, Tensor) else seed, backend,
             )  # fmt: skip
         return
