@@ -44,5 +44,6 @@ def _is_there(x: Tensor) -> bool:
 
 def moved(module: nn.Module) -> nn.Module:
     for x in [*module.parameters(), *module.buffers()]:
+        x.data = x.data.clone()  # other memory, as a move gives
         x.is_elsewhere = True
     return module

@@ -555,14 +555,18 @@ def test_ema_of_a_model(buffers: str, backend: str) -> None:
     assert ema.steps == 4
 
 
-def test_ema_is_timms() -> None:
+def imported_timm():
     try:  # torchvision from PyPI, which timm imports, wants its operators in a CPU build of torch, too
         torchvision = torch.library.Library("torchvision", "DEF")
         for op in ("nms", "qnms"):
             torchvision.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     except RuntimeError:
         pass  # it has them
-    timm = pytest.importorskip("timm.utils.model_ema")
+    return pytest.importorskip("timm.utils.model_ema")
+
+
+def test_ema_is_timms() -> None:
+    timm = imported_timm()
     target, online = (module.body for module in pair())  # shared parameters it would move twice a step
     theirs = timm.ModelEmaV3(target, decay=0.99)
     ours = EMA(target, online, 0.99)
