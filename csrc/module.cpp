@@ -462,7 +462,7 @@ void bind_ema_update(py::module_& m) {
       .def_readonly("work", &Pairs::work)
       .def_readonly("updated", &Pairs::updated)
       .def_readonly("strided", &Pairs::strided)
-      .def_readonly("single", &Pairs::single);
+      .def_readonly("lazy", &Pairs::lazy);
   m.def("ema_update", [](std::shared_ptr<Work> work, double momentum, std::optional<uint64_t> seed) {
     const py::gil_scoped_release others_may_run;
     table().update(*work, momentum, seed ? &*seed : nullptr);

@@ -3,7 +3,7 @@
 from . import nn
 from .backend import explain
 from .compat import patch_lightly, patch_solo
-from .ema import EMA, cosine_momentum
+from .ema import EMA, cosine_momentum, ema_avg_fn
 from .masking import random_masking
 from .ops.barlow_twins import barlow_twins
 from .ops.cross_correlation import cross_correlation
@@ -27,6 +27,7 @@ __all__ = [
     "barlow_twins",
     "cosine_momentum",
     "cross_correlation",
+    "ema_avg_fn",
     "ema_update_",
     "explain",
     "gather_patches",

@@ -14,8 +14,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class NegativeQueue(nn.Module):
     """The last `size` keys, a ring that is written in place: negatives for `info_nce`.
 
-    It starts with random unit rows, as MoCo's does. Nothing in it waits for the device: the pointer is a tensor, so a
-    step that enqueues can be captured in a CUDA graph. All of it is in the state_dict, which resumes exactly.
+    It starts with random unit rows, as MoCo's does; `valid` tells them from keys. Nothing in it waits for the device:
+    the pointer is a tensor, so a step that enqueues can be captured in a CUDA graph. All of it is in the state_dict,
+    which resumes exactly.
 
     The order is the caller's. In MoCo a batch is no negative of itself, so it is enqueued after its loss::
 
@@ -35,7 +36,7 @@ class NegativeQueue(nn.Module):
 
     Attributes:
         negatives: [K, D], unit rows, normalised once, when they are enqueued.
-        ids: [K] int64, those given to enqueue(); -1 where none were.
+        ids, labels: [K] int64, those given to enqueue(); -1 where none were.
         pointer: 0-d int64, the row that is written next.
         filled: 0-d int64, how many rows hold keys.
 
@@ -44,6 +45,7 @@ class NegativeQueue(nn.Module):
 
     negatives: Tensor
     ids: Tensor
+    labels: Tensor
     pointer: Tensor
     filled: Tensor
 
@@ -55,46 +57,67 @@ class NegativeQueue(nn.Module):
         if dtype not in DTYPES:
             _check.bad_type("NegativeQueue", "dtype", "float32, float16 or bfloat16", dtype)
         self.register_buffer("negatives", F.normalize(torch.randn(size, dim, dtype=torch.float32)).to(dtype))
-        self.register_buffer("ids", torch.full((size,), -1))
+        for name in ("ids", "labels"):
+            self.register_buffer(name, torch.full((size,), -1))
         for name in ("pointer", "filled"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
+    @property
+    def valid(self) -> Tensor:
+        """[K] bool, which rows hold keys: all, after the first wrap. A mask on the device: nothing waits for it."""
+        return torch.arange(len(self.negatives), device=self.negatives.device) < self.filled
+
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, *, ids: Tensor | None = None, group: distributed.Group = None) -> None:
-        """Puts the keys in the place of the oldest rows.
+    def enqueue(
+        self,
+        keys: Tensor,
+        *,
+        ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        group: distributed.Group = None,
+    ) -> None:
+        """Puts the keys in the place of the oldest rows. Of more than K the last K stay, as if they came one by one.
 
         Args:
-            keys: [N, D] with N at most K, floating-point of any precision, on the queue's device.
-            ids: [N] int64, not negative, what `info_nce` knows the keys by.
-            group: None, or "world" or a ProcessGroup: the keys of all its W ranks are enqueued, N on each and at most K
-                in all, in the order of the ranks, so that queues that were equal stay so.
+            keys: [N, D], floating-point of any precision, on the queue's device.
+            ids: [N] int64, what `info_nce` knows the keys by; not negative, which is looked at on the CPU only
+                and not in a compiled step.
+            labels: [N] int64, classes, say: kept beside the keys; likewise.
+            group: None, or "world" or a ProcessGroup: the keys of all its W ranks are enqueued, N on each, in the order
+                of the ranks, so that queues that were equal stay so.
 
         Raises:
-            TypeError, ValueError: arguments of the wrong type, shape or device; torch.distributed not initialised;
-                other shapes on other ranks (see `info_nce`). The queue is as it was.
+            TypeError, ValueError: arguments of the wrong type, shape, device or value; torch.distributed not
+                initialised; other shapes on other ranks (see `info_nce`). The queue is as it was.
         """
         size, dim = self.negatives.shape
         op = "NegativeQueue.enqueue"
         group = distributed.name(op, group)
-        ranks = distributed.size(group)
         _check.floats(op, "[N, D]", keys=keys)
-        if keys.shape[1] != dim or len(keys) * ranks > size:
-            _check.bad_value(op, "keys", f"shape [N, {dim}], N at most {size // ranks}", list(keys.shape))
+        if keys.shape[1] != dim:
+            _check.bad_value(op, "keys", f"shape [N, {dim}]", list(keys.shape))
         _check.same_device(op, "the queue", self.negatives, keys=keys)
-        if ids is not None:
-            _check.ids(op, "[N]", ids=ids)
-            _check.same_device(op, "the queue", self.negatives, ids=ids)
-            if len(ids) != len(keys):
-                _check.bad_value(op, "ids", f"shape [{len(keys)}]", list(ids.shape))
+        beside = {"ids": ids, "labels": labels}
+        for name, x in beside.items():
+            if x is not None:
+                _check.ids(op, "[N]", **{name: x})
+                _check.same_device(op, "the queue", self.negatives, **{name: x})
+                if len(x) != len(keys):
+                    _check.bad_value(op, name, f"shape [{len(keys)}]", list(x.shape))
+                if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((x < 0).any()):
+                    _check.bad_value(op, name, "no negative numbers (-1 stands for none)", int(x.min()))
         if group:
             keys = torch.ops.sslops.all_gather(keys, group, 0, op)
-            ids = distributed.gathered_ids(op, group, ids)
-        rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
+            beside = {name: distributed.gathered_ids(op, group, x) for name, x in beside.items()}
+        n = len(keys)
+        first = max(n - size, 0)  # what would be written over at once
+        rows = (self.pointer + torch.arange(first, n, device=keys.device)) % size
         wide = torch.promote_types(keys.dtype, torch.float32)
-        self.negatives.index_copy_(0, rows, F.normalize(keys.to(wide)).to(self.negatives.dtype))
-        self.ids.index_copy_(0, rows, torch.full_like(rows, -1) if ids is None else ids)
-        self.pointer.add_(len(keys)).remainder_(size)
-        self.filled.add_(len(keys)).clamp_(max=size)
+        self.negatives.index_copy_(0, rows, F.normalize(keys[first:].to(wide)).to(self.negatives.dtype))
+        for name, x in beside.items():
+            getattr(self, name).index_copy_(0, rows, torch.full_like(rows, -1) if x is None else x[first:])
+        self.pointer.add_(n).remainder_(size)
+        self.filled.add_(n).clamp_(max=size)
 
     @classmethod
     def from_moco(cls, queue: Tensor, queue_ptr: Tensor) -> "NegativeQueue":
@@ -111,8 +134,10 @@ class NegativeQueue(nn.Module):
         """From the buffers of lightly's MemoryBankModule: bank [K, D], bank_ptr [1]. All rows count as filled."""
         _check.floats("NegativeQueue.from_lightly", "[K, D]", bank=bank)
         _check.ids("NegativeQueue.from_lightly", "[1]", bank_ptr=bank_ptr)
-        with torch.no_grad():
-            made = cls(bank.shape[0], bank.shape[1], bank.dtype).to(bank.device)
+        if len(bank_ptr) != 1:
+            _check.bad_value("NegativeQueue.from_lightly", "bank_ptr", "shape [1]", list(bank_ptr.shape))
+        with torch.no_grad(), bank.device:
+            made = cls(bank.shape[0], bank.shape[1], bank.dtype)
             made.negatives.copy_(bank)
             made.pointer.copy_(bank_ptr.reshape(()) % len(bank))
             made.filled.fill_(len(bank))

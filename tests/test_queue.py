@@ -17,9 +17,9 @@ def unit(n: int, d: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batches", [[10], [3, 3, 3, 3, 3], [7, 10, 1, 0, 9, 4]])
+@pytest.mark.parametrize("batches", [[10], [3, 3, 3, 3, 3], [7, 10, 1, 0, 9, 4], [4, 23, 5], [11], [40]])
 def test_a_ring(dtype, batches):
-    """Against a list that forgets its oldest rows"""
+    """Against a list that forgets its oldest rows, written one by one: batches of more than fit too"""
     queue = sslops.NegativeQueue(10, 4, dtype)
     assert queue.negatives.dtype == dtype
     start = queue.negatives.clone()
@@ -28,7 +28,8 @@ def test_a_ring(dtype, batches):
     for n in batches:
         keys = 5 * torch.randn(n, 4)
         numbers = torch.arange(len(ids), len(ids) + n)
-        queue.enqueue(keys, ids=numbers)
+        queue.enqueue(keys, ids=numbers, labels=numbers % 3)
+        assert torch.equal(queue.valid, torch.arange(10) < len(ids) + n)
         written += F.normalize(keys).to(dtype)
         ids += numbers.tolist()
     expected, expected_ids = start, torch.full((10,), -1)
@@ -36,6 +37,7 @@ def test_a_ring(dtype, batches):
         expected[position % 10], expected_ids[position % 10] = key, number
     assert torch.equal(queue.negatives, expected)
     assert torch.equal(queue.ids, expected_ids)
+    assert torch.equal(queue.labels, torch.where(expected_ids < 0, -1, expected_ids % 3))
     assert int(queue.pointer) == sum(batches) % 10
     assert int(queue.filled) == min(10, sum(batches))
 
@@ -103,7 +105,6 @@ def test_refused_and_unchanged():
     before = copy.deepcopy(queue.state_dict())
     keys, op = unit(2, 3), "NegativeQueue.enqueue"
     for error, argument, call in [
-        (ValueError, "keys", lambda: queue.enqueue(unit(5, 3))),
         (ValueError, "keys", lambda: queue.enqueue(unit(2, 4))),
         (ValueError, "keys", lambda: queue.enqueue(keys[0])),
         (ValueError, "keys", lambda: queue.enqueue(keys.to("meta"))),
@@ -112,19 +113,49 @@ def test_refused_and_unchanged():
         (TypeError, "ids", lambda: queue.enqueue(keys, ids=torch.zeros(2))),
         (ValueError, "ids", lambda: queue.enqueue(keys, ids=torch.arange(3))),
         (ValueError, "ids", lambda: queue.enqueue(keys, ids=torch.arange(2, device="meta"))),
+        (ValueError, "ids", lambda: queue.enqueue(keys, ids=torch.tensor([3, -1]))),
+        (ValueError, "labels", lambda: queue.enqueue(keys, ids=torch.arange(2), labels=torch.tensor([-7, 1]))),
+        (ValueError, "labels", lambda: queue.enqueue(keys, labels=torch.arange(3))),
+        (TypeError, "labels", lambda: queue.enqueue(keys, labels=torch.zeros(2))),
     ]:
         oracle.assert_refused(error, op, argument, call)
         assert all(torch.equal(before[name], value) for name, value in queue.state_dict().items())
+    for pointer in (torch.arange(6), torch.empty(0, dtype=torch.int64)):
+        oracle.assert_refused(
+            ValueError, "NegativeQueue.from_lightly", "bank_ptr", lambda p=pointer: queue.from_lightly(unit(4, 3), p)
+        )
     oracle.assert_refused(ValueError, "NegativeQueue", "size", lambda: sslops.NegativeQueue(0, 3))
     oracle.assert_refused(ValueError, "NegativeQueue", "dim", lambda: sslops.NegativeQueue(3, 0))
     oracle.assert_refused(TypeError, "NegativeQueue", "size", lambda: sslops.NegativeQueue(3.0, 3))
     oracle.assert_refused(TypeError, "NegativeQueue", "dtype", lambda: sslops.NegativeQueue(3, 3, torch.int8))
 
 
+def test_labels_and_ids_are_forgotten_with_their_keys():
+    queue = sslops.NegativeQueue(4, 3)
+    queue.enqueue(unit(3, 3), labels=torch.tensor([7, 8, 9]))
+    assert queue.labels.tolist() == [7, 8, 9, -1]
+    queue.enqueue(unit(2, 3), ids=torch.tensor([5, 6]))
+    assert queue.labels.tolist() == [-1, 8, 9, -1]
+    assert queue.ids.tolist() == [6, -1, -1, 5]
+    assert queue.valid.all()
+
+
+def test_from_lightly_on_its_own_device():
+    """Not on the default one, which may have no memory"""
+    bank = unit(8, 3)
+    torch.set_default_device("meta")
+    try:
+        queue = sslops.NegativeQueue.from_lightly(bank, torch.zeros(1, dtype=torch.int64, device="cpu"))
+        queue.enqueue(bank[:3], ids=torch.arange(3, device="cpu"))
+    finally:
+        torch.set_default_device(None)
+    assert queue.ids.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
+
+
 def test_compiled_step():
     def step(query, keys, queue):
         loss = sslops.info_nce(query * 2, keys, queue.negatives, backend="cpu")
-        queue.enqueue(keys)
+        queue.enqueue(keys, labels=torch.arange(12))
         return loss
 
     torch._dynamo.reset()
@@ -153,6 +184,18 @@ class TestEnqueueBeforeBackward:
         query, key, queue = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8), sslops.NegativeQueue(40, 8)
         expected = torch.autograd.grad(sslops.info_nce(query, key, queue.negatives, temperature=0.2), query)
         assert torch.equal(*self.step(query, key, queue), *expected)
+
+    @pytest.mark.parametrize("backend", ["cpu", "eager"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_on_every_backend(self, normalize, dtype, backend):
+        query, key = torch.randn(6, 8, dtype=dtype, requires_grad=True), torch.randn(6, 8, dtype=dtype)
+        queue = sslops.NegativeQueue(40, 8, dtype)
+        options = {"temperature": 0.2, "normalize": normalize, "backend": backend}
+        expected = torch.autograd.grad(sslops.info_nce(query, key, queue.negatives, **options), query)
+        loss = sslops.info_nce(query, key, queue.negatives, **options)
+        queue.enqueue(key)
+        assert torch.equal(*torch.autograd.grad(loss, query), *expected)
 
     def test_what_is_still_needed_raises(self):
         query, key = (torch.randn(6, 8, requires_grad=True) for _ in range(2))

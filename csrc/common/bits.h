@@ -1,4 +1,4 @@
-// float32 as its bits, and to bfloat16.
+// Floating-point numbers as their bits, and float32 to bfloat16.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,6 +14,17 @@ SSLOPS_HOST_DEVICE uint32_t bits(float x) {
 }
 SSLOPS_HOST_DEVICE float from_bits(uint32_t b) {
   float x;
+  memcpy(&x, &b, sizeof x);
+  return x;
+}
+
+SSLOPS_HOST_DEVICE uint64_t bits(double x) {
+  uint64_t b;
+  memcpy(&b, &x, sizeof b);
+  return b;
+}
+SSLOPS_HOST_DEVICE double from_bits(uint64_t b) {
+  double x;
   memcpy(&x, &b, sizeof x);
   return x;
 }

@@ -44,6 +44,14 @@ bool contiguous(const Tensor& x) {
   return true;
 }
 
+// Of complex tensors the dtype of the parts, which are averaged one by one.
+Tensor read_parts(uintptr_t impl) {
+  Tensor x = read_tensor(impl);
+  if (x.complex) x.dtype = x.item_size == 8 ? DType::f32 : DType::f64;
+  x.floating = x.floating || x.complex;
+  return x;
+}
+
 Entry entry(const Tensor& x, int list, int64_t index) {
   int64_t last = 0;  // of the offsets, so far
   bool distinct = true;
@@ -109,17 +117,20 @@ bool same_memory(const Tensor& a, const Tensor& b) {
 Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,
                     const std::vector<uintptr_t>& shadows, bool copied) {
   std::vector<Tensor> lists[3];
-  std::vector<int64_t> layout{static_cast<int64_t>(targets.size()), static_cast<int64_t>(shadows.size())};
-  layout.reserve(layout_.size());
+  std::vector<int64_t>& layout = now_;  // its memory is kept
+  layout.clear();
+  layout.push_back(targets.size());
+  layout.push_back(shadows.size());
   for (int list : {kTargets, kSources, kShadows}) {
     const auto& impls = list == kTargets ? targets : list == kSources ? sources : shadows;
     lists[list].reserve(impls.size());
     for (uintptr_t impl : impls) {
-      const Tensor& x = lists[list].emplace_back(read_tensor(impl));
-      layout.insert(layout.end(), {reinterpret_cast<int64_t>(x.data), x.torch_dtype, x.device_type, x.device_index,
-                                   x.dim, x.strides != nullptr});
-      layout.insert(layout.end(), x.sizes, x.sizes + x.dim);
-      if (x.strides) layout.insert(layout.end(), x.strides, x.strides + x.dim);
+      const Tensor& x = lists[list].emplace_back(read_parts(impl));
+      const int64_t kind = static_cast<int64_t>(x.torch_dtype) << 32 | x.device_type << 16 | (x.device_index & 0xffff);
+      for (int64_t value : {reinterpret_cast<int64_t>(x.data), kind, x.dim, int64_t{x.strides != nullptr}})
+        layout.push_back(value);
+      for (int64_t d = 0; d < x.dim; ++d) layout.push_back(x.sizes[d]);
+      for (int64_t d = 0; d < x.dim && x.strides; ++d) layout.push_back(x.strides[d]);
     }
   }
   if (layout == layout_) return {};
@@ -131,15 +142,15 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
   entries.reserve(used * count);
   for (int64_t k = 0; k < count; ++k)
     for (int list = 0; list < used; ++list) {
-      const Tensor& x = lists[list][k];
+      const Tensor &x = lists[list][k], &target = lists[kTargets][k];
       if (!x.strides) return {"memory", list, k};
-      if (copied && x.torch_dtype != lists[kTargets][k].torch_dtype && !(x.floating && lists[kTargets][k].floating))
-        return {"other dtype", list, k};
       if (!copied && !x.floating) return {"dtype", list, k};
-      if (!same_sizes(x, lists[kTargets][k])) return {"shape", list, k};
+      if (x.torch_dtype != target.torch_dtype && !(x.floating && target.floating && x.complex == target.complex))
+        return {"other dtype", list, k};
+      if (!same_sizes(x, target)) return {"shape", list, k};
       if (!same_device(x, lists[kTargets][0])) return {"device", list, k};
       if (x.numel && !x.data) return {"memory", list, k};
-      if (list == kShadows && lists[kTargets][k].dtype != DType::f32) return {"shadowed", kTargets, k};
+      if (list == kShadows && (target.dtype != DType::f32 || target.complex)) return {"shadowed", kTargets, k};
       if (list == kShadows && x.item_size != 2) return {"shadow", list, k};
       if (x.numel == 0) continue;
       entries.push_back(entry(x, list, k));
@@ -169,20 +180,18 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
   auto found = std::make_shared<Work>();
   updated.clear();
   strided.clear();
-  single.clear();
+  lazy.clear();
   for (size_t at = 0; at < entries.size(); at += used) {
     const Entry& target = entries[at];
     const int64_t k = target.index;
     const Tensor &t = target.x, &s = lists[kSources][k];
     if (repeated[k]) continue;
     updated.push_back(k);
-    if (t.numel == 1) single.push_back(k);
+    if (t.numel == 1 || t.complex) lazy.push_back(k);
     bool flat = target.dense() && same_order(t, s);
     Row row{t.data, s.data, nullptr, t.numel, found->chunks, t.dtype, s.dtype, DType::f32, false};
-    if (copied && t.torch_dtype == s.torch_dtype) {
-      row.copied = true;
-      row.numel *= t.item_size;
-    }
+    row.copied = copied && t.torch_dtype == s.torch_dtype;
+    row.numel *= row.copied ? t.item_size : t.complex ? 2 : 1;
     if (used == 3) {
       const Tensor& shadow = lists[kShadows][k];
       flat = flat && same_order(t, shadow);
@@ -198,7 +207,7 @@ Problem Pairs::read(const std::vector<uintptr_t>& targets, const std::vector<uin
     found->elements += row.numel;
   }
   work = std::move(found);
-  layout_ = std::move(layout);
+  layout_.swap(now_);
   return {};
 }
 

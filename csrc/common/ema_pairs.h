@@ -40,11 +40,12 @@ class Pairs {
   // Those whose elements are not in the same order in memory, or not dense. They are not in `work`: it has to be read
   // from lists that hold contiguous copies in their places.
   std::vector<int64_t> strided;
-  std::vector<int64_t>
-      single;  // those of one element, the only dense ones that can be negated views (of z.conj().imag)
+  // Those that could be views with the negation or conjugation still to be done: complex ones, and of the dense ones
+  // those of one element (z.conj().imag).
+  std::vector<int64_t> lazy;
 
  private:
-  std::vector<int64_t> layout_;
+  std::vector<int64_t> layout_, now_;
 };
 
 }  // namespace sslops::ema_update

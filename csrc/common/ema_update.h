@@ -34,12 +34,17 @@ SSLOPS_HOST_DEVICE uint32_t noise_of(const Random4& r, int k) { return r.word[k 
 // m t + (1 - m) s as a step from the nearer end, near + w (far - near) with w <= 1/2. The weights then add up to one
 // exactly (m and 1 - m, each rounded, would not: a bias of 1e-5 of the average at m = 0.999 in float32), t = s is a
 // fixed point, and the step is the only thing rounded besides the result. w = 0 (m = 0 or 1) is a copy whatever the far
-// end is.
+// end is; of a target itself nothing needs to be written, which leaves it every bit, a NaN's too.
 template <typename A>
 struct Blend {
   bool from_source;
   A weight;
 };
+
+template <typename A>
+SSLOPS_HOST_DEVICE bool keeps_target(Blend<A> b) {
+  return b.weight == A{0} && !b.from_source;
+}
 
 template <typename A>
 SSLOPS_HOST_DEVICE Blend<A> blend(double m) {
@@ -54,8 +59,15 @@ SSLOPS_HOST_DEVICE double fused(double a, double b, double c) { return __builtin
 
 template <typename A>
 SSLOPS_HOST_DEVICE A apply(Blend<A> b, A target, A source) {
-  const A near = b.from_source ? source : target, far = b.from_source ? target : source;
-  return b.weight == A{0} ? near : fused(b.weight, far - near, near);
+  const A near = b.from_source ? source : target, far = b.from_source ? target : source, difference = far - near;
+  // The weighted sum where there is no difference: infinities have none, nor have ends that are too far apart. By masks:
+  // of a condition, compilers make branches that they cannot vectorise.
+  const auto inf = bits(static_cast<A>(__builtin_inf()));
+  const auto none = static_cast<decltype(inf)>(0) - static_cast<decltype(inf)>((bits(difference) & inf) == inf);
+  const A step = from_bits((bits(difference) & ~none) | (bits(far) & none));
+  const A share = from_bits((bits(A{1}) & ~none) | (bits(A{1} - b.weight) & none));
+  const A moved = fused(b.weight, step, share * near);
+  return b.weight == A{0} ? near : moved;
 }
 
 SSLOPS_HOST_DEVICE bool finite(uint32_t b) { return (b & 0x7f800000u) != 0x7f800000u; }

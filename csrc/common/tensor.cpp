@@ -22,7 +22,7 @@ struct Torch {
   int32_t (*sizes)(Handle, int64_t**);
   int32_t (*strides)(Handle, int64_t**);
   size_t (*element_size)(int32_t dtype);
-  int32_t strided;
+  int32_t strided, complex64, complex128;
   int32_t dtypes[kDTypes];  // torch's codes, in the order of DType
 };
 
@@ -51,6 +51,8 @@ Torch find_torch() {
   find("aoti_torch_get_strides", t.strides);
   find("aoti_torch_dtype_element_size", t.element_size);
   t.strided = constant("aoti_torch_layout_strided");
+  t.complex64 = constant("aoti_torch_dtype_complex64");
+  t.complex128 = constant("aoti_torch_dtype_complex128");
   constexpr const char* kNames[kDTypes] = {"float32", "float16", "bfloat16", "float64", "uint8",
                                            "int64",   "int32",   "int16",    "int8",    "bool"};
   for (int k = 0; k < kDTypes; ++k) t.dtypes[k] = constant((std::string("aoti_torch_dtype_") + kNames[k]).c_str());
@@ -79,6 +81,7 @@ Tensor read_tensor(uintptr_t impl) {
   for (int k = 0; k < kDTypes; ++k)
     if (x.torch_dtype == torch.dtypes[k]) x.dtype = DType(k);
   x.floating = x.dtype <= DType::f64;
+  x.complex = x.torch_dtype == torch.complex64 || x.torch_dtype == torch.complex128;
   return x;
 }
 

@@ -15,6 +15,7 @@ struct Tensor {
   int32_t device_type, device_index, torch_dtype;
   DType dtype;
   bool floating;  // dtype is a floating-point type
+  bool complex;   // of two float32 or float64; dtype is `other`
 
   template <typename T>
   T* as() const {

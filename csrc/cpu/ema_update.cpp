@@ -55,6 +55,31 @@ SSLOPS_INLINE H round_stochastically(DType dtype, F v, U r) {
   return narrow(pick(finite, rounded, special) | (bits >> 16 & 0x8000u));
 }
 
+// The vectors of apply. The selects are of bits: NaN and infinities alone have no difference.
+SSLOPS_INLINE F step(F weight, F near, F far) {
+  const F difference = far - near;
+  const I none = ((I)difference & 0x7fffffff) >= 0x7f800000;
+  const F share = select(none, splat(1.f) - weight, splat(1.f));
+  return sslops::fused(weight, select(none, far, difference), share * near);
+}
+SSLOPS_INLINE D step(D weight, D near, D far) {
+  typedef double Half __attribute__((vector_size(4 * kLanes)));  // a register
+  typedef int64_t Bits __attribute__((vector_size(4 * kLanes)));
+  D difference = far - near, share;
+  Half w[2], f[2], d[2], rest[2];
+  std::memcpy(w, &weight, sizeof w);
+  std::memcpy(f, &far, sizeof f);
+  std::memcpy(d, &difference, sizeof d);
+  for (int k = 0; k < 2; ++k) {
+    const Bits none = ((Bits)d[k] & 0x7fffffffffffffff) >= 0x7ff0000000000000;
+    d[k] = none ? f[k] : d[k];
+    rest[k] = none ? 1. - w[k] : Half{} + 1.;
+  }
+  std::memcpy(&difference, d, sizeof d);
+  std::memcpy(&share, rest, sizeof rest);
+  return sslops::fused(weight, difference, share * near);
+}
+
 template <Step kStep, DType kTarget, DType kSource>
 void update_row(const Row& row, int64_t begin, int64_t end, double by, const uint64_t* seed) {
   constexpr bool kHalf = kTarget == DType::bf16 || kTarget == DType::f16;
@@ -70,8 +95,7 @@ void update_row(const Row& row, int64_t begin, int64_t end, double by, const uin
       V v = load_from<V, kSource>(row.source, i + j, lanes);
       if (kStep != Step::copy) {
         const V target = load_from<V, kTarget>(row.target, i + j, lanes);
-        v = kStep == Step::from_source ? sslops::fused(weight, target - v, v)
-                                       : sslops::fused(weight, v - target, target);
+        v = kStep == Step::from_source ? step(weight, v, target) : step(weight, target, v);
       }
       if constexpr (kHalf) {
         if (random) {
@@ -110,7 +134,10 @@ auto row_update(DType target, DType source) {
 
 void update_row(Row row, int64_t begin, int64_t end, Blend<double> b, const uint64_t* seed) {
   const bool copy = row.target_dtype == DType::f64 ? b.weight == 0. : static_cast<float>(b.weight) == 0.f;
-  if (copy && !b.from_source) row.source = row.target, row.source_dtype = row.target_dtype;
+  if (copy && !b.from_source) {  // the target stays: every bit of it
+    if (!row.shadow) return;
+    row.source = row.target, row.source_dtype = row.target_dtype;
+  }
   const auto run = copy            ? row_update<Step::copy>
                    : b.from_source ? row_update<Step::from_source>
                                    : row_update<Step::from_target>;

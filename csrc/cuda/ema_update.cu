@@ -44,6 +44,7 @@ __device__ void write(const Row& row, int64_t i, int n, const A (&x)[size], cons
 template <typename A, int size>
 __device__ void update_chunk(const Row& row, int64_t begin, double momentum, const Seed& seed) {
   const Blend<A> b = blend<A>(momentum);
+  if (keeps_target(b) && !row.shadow) return;
   const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
   for (int64_t i = begin + size * threadIdx.x; i < end; i += size * blockDim.x) {
     const int n = static_cast<int>(end - i < size ? end - i : size);

@@ -1,10 +1,12 @@
 """The momentum update of a model's average: target <- m target + (1 - m) source, all tensors in one pass."""
 
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .. import _C, _check
 from .._library_old import _LIBRARY
@@ -18,11 +20,12 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, seed: int, first: int) -
     """x in `dtype`, up or down at random so as to be right on average; x[k] uses the bits of element first + k."""
     words = philox(seed, RandomStream.EMA_UPDATE, first // 8, (x.numel() + 7) // 8, x.device)
     bits = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()[: x.numel()].view(x.shape)
-    exact, info = x.double(), torch.finfo(dtype)
-    leading = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 1)
-    ulp = leading.clamp(min=info.smallest_normal) * info.eps
-    rounded = torch.floor(exact.abs() / ulp + bits / 65536) * ulp * exact.sign()
-    return torch.where(x.isfinite(), rounded, exact).to(dtype)
+    info = torch.finfo(dtype)
+    leading = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent - 1).clamp(min=info.smallest_normal)
+    units = x.abs() / leading / info.eps  # exact, as is all that follows: no float64, which some devices lack
+    below = units.floor()
+    up = units - below >= 1 - bits.to(x.dtype) / 65536
+    return torch.where(x.isfinite(), (below + up) * info.eps * leading * x.sign(), x).to(dtype)
 
 
 def reference(
@@ -32,20 +35,34 @@ def reference(
     momentum: float | Tensor,
     seed: int | Tensor | None,
 ) -> None:
-    """In float32 (float64 for float64); momentum 1 and 0 are copies, whatever the other side holds."""
+    """In float32 (float64 for float64), a step of at most half the way from the nearer end.
+
+    Where the difference is no number (infinities, or it overflows) the weighted sum. Momentum 1 and 0 are copies,
+    whatever the other side holds.
+    """
+    m = momentum if isinstance(momentum, Tensor) else torch.tensor(momentum, dtype=torch.float64, device="cpu")
+    m = m.clamp(0, 1)
     first = 0
     for k, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        wide = torch.float64 if target.dtype == torch.float64 else torch.float32
-        old, new = target.to(wide), source.to(wide)
-        m = torch.as_tensor(momentum, dtype=torch.float64, device=target.device).clamp(0, 1)
-        weight = (1 - m).to(wide)
-        moved = torch.where(m == 1, old, torch.where(m == 0, new, torch.lerp(old, new, weight)))
+        wide = torch.float64 if target.dtype in (torch.float64, torch.complex128) else torch.float32
+        old, new = (_parts(x).to(wide) for x in (target, source))
+        from_source = (m < 0.5).to(target.device)
+        weight = torch.where(m < 0.5, m, 1 - m).to(wide).to(target.device)
+        near, far = torch.where(from_source, new, old), torch.where(from_source, old, new)
+        difference = far - near
+        moved = torch.where(difference.isfinite(), near + weight * difference, (1 - weight) * near + weight * far)
+        moved = torch.where(weight == 0, near, moved)
         if seed is not None and target.dtype in (torch.float16, torch.bfloat16):
             moved = round_stochastically(moved, target.dtype, int(seed), first)
-        target.copy_(moved)
+        moved = torch.view_as_complex(moved) if target.is_complex() else moved
+        target.copy_(torch.where((weight == 0) & ~from_source, target, moved.to(target.dtype)))
         if shadows:
             shadows[k].copy_(target)
-        first += -(-target.numel() // _CHUNK) * _CHUNK
+        first += -(-old.numel() // _CHUNK) * _CHUNK
+
+
+def _parts(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 _LISTS = ("targets", "sources", "shadows")
@@ -55,7 +72,7 @@ def _refuse(op: str, lists: Sequence[Sequence[Tensor]], problem: tuple[str, int,
     what, which, k, other_which, other_k = problem
     x, name = lists[which][k], f"{_LISTS[which]}[{k}]"
     if what == "dtype":
-        _check.bad_type(op, name, "a floating-point tensor: float32, float16, bfloat16 or float64", x.dtype)
+        _check.bad_type(op, name, "a floating-point tensor of at most 64 bits, complex64 or complex128", x.dtype)
     elif what == "other dtype":
         _check.bad_type(op, name, f"the dtype of targets[{k}], {lists[0][k].dtype}", x.dtype)
     elif what == "shape":
@@ -102,9 +119,17 @@ class Pairs:
             raise
         before, self._work = self._work, self._native.work
         if changed := bool(self._problem[0]) or self._work is not before:
-            negated = (k for k in self._native.single if any(x[k].is_neg() for x in self._lists if x))
-            self._by_copy = {*self._native.strided, *negated}
+            lazy = (k for k in self._native.lazy if any(x[k].is_neg() or x[k].is_conj() for x in self._lists if x))
+            self._by_copy = {*self._native.strided, *lazy}
+            if len(self._native.updated) < len(self._lists[0]):  # empty ones, or the same twice
+                self._refuse_lazy()
         return changed
+
+    def _refuse_lazy(self) -> None:
+        for name, tensors in zip(_LISTS, self._lists, strict=True):
+            for k, x in enumerate(tensors):
+                if is_lazy(x):
+                    _check.bad_value(self._op, f"{name}[{k}]", "a tensor that has its shape", type(x).__name__)
 
     def check(self) -> None:
         """Raises for tensors, as they were read, that cannot be updated."""
@@ -117,6 +142,13 @@ class Pairs:
         if self._problem[0]:
             _refuse(self._op, self._lists, self._problem)
 
+    def backend(self, wanted: str | None) -> str:
+        """The one that updates these; errors name the caller's op."""
+        try:
+            return resolve("ema_update", self._lists[0][0].device, self._lists[0][0].dtype, wanted)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"{self._op}{str(error).removeprefix('ema_update')}") from None
+
     @torch.no_grad()
     def update(self, momentum: float | Tensor, seed: int | Tensor | None, backend: str | None) -> None:
         proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # make_fx's
@@ -125,7 +157,7 @@ class Pairs:
         targets, _, shadows = self._lists
         if not targets:
             return
-        chosen = resolve("ema_update", targets[0].device, targets[0].dtype, backend)
+        chosen = self.backend(backend)
         if chosen == "eager":
             updated = self._part(self._native.updated)
             if self._copied:
@@ -137,7 +169,7 @@ class Pairs:
             self._update_copies(momentum, seed, chosen)
             return
         kernel(chosen, "ema_update").forward(self._work, targets[0].device, momentum, seed, self._memory)
-        torch.autograd.graph.increment_version([*targets, *shadows])
+        torch.autograd.graph.increment_version([*targets, *shadows] if shadows else targets)
 
     def _update_copies(self, momentum: float | Tensor, seed: int | Tensor | None, backend: str) -> None:
         """With contiguous copies in the places of those: a tensor's place decides on its random numbers."""
@@ -147,7 +179,7 @@ class Pairs:
         for place, k in enumerate(updated):
             if k in self._by_copy:
                 for part in filter(None, copies):
-                    part[place] = part[place].contiguous().resolve_neg()
+                    part[place] = part[place].contiguous().resolve_neg().resolve_conj()
         inner = Pairs(self._op, copies, copied=self._copied)
         inner.read()
         inner.check()
@@ -162,8 +194,10 @@ class Pairs:
         return targets, sources, shadows
 
 
-def check_momentum(op: str, momentum: float | Tensor, device: torch.device | None) -> None:
-    """A number in [0, 1], or a 0-d float32 or float64 tensor on `device` (any if None), whose value is not read."""
+def check_momentum(op: str, momentum: float | Tensor, device: torch.device | None) -> float | Tensor:
+    """A number in [0, 1], NumPy's too, as a float; or a 0-d float32 or float64 tensor on `device` (any if None), whose
+    value is not read.
+    """
     if isinstance(momentum, Tensor):
         if momentum.dtype not in (torch.float32, torch.float64):
             _check.bad_type(op, "momentum", "a float32 or float64 tensor (bfloat16 rounds 0.999 to 1)", momentum.dtype)
@@ -171,13 +205,16 @@ def check_momentum(op: str, momentum: float | Tensor, device: torch.device | Non
             _check.bad_value(op, "momentum", "a number or a 0-d tensor", f"shape {list(momentum.shape)}")
         if device is not None and momentum.device != device:
             _check.bad_value(op, "momentum", f"the targets' device, {device}", momentum.device)
-    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        return momentum
+    if isinstance(momentum, bool) or not isinstance(momentum, (float, int, numbers.Real)):
         _check.bad_type(op, "momentum", "a number or a 0-d tensor", type(momentum).__name__)
-    elif not 0 <= momentum <= 1:
+    if not 0 <= momentum <= 1:
         _check.bad_value(op, "momentum", "a number in [0, 1]", momentum)
+    return float(momentum)
 
 
-def check_seed(op: str, seed: int | Tensor | None, device: torch.device | None) -> None:
+def check_seed(op: str, seed: int | Tensor | None, device: torch.device | None) -> int | Tensor | None:
+    """An integer of 64 bits, NumPy's too, as an int; a 0-d int64 tensor on `device` (any if None); or None."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             _check.bad_type(op, "seed", "an int64 tensor", seed.dtype)
@@ -185,10 +222,14 @@ def check_seed(op: str, seed: int | Tensor | None, device: torch.device | None) 
             _check.bad_value(op, "seed", "a number or a 0-d tensor", f"shape {list(seed.shape)}")
         if device is not None and seed.device != device:
             _check.bad_value(op, "seed", f"the targets' device, {device}", seed.device)
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        return seed
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral)):
         _check.bad_type(op, "seed", "an int, a 0-d int64 tensor or None", type(seed).__name__)
-    elif seed is not None and not -(2**63) <= seed < 2**63:
+    if not -(2**63) <= seed < 2**63:
         _check.bad_value(op, "seed", "an int of 64 bits", seed)
+    return int(seed)
 
 
 def _update(
@@ -200,8 +241,8 @@ def _update(
     backend: str | None,
 ) -> None:
     device = targets[0].device if targets and isinstance(targets[0], Tensor) else None
-    check_momentum("ema_update_", momentum, device)
-    check_seed("ema_update_", seed, device)
+    momentum = check_momentum("ema_update_", momentum, device)
+    seed = check_seed("ema_update_", seed, device)
     pairs = Pairs("ema_update_", (targets, sources, shadows))
     pairs.read()
     pairs.check()
@@ -233,6 +274,12 @@ _LIBRARY.impl("ema_update_", _impl, "CompositeExplicitAutograd")
 torch.library.register_fake("sslops::ema_update_", lambda *arguments: None, lib=_LIBRARY)
 
 
+def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor) or not hasattr(tensors, "__iter__"):
+        _check.bad_type("ema_update_", name, "tensors, a list of them or parameters()", type(tensors).__name__)
+    return list(tensors)
+
+
 def ema_update_(
     targets: Iterable[Tensor],
     sources: Iterable[Tensor],
@@ -245,13 +292,13 @@ def ema_update_(
     """Momentum update in place, target <- momentum * target + (1 - momentum) * source, all tensors in one native call.
 
     Computed as a step from the nearer end, target + (1 - momentum) * (source - target) for momentum >= 0.5: equal
-    tensors stay as they are, momentum 1 leaves every bit of the targets, momentum 0 copies. Arithmetic is float32, for
-    float64 targets float64. No gradient flows.
+    tensors stay as they are, infinities too, momentum 1 leaves every bit of the targets, momentum 0 copies. Arithmetic
+    is float32, for float64 targets float64. No gradient flows.
 
     Args:
         targets, sources: tensors, or a module's parameters(), pair by pair of one shape; float32, float16, bfloat16 or
-            float64 in any mix, contiguous or not, all on one device. A target that comes twice with the same source
-            (shared parameters) is updated once.
+            float64 in any mix, or both complex64 or complex128; contiguous or not, all on one device. A target that
+            comes twice with the same source (shared parameters) is updated once.
         momentum: a number in [0, 1], or a 0-d float32 or float64 tensor on the targets' device, which on CUDA is read
             there: no synchronisation, and a captured graph takes its current value. Such a value is clamped to [0, 1];
             NaN gives NaN. A schedule inside a compiled step should be a tensor: a number that changes recompiles.
@@ -271,13 +318,17 @@ def ema_update_(
 
     Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722, Eq. 2.
     """
-    targets, sources, shadows = list(targets), list(sources), list(shadows or ())
+    targets, sources, shadows = (
+        _listed(name, xs)
+        for name, xs in zip(_LISTS, (targets, sources, () if shadows is None else shadows), strict=True)
+    )
     if targets and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
         backend = resolve("ema_update", targets[0].device, targets[0].dtype, backend)
         with torch.no_grad():
             torch.ops.sslops.ema_update_(
                 targets, sources, shadows,
-                momentum if isinstance(momentum, Tensor) else None, 0.0 if isinstance(momentum, Tensor) else momentum,
+                momentum if isinstance(momentum, Tensor) else None,
+                0.0 if isinstance(momentum, Tensor) else float(momentum),
                 seed if isinstance(seed, Tensor) else None, None if isinstance(seed, Tensor) else seed, backend,
             )  # fmt: skip
         return

@@ -29,7 +29,8 @@ def reference(
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k = query.to(wide), key.to(wide)
-    candidates = k if negatives is None else negatives.to(wide)
+    # A queue may be written before backward: autograd keeps a copy, which normalising makes anyway.
+    candidates = k if negatives is None else negatives.to(wide, copy=not normalize)
     if normalize:
         q, k, candidates = F.normalize(q), F.normalize(k), F.normalize(candidates)
     positive = (q * k[first : first + len(q)]).sum(1)

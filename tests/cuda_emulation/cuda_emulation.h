@@ -39,7 +39,7 @@ inline float __half2float(__half x) {
 }
 inline __half __float2half_rn(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  if (std::isnan(x)) return 0x7e00 | sign;
+  if (std::isnan(x)) return 0x7fff;
   if (std::isinf(x) || x == 0) return sign | (x == 0 ? 0 : 0x7c00);
   const int exponent = std::max(std::ilogb(x), -14);
   // Units of the last place; a carry goes into the exponent, and from the largest number to infinity.
