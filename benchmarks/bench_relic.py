@@ -4,7 +4,7 @@ Shapes: B x D x large crops x small crops x negatives; 1 x 0 crops are one pair.
 training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
 
 import sslops
-from sslops.kernels.cpu.relic import tile_places
-from sslops.kernels.cpu.tiles import padded, tiles_for
+from sslops.kernels.cpu.tiles import padded, tiles_for, upper_tiles
 
 TEMPERATURE, ALPHA, BETA = 0.1, 1.0, 1.0
 MULTICROP = "1024x256x2x6x1023"
@@ -103,15 +102,30 @@ def variant(loss: Loss, inputs: Crops, negatives: int) -> Variant:
     return step
 
 
+def tile_places(n: int, negatives: int) -> Iterator[tuple[slice, slice]]:
+    """Those on and above the diagonal, or those of the band that the negatives are"""
+    if negatives == n - 1:
+        yield from upper_tiles(n)
+        return
+    side = max(64, padded(negatives))
+    for start in range(0, n, side):
+        i = slice(start, min(start + side, n))
+        at = start
+        while at < min(i.stop + negatives, start + n):
+            j = slice(at % n, min(at % n + side, n))
+            yield i, j
+            at += j.stop - j.start
+
+
 def tile_matmuls(shape: Sequence[int], dtype: torch.dtype) -> Variant:
     """What a step cannot avoid on the CPU: the tiles of S, and its product with the target."""
     b, d, large, small, negatives = shape
-    places, offset = tile_places(b, negatives), padded(b)
-    tiles = tiles_for(F.normalize(torch.randn(2 * offset, d)), dtype, max(i.stop - i.start for i, *_ in places), 2)
+    places, offset = list(tile_places(b, negatives)), padded(b)
+    tiles = tiles_for(F.normalize(torch.randn(2 * offset, d)), dtype, max(i.stop - i.start for i, _ in places), 2)
 
     def run() -> None:
         dz = tiles.zeros()
-        for i, j, _ in places:
+        for i, j in places:
             below_i, below_j = (slice(offset + x.start, offset + x.stop) for x in (i, j))
             tiles.add_symmetric(dz, i, below_j, tiles.logits(i, below_j), "left")
             tiles.add_symmetric(dz, below_i, j, tiles.logits(below_i, j, 1), "right")

@@ -395,39 +395,6 @@ void bind_embeddings(py::module_& m) {
       NoGil());
 }
 
-void bind_relic(py::module_& m) {
-  using namespace relic;
-  py::class_<Batch>(m, "RelicBatch")
-      .def(py::init([](int64_t n, int64_t negatives, double tau, bool fixed, float alpha, float beta) {
-        return Batch{n, negatives, tau, fixed, alpha, beta};
-      }));
-  m.attr("MAX_TILE") = kMaxTile;
-  m.attr("RELIC_SUMS") = kSums;
-  m.attr("RELIC_STATS") = kStats;
-  m.def(
-      "relic_forward_tile",
-      [](Address a, Address b, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, bool mirrored,
-         const Batch& x, bool count, Address s_pos, Address sums) {
-        table().forward_tile({at<float>(a), at<float>(b), ld, rows, cols, i0, j0, mirrored}, x, count, at<float>(s_pos),
-                             at<float>(sums));
-      },
-      NoGil());
-  m.def(
-      "relic_finish_forward",
-      [](const Batch& x, Address s_pos, Address sums, Address losses, Address stats) {
-        table().finish_forward(x, at<float>(s_pos), at<float>(sums), at<float>(losses), at<float>(stats));
-      },
-      NoGil());
-  m.def(
-      "relic_backward_tile",
-      [](Address a, Address b, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, bool mirrored,
-         const Batch& x, Address grad, Address stats) {
-        table().backward_tile({at<float>(a), at<float>(b), ld, rows, cols, i0, j0, mirrored}, x, at<float>(grad),
-                              at<float>(stats));
-      },
-      NoGil());
-}
-
 // Where the implementations of a list of tensors are; TypeError if one is no tensor. The property is looked up once: it
 // is half the price.
 std::vector<uintptr_t> implementations(const py::list& tensors) {
@@ -620,7 +587,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gather_patches(m);
   bind_masked_patch_mse(m);
   bind(m, nt_xent::table);
-  bind_relic(m);
+  bind(m, relic::table);
   bind_vicreg(m);
   bind_ema_update(m);
   bind_random_mask(m);

@@ -2,7 +2,6 @@
 from typing import Any
 
 GEMM_BLOCK: int
-MAX_TILE: int
 
 def build_info() -> dict[str, str | None]: ...
 def isa() -> str: ...

@@ -249,12 +249,12 @@ def _number(op: str, name: str, value: object) -> None:
         bad_type(op, name, "a number", type(value).__name__)
 
 
-def count(op: str, argument: str, value: int, lowest: int, highest: int) -> None:
+def count(op: str, argument: str, value: int, lowest: int, highest: int | None = None) -> None:
     """An integer between `lowest` and `highest`, both included."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         bad_type(op, argument, "an integer", type(value).__name__)
-    if not lowest <= value <= highest:
-        bad_value(op, argument, f"{lowest} to {highest}", value)
+    if value < lowest or (highest is not None and value > highest):
+        bad_value(op, argument, f"at least {lowest}" if highest is None else f"{lowest} to {highest}", value)
 
 
 def batch(op: str, argument: str, x: Tensor, ranks: int = 1) -> None:

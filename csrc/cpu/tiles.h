@@ -82,9 +82,14 @@ class Tile {
  public:
   Tile(int64_t side, bool bf16)
       : ld(stride_of(round_up(side, kGroup))),
-        s(round_up(side, kGroup) * ld),
+        own_(round_up(side, kGroup) * ld),
         w_(bf16 ? round_up(side, kGroup) * ld : 0),
-        w_transposed_(bf16 ? round_up(side, kGroup) * ld : 0) {}
+        w_transposed_(bf16 ? round_up(side, kGroup) * ld : 0) {
+    move(nullptr);
+  }
+
+  // From here on s lies there; if null, in memory of its own.
+  void move(float* to) { s = to ? to : static_cast<float*>(own_); }
 
   // s = a[i0 .. i0 + m) b[j0 .. j0 + n)^T; columns up to whole vectors are written.
   void multiply(const Operand& a, int64_t i0, int64_t m, const Operand& b, int64_t j0, int64_t n) {
@@ -106,7 +111,7 @@ class Tile {
   }
 
   const int64_t ld;
-  Buffer<float> s;
+  float* s;
 
  private:
   static int64_t padded(int64_t x) { return round_up(x, bf16_gemm::kBlock); }
@@ -126,6 +131,7 @@ class Tile {
     }
   }
 
+  Buffer<float> own_;
   Buffer<uint16_t> w_, w_transposed_;
 };
 

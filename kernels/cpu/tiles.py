@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sslops import _C
 
-TILE: int = _C.MAX_TILE
+TILE = 512
 # Not what the user may have set as defaults: the native core reads these through pointers.
 FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -10,6 +10,10 @@ Order of every sum is fixed, so the same input gives the same bits. Scratch, in 
 dtype; forward 28 a row and span, backward 4 D a row and span, PROGRAMS blocks of rows at least.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +32,9 @@ from .rows import (
     operand,
     row_tile,
 )
+
+if TYPE_CHECKING:
+    from sslops.ops.relic import Arguments
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("B", "M", "negatives", "tiles", "span", "splits")
@@ -322,82 +329,56 @@ def _largest_weights(
     return grad * share * (stats[4].abs() + beta * (1 + 2 * longest[0] * longest[1] / temperature))
 
 
-def forward(
-    online: Tensor,
-    target: Tensor,
-    temperature: float | Tensor,
-    alpha: float,
-    beta: float,
-    num_negatives: int | None,
-    normalize: bool,
-    operand_dtype: torch.dtype,
-    count_exceeding: bool,
-    gradients: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """losses [B], stats [8, B], of_sum [0, B, D], temperature_of_sum []: float32"""
+def forward(x: Arguments) -> tuple[Tensor, ...]:
+    online, target, temperature, operand_dtype = x.online, x.target, x.temperature, x.operand_dtype
     b, d = online.shape
     losses = online.new_empty(b, dtype=torch.float32)
-    stats, unused = losses.new_empty(8, b), (losses.new_empty(0, b, d), losses.new_zeros(()))
+    stats = losses.new_empty(8, b)
     if b == 0:
-        return losses, stats, *unused
+        return losses, stats
     config = launch.nearest("relic", online.device, operand_dtype, d)["forward"]
-    negatives = b - 1 if num_negatives is None else num_negatives
-    search, scale = _searches(temperature, normalize), log2_scale(temperature, online)
+    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), log2_scale(temperature, online)
     with launch.on(online.device):
-        z, _, s_pos = operand(online, target, normalize, operand_dtype, config["BLOCK_K"], rounded=True)
+        z, _, s_pos = operand(online, target, x.normalize, operand_dtype, config["BLOCK_K"], rounded=True)
         stride = z.shape[1]
         blocks, tiles, span, splits = _spans(b, 0, negatives, config)
         parts = losses.new_empty(SUMS, splits, b)
         _weigh[blocks, splits](
-            z, s_pos, parts, scale, b, negatives, stride, tiles, span, search, count_exceeding,
+            z, s_pos, parts, scale, b, negatives, stride, tiles, span, search, x.count_exceeding,
             launch.precision(operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
         _losses[triton.cdiv(b, 16),](
-            s_pos, parts, scale, alpha, beta, losses, stats, b, splits, search, count_exceeding, PARTS, 16,
+            s_pos, parts, scale, x.alpha, x.beta, losses, stats, b, splits, search, x.count_exceeding, PARTS, 16,
             **launch.FUSED,
         )  # fmt: skip
-    return losses, stats, *unused
+    return losses, stats
 
 
-def backward(
-    grad: Tensor,
-    online: Tensor,
-    target: Tensor,
-    temperature: float | Tensor,
-    alpha: float,
-    beta: float,
-    num_negatives: int | None,
-    normalize: bool,
-    operand_dtype: torch.dtype,
-    gradients: int,
-    stats: Tensor,
-    of_sum: Tensor,
-    temperature_of_sum: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """donline, dtarget [B, D] in the inputs' dtype (dtarget [0] where not wanted) and dtemperature, from grad [B]"""
+def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    online, target, temperature, operand_dtype = x.online, x.target, x.temperature, x.operand_dtype
+    gradients = x.gradients
     b, d = online.shape
     if b == 0:
         return torch.empty_like(online), target.new_empty(target.shape if gradients == 2 else 0), grad.new_zeros(())
     config = launch.nearest("relic", online.device, operand_dtype, d)["backward"]
-    negatives = b - 1 if num_negatives is None else num_negatives
-    search, scale = _searches(temperature, normalize), log2_scale(temperature, online)
+    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), log2_scale(temperature, online)
     with launch.on(online.device):
-        z, inv_norm, _ = operand(online, target, normalize, operand_dtype, config["BLOCK_K"], rounded=True)
+        z, inv_norm, _ = operand(online, target, x.normalize, operand_dtype, config["BLOCK_K"], rounded=True)
         stride = z.shape[1]
         w_scale = None
         if operand_dtype == torch.float16:
-            sizes = _largest_weights(grad, stats, online, target, temperature, beta, normalize)
+            sizes = _largest_weights(grad, stats, online, target, temperature, x.beta, x.normalize)
             w_scale = launch.half_scale(operand_dtype, sizes)
         weights = grad if w_scale is None else grad * w_scale
         blocks, tiles, span, splits = _spans(b, negatives, negatives, config)
         dz = grad.new_empty(splits, gradients * b, stride)
         for k in range(gradients):
             _weigh_back[blocks, splits, stride // config["BLOCK_K"]](
-                z, weights, stats, dz, scale, beta, b, gradients * b, negatives, stride, tiles, span,
+                z, weights, stats, dz, scale, x.beta, b, gradients * b, negatives, stride, tiles, span,
                 k == 1, search, launch.precision(operand_dtype), stride == config["BLOCK_K"], **config,
             )  # fmt: skip
         found, dots = input_gradients(
-            (online, target), gradients, dz, inv_norm, grad * stats[5], w_scale, scale, normalize, z
+            (online, target), gradients, dz, inv_norm, grad * stats[5], w_scale, scale, x.normalize, z
         )
     dtarget = found[1] if gradients == 2 else target.new_empty(0)
     return found[0], dtarget, dots[:b].sum() * (-1 / temperature)

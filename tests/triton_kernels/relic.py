@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sslops import backend
 from sslops.kernels.triton import launch, relic
+from sslops.ops.relic import Arguments
 
 
 def on_cpu() -> contextlib.AbstractContextManager[object]:
@@ -29,10 +30,11 @@ def call(
     compute = OPERANDS[operands]
     x = torch.ones(b, d, dtype=compute, device=device)
     tau = torch.ones((), device=device) if temperature is None else temperature
-    common = (x, x, tau, 1.0, 1.0, negatives, normalize, compute)
+    needs_grad = [True, gradients == 2, temperature is None]
+    arguments = Arguments(x, x, tau, 1.0, 1.0, negatives, None, normalize, count, compute, needs_grad, "triton")
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
-        losses, *saved = relic.forward(*common, count, gradients)
-        relic.backward(losses, *common, gradients, *saved)
+        losses, *saved = relic.forward(arguments)
+        relic.backward(losses, arguments, *saved)
 
 
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -61,11 +63,12 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
     """The call that tune.py times for `kernel`, all others as negatives, the gradient of one view"""
     compute = torch.bfloat16 if operands == "half" else torch.float32
     views = torch.randn(2, 1024 if operands == "ieee" else 4096, width, dtype=compute, device=device)
-    common = (*views, 0.1, 1.0, 1.0, None, True, compute)
-    losses, *saved = relic.forward(*common, False, 1)
+    needs_grad = [True, False, False]
+    x = Arguments(*views, 0.1, 1.0, 1.0, None, None, True, False, compute, needs_grad, "triton")
+    losses, *saved = relic.forward(x)
     if kernel == "forward":
-        return lambda: relic.forward(*common, False, 1)[:2]
-    return lambda: relic.backward(torch.full_like(losses, 1 / len(losses)), *common, 1, *saved)[:1]
+        return lambda: relic.forward(x)
+    return lambda: relic.backward(torch.full_like(losses, 1 / len(losses)), x, *saved)[:1]
 
 
 # ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
