@@ -194,6 +194,15 @@ def test_unnormalised(device, backend, dtype, size):
     oracle.check(losses, inputs, backend, temperature=0.7, normalize=False)
 
 
+@each_target
+@pytest.mark.parametrize(("n", "size"), [(2, 0.1), (2, 1.0), (33, 0.3)])
+def test_long_rows(device, backend, n, size):
+    """Logits that are sums of many terms: their rounding is not to grow with the length."""
+    g = torch.Generator().manual_seed(n)
+    inputs = {name: (size * torch.randn(n, 700, generator=g)).to(device) for name in ("online", "target")}
+    oracle.check(losses, inputs, backend, temperature=1.0, normalize=False)
+
+
 @pytest.mark.parametrize(("weights", "seed"), [({"alpha": 0.0, "beta": 0.5}, 0), (WEIGHTS, 1)])
 def test_huge_logits(isa, weights, seed):
     """Of size 1e12: p and q are all at one place, and what pulls at them cancels in one rounding or not at all."""

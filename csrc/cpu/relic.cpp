@@ -123,35 +123,36 @@ void for_each_tile(const Batch& x, float* held, bool ready, const Visit& visit) 
     }
     visit(tiles, Part{a, b, ld, i0, rows, j0, columns, mirrored, !mirrored || far > 1 || columns % kLanes});
   };
-  Tournament(x.count).run(
-      [&] { return Tiles{Tile(x.side, x.online.bf16), Tile(x.side, x.online.bf16)}; },
-      [&](int64_t i, int64_t j, Tiles& tiles) {
-        if (!x.meet(i, j)) return;
-        float* const at = held ? held + x.place(i, j) * x.size() : nullptr;
-        int64_t i0 = i * x.side, i1 = i0 + x.side < n ? i0 + x.side : n;
-        int64_t j0 = j * x.side, j1 = j0 + x.side < n ? j0 + x.side : n;
-        if (i == j) {  // Symmetry saves nothing in the tiles on the diagonal: they are small.
-          const auto block = [&](int64_t a, int64_t b) {
-            product(tiles, at ? at + (a - i0) * tiles.a.ld + b - i0 : nullptr, a, a + kGroup < i1 ? a + kGroup : i1, b,
-                    b + kGroup < i1 ? b + kGroup : i1);
-          };
-          for (int64_t a = i0; a < i1; a += kGroup) block(a, a);
-          for (int64_t a = i0; a < i1; a += kGroup)
-            for (int64_t b = a + kGroup; b < i1; b += kGroup) block(a, b);
-          return;
-        }
-        // Only the part of the tile that the band runs through.
-        const bool follow = j0 - i1 < x.negatives, wrap = j1 - i0 > far;
-        const auto raise = [](int64_t& begin, int64_t to) { begin = to > begin ? to / kGroup * kGroup : begin; };
-        if (follow && !wrap) {
-          if (i1 + x.negatives < j1) j1 = i1 + x.negatives;
-          raise(i0, j0 - x.negatives);
-        } else if (!follow) {
-          if (j1 - far < i1) i1 = j1 - far;
-          raise(j0, i0 + far);
-        }
-        product(tiles, at, i0, i1, j0, j1);
-      });
+  Tournament(x.count).run([&] { return Tiles{Tile(x.side, x.online.bf16), Tile(x.side, x.online.bf16)}; },
+                          [&](int64_t i, int64_t j, Tiles& tiles) {
+                            if (!x.meet(i, j)) return;
+                            float* const at = held ? held + x.place(i, j) * x.size() : nullptr;
+                            int64_t i0 = i * x.side, i1 = i0 + x.side < n ? i0 + x.side : n;
+                            int64_t j0 = j * x.side, j1 = j0 + x.side < n ? j0 + x.side : n;
+                            if (i == j) {  // Symmetry saves nothing in the tiles on the diagonal: they are small.
+                              const auto block = [&](int64_t a, int64_t b) {
+                                product(tiles, at ? at + (a - i0) * tiles.a.ld + b - i0 : nullptr, a,
+                                        a + kGroup < i1 ? a + kGroup : i1, b, b + kGroup < i1 ? b + kGroup : i1);
+                              };
+                              for (int64_t a = i0; a < i1; a += kGroup) block(a, a);
+                              for (int64_t a = i0; a < i1; a += kGroup)
+                                for (int64_t b = a + kGroup; b < i1; b += kGroup) block(a, b);
+                              return;
+                            }
+                            // Only the part of the tile that the band runs through.
+                            const bool follow = j0 - i1<x.negatives, wrap = j1 - i0> far;
+                            const auto raise = [](int64_t& begin, int64_t to) {
+                              begin = to > begin ? to / kGroup * kGroup : begin;
+                            };
+                            if (follow && !wrap) {
+                              if (i1 + x.negatives < j1) j1 = i1 + x.negatives;
+                              raise(i0, j0 - x.negatives);
+                            } else if (!follow) {
+                              if (j1 - far < i1) i1 = j1 - far;
+                              raise(j0, i0 + far);
+                            }
+                            product(tiles, at, i0, i1, j0, j1);
+                          });
 }
 
 // Which columns from j on are among the negatives of row i, and which have it among theirs.
@@ -311,8 +312,8 @@ void weigh(const Batch& x, const Part& t, const float* stats) {
       const auto kept = [](I mask, F v) { return kMasked ? select(mask, v, F{}) : v; };
       store(at_a + j, kept(own, pulled(p, y, b, s)) + kept(other, beta * (q_other - p_other)));
       if (kMirrored)
-        store(at_b + j, kept(own, beta * (q - p)) +
-                            kept(other, pulled(p_other, of_column(kMeanY), a, of_column(kPositive))));
+        store(at_b + j,
+              kept(own, beta * (q - p)) + kept(other, pulled(p_other, of_column(kMeanY), a, of_column(kPositive))));
     }
   }
 }
@@ -396,7 +397,7 @@ void forward(Tensor online, Tensor target, double temperature, double alpha, dou
     losses.as<float>()[i] = x.alpha * p.loss + x.beta * divergence;
     const float own = expf((s - p.top) * x.scale.inverse) * p.inverse;
     const float drift = static_cast<float>(own * y / x.scale.tau) + (p.share - q.share);
-    const float kept[kStats] = {p.top, p.inverse, q.top, q.inverse, y, x.alpha * p.share - x.beta * drift,
+    const float kept[kStats] = {p.top, p.inverse,     q.top, q.inverse, y, x.alpha * p.share - x.beta * drift,
                                 s,     at(kExceeding)};
     for (int64_t k = 0; k < kStats; ++k) stats.as<float>()[k * n + i] = kept[k];
   }
