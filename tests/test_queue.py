@@ -154,6 +154,15 @@ class TestEnqueueBeforeBackward:
         expected = torch.autograd.grad(sslops.info_nce(query, key, queue.negatives, temperature=0.2), query)
         assert torch.equal(*self.step(query, key, queue), *expected)
 
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_eager_keeps_them(self, normalize):
+        query, key, queue = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8), sslops.NegativeQueue(40, 8)
+        options = {"normalize": normalize, "backend": "eager"}
+        expected = torch.autograd.grad(sslops.info_nce(query, key, queue.negatives, **options), query)
+        loss = sslops.info_nce(query, key, queue.negatives, **options)
+        queue.enqueue(key)
+        assert torch.equal(*torch.autograd.grad(loss, query), *expected)
+
     def test_what_is_still_needed_raises(self):
         query, key = (torch.randn(6, 8, requires_grad=True) for _ in range(2))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

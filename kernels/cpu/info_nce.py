@@ -34,8 +34,9 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
 
 def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
     """dkey, dnegatives: [0] for what is not asked for"""
-    dkey = torch.empty_like(x.key) if x.needs_grad[1] else x.key.new_empty(0)
-    learnt = x.needs_grad[2] and x.negatives is not None
-    dnegatives = torch.empty_like(x.negatives) if learnt else x.key.new_empty(0)
+    dkey, dnegatives = (
+        x.key.new_empty(0) if z is None or not wanted else torch.empty_like(z)
+        for z, wanted in zip((x.key, x.negatives), x.needs_grad[1:3], strict=True)
+    )
     _C.info_nce_backward(grad, *_common(x, part), stats, dkey, dnegatives)
     return dkey, dnegatives

@@ -75,7 +75,7 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
     fault = None
     if x.query_ids is not None and candidate_ids is not None:
         left_out.append((x.query_ids[:, None] == candidate_ids) & (x.query_ids[:, None] >= 0))
-        # A row that is not finite is NaN for those who do not leave it out: 0 times it, in the product, would be so too.
+        # NaN for those who do not leave it out: as 0 times it, in the product's gradient, would be for the others.
         fault = (candidates * 0).sum(1)
         candidates = candidates.where(fault[:, None] == 0, 0)
     if x.normalize:
@@ -205,8 +205,9 @@ def info_nce(
             tensor: a number that changes recompiles.
         normalize: scale every row, the negatives' too, to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the B rows, or "none": the losses [B].
-        query_ids, negative_ids: int64 or int32, [B] and [K]; a negative with its query's id is left out (the same sample
-            in the queue, say), whatever it holds. Ids below 0 are equal to none. In-batch, query_ids are the keys' too.
+        query_ids, negative_ids: int64 or int32, [B] and [K]; a negative with its query's id is left out (the same
+            sample in the queue, say). Ids below 0, as -1 in a queue, are equal to none. In-batch, query_ids are the
+            keys' too.
         return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of the positive, and its mean similarity.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, B rows on each: in-batch, all
             ranks' keys are negatives; given negatives are replicated. A mean or a sum is that of all rows, and so are
