@@ -7,8 +7,8 @@
 namespace sslops::info_nce {
 namespace {
 
-constexpr int64_t kBlock = 256;    // queries that a tile has at most
-constexpr int64_t kTickets = 64;   // to aim at: if the queries do not fill the threads, the candidates are split
+constexpr int64_t kBlock = 256;   // queries that a tile has at most
+constexpr int64_t kTickets = 64;  // to aim at: if the queries do not fill the threads, the candidates are split
 constexpr int64_t kMaxChunk = 256;
 
 // Candidates at a time. Fixed by the shapes, as the parts are: results do not depend on the threads.
@@ -58,9 +58,8 @@ struct Batch {
     parallel_tickets(padded / kGroup, [&](int64_t ticket) {
       const int64_t from = ticket * kGroup, count = at_most(b - from, kGroup);
       for (int64_t i = from; i < from + count; ++i) inv_norm[i] = this->query.norm_of(i);
-      q.fill(from, count, [&](int64_t i, int64_t j, int lanes) {
-        return round_to(operand_dtype, this->query.at(i, j, lanes));
-      });
+      q.fill(from, count,
+             [&](int64_t i, int64_t j, int lanes) { return round_to(operand_dtype, this->query.at(i, j, lanes)); });
     });
   }
 };
@@ -87,7 +86,7 @@ class Chunk {
       inv_norm_[i] = is_broken_[i] ? 1.f / kNormEps : rows.norm_of(i);
     }
     operand.fill(0, count, [&](int64_t i, int64_t j, int lanes) {
-      return broken_ && is_broken_[i] ? F{} : round_to(x_.operand_dtype, rows.at(i, j, lanes));
+      return broken_ && is_broken_[i] ? F{} : rows.at(i, j, lanes);  // to round to half would gain nothing in float32
     });
   }
 
@@ -180,8 +179,7 @@ void add(Chunk& c, int64_t n, float inverse, const float* similarity, const Sums
   int64_t j = 0;
   for (; j + 4 <= c.count; j += 4)
     add_rows<kFixed, 4>(c.row(j), c.tile.ld, n, inverse, to.top, similarity, r, exceeding);
-  for (; j < c.count; ++j)
-    add_rows<kFixed, 1>(c.row(j), c.tile.ld, n, inverse, to.top, similarity, r, exceeding);
+  for (; j < c.count; ++j) add_rows<kFixed, 1>(c.row(j), c.tile.ld, n, inverse, to.top, similarity, r, exceeding);
   for (int64_t i = 0; i < n; ++i) to.r[i] += r[i], to.exceeding[i] += exceeding[i];
 }
 
@@ -196,9 +194,8 @@ void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tenso
     for (int64_t i = begin; i < end; ++i) {
       F product{};
       if (i < b) inv_positive[i] = positive.norm_of(i);
-      for_each_vector(i < b ? d : 0, [&](int64_t j, int lanes) {
-        product += x.query.at(i, j, lanes) * positive.at(i, j, lanes);
-      });
+      for_each_vector(i < b ? d : 0,
+                      [&](int64_t j, int lanes) { product += x.query.at(i, j, lanes) * positive.at(i, j, lanes); });
       similarity[i] = sum(product);
     }
   });
@@ -230,7 +227,9 @@ void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tenso
     for (int64_t i = begin; i < end; ++i) {
       float highest = x.scale.fixed ? 1.f : kLowest, r_neg = 0.f, count = 0.f;
       for (int64_t row = i; row < rows; row += x.padded) highest = max(top[row], highest);
-      const auto shrink = [&](int64_t row) { return x.scale.fixed ? 1.f : expf((top[row] - highest) * x.scale.inverse); };
+      const auto shrink = [&](int64_t row) {
+        return x.scale.fixed ? 1.f : expf((top[row] - highest) * x.scale.inverse);
+      };
       for (int64_t row = i; row < rows; row += x.padded) r_neg += r[row] * shrink(row), count += exceeding[row];
       const Close close(similarity[i], r_neg, highest, x.scale);
       losses.as<float>()[i] = close.loss;

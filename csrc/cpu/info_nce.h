@@ -8,10 +8,10 @@
 namespace sslops::info_nce {
 
 struct Table {
-  // query [B, D], key [N, D], of which first + i is the positive of i; negatives [K, D] of a dtype of their own, or None
-  // for in-batch: the keys. query_ids [B], negative_ids (the candidates') int64, both or neither; below 0: of none.
-  // losses [B]; logged [2, B] = the positive's s, of unrounded rows, and how many negatives exceed it; stats [3, B] =
-  // m_i, 1 / r_i, the negatives' share of r_i, with r_i the sum of exp((s - m_i) / tau). dquery [B, D] and
+  // query [B, D], key [N, D], of which first + i is the positive of i; negatives [K, D] of a dtype of their own, or
+  // None for in-batch: the keys. query_ids [B], negative_ids (the candidates') int64, both or neither; below 0: of
+  // none. losses [B]; logged [2, B] = the positive's s, of unrounded rows, and how many negatives exceed it; stats [3,
+  // B] = m_i, 1 / r_i, the negatives' share of r_i, with r_i the sum of exp((s - m_i) / tau). dquery [B, D] and
   // dtemperature [B], float32, unless they have no elements: of each row's loss. Scratch: the queries
   // again, and D + 3 floats for B + 16384 rows at most.
   void (*forward)(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tensor negative_ids, double temperature,

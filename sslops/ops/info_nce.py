@@ -33,7 +33,8 @@ class Arguments(NamedTuple):
 
 class Outputs(NamedTuple):
     """losses and logged of all ranks, the rest of the rank's queries. s_ij = <q_i, c_j>, the rows unit if normalize and
-    rounded to operand_dtype; c: the negatives, or in-batch all ranks' keys."""
+    rounded to operand_dtype (c's need not be); c: the negatives, or in-batch all ranks' keys.
+    """
 
     losses: Out
     logged: Out  # the positive's s, of unrounded rows, and how many negatives exceed it
