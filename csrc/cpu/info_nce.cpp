@@ -200,7 +200,8 @@ void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tenso
     }
   });
 
-  const int64_t most = blocks ? ceil_div(kTickets, blocks) : 1;
+  // Parts of 512 candidates at least, if there are 8: what they find is to be joined.
+  const int64_t enough = x.k < 8 * 512 ? 8 : x.k / 512, most = blocks ? at_most(ceil_div(kTickets, blocks), enough) : 1;
   const int64_t length = chunks ? ceil_div(chunks, at_most(chunks, most)) : 1;
   const int64_t parts = ceil_div(chunks, length), rows = parts * x.padded;
   Buffer<float> top(rows), r(rows), exceeding(rows), o(dquery.numel ? rows * ld : 0);
