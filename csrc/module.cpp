@@ -236,62 +236,6 @@ void bind_vicreg(py::module_& m) {
       NoGil());
 }
 
-void bind_info_nce(py::module_& m) {
-  using namespace info_nce;
-  const auto rows = [](Address x, int dtype, int64_t n, int64_t d, Address inv_norm) {
-    return Rows{at<void>(x), DType(dtype), n, d, at<float>(inv_norm)};
-  };
-  m.def(
-      "info_nce_positives",
-      [=](Address query, int dtype, int64_t n, int64_t d, Address inv_norm, Address key, Address key_inv_norm,
-          Address positive) {
-        table().positives(rows(query, dtype, n, d, inv_norm), at<void>(key), at<float>(key_inv_norm),
-                          at<float>(positive));
-      },
-      NoGil());
-  m.def(
-      "info_nce_forward_tile",
-      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, Address inv_norm, int64_t first,
-         Address query_ids, Address negative_ids, Address w, int w_dtype, int64_t ld_w, Address max, Address sum,
-         Address above, Address positive, Address o, int64_t d, int64_t ld_o, double tau, bool fixed) {
-        table().forward_tile(
-            {at<float>(s), ld, rows, cols, i0, j0, at<float>(inv_norm)},
-            {first, at<int64_t>(query_ids), at<int64_t>(negative_ids)}, {at<void>(w), DType(w_dtype), ld_w},
-            {at<float>(max), at<float>(sum), at<float>(above), at<float>(positive), at<float>(o), d, ld_o}, tau, fixed);
-      },
-      NoGil());
-  m.def(
-      "info_nce_finish_forward",
-      [=](Address query, int dtype, int64_t n, int64_t d, Address inv_norm, Address key, Address key_inv_norm,
-          bool normalize, double tau, Address max, Address sum, Address positive, Address o, int64_t ld_o,
-          Address losses, Address stats, Address dquery, Address dtemperature) {
-        table().finish_forward(rows(query, dtype, n, d, inv_norm), at<void>(key), at<float>(key_inv_norm), normalize,
-                               tau,
-                               {at<float>(max), at<float>(sum), nullptr, at<float>(positive), at<float>(o), d, ld_o},
-                               at<float>(losses), at<float>(stats), at<float>(dquery), at<float>(dtemperature));
-      },
-      NoGil());
-  m.def(
-      "info_nce_backward_tile",
-      [](Address s, int64_t ld, int64_t rows, int64_t cols, int64_t i0, int64_t j0, Address inv_norm, int64_t first,
-         Address query_ids, Address negative_ids, double tau, Address max, Address a) {
-        table().backward_tile({at<float>(s), ld, rows, cols, i0, j0, at<float>(inv_norm)},
-                              {first, at<int64_t>(query_ids), at<int64_t>(negative_ids)}, tau, at<float>(max),
-                              at<float>(a));
-      },
-      NoGil());
-  m.def(
-      "info_nce_finish_candidates",
-      [=](Address x, int dtype, int64_t n, int64_t d, Address inv_norm, int64_t j0, int64_t count, bool normalize,
-          Address dc, int64_t ld, Address query, int query_dtype, int64_t queries, Address query_inv_norm, Address pull,
-          int64_t first, double tau, Address out) {
-        table().finish_candidates(rows(x, dtype, n, d, inv_norm), j0, count, normalize, at<float>(dc), ld,
-                                  rows(query, query_dtype, queries, d, query_inv_norm), at<float>(pull), first, tau,
-                                  at<void>(out));
-      },
-      NoGil());
-}
-
 void bind_patches(py::module_& m) {
   using Four = std::array<int64_t, 4>;
   py::class_<Patches>(m, "Patches", "A grid of patches over images of this shape [B, C, H, W] and these strides.")
@@ -582,7 +526,7 @@ PYBIND11_MODULE(_C, m) {
   bind_barlow_twins(m);
   bind_columns(m);
   bind_embeddings(m);
-  bind_info_nce(m);
+  bind(m, info_nce::table);
   bind_patches(m);
   bind_gather_patches(m);
   bind_masked_patch_mse(m);

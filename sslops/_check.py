@@ -22,6 +22,7 @@ class Of(NamedTuple):
     like: str = ""  # of the dtype of this argument
     strided: bool = False  # kernels take any strides; contiguous otherwise
     spread: bool = False  # with a group, the rank's part of a batch
+    optional: bool = False  # found in the annotation: Tensor | None
 
 
 def declared(arguments: type[Any]) -> dict[str, Of]:
@@ -30,7 +31,11 @@ def declared(arguments: type[Any]) -> dict[str, Of]:
     found = {
         name: next((each for each in get_args(kind)[1:] if isinstance(each, Of)), None) for name, kind in hints.items()
     }
-    return {name: of for name, of in found.items() if of is not None}
+    return {
+        name: of._replace(optional=get_args(hints[name])[0] == Tensor | None)
+        for name, of in found.items()
+        if of is not None
+    }
 
 
 def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
@@ -38,7 +43,7 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
     sizes: dict[str, int] = {}
     for name, of in declared.items():
         value = getattr(x, name)
-        if value is None:
+        if value is None and of.optional:
             continue
         wanted = of.shape.split()
         text = f"[{', '.join(wanted)}]"
@@ -65,8 +70,12 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
 
 
 def output(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """A tensor of this very shape, dtype and device: kernels rely on it when `torch.ops.sslops` is called directly."""
-    if x.dtype != dtype or tuple(x.shape) != tuple(shape) or x.device != device or x.layout != torch.strided:
+    """A tensor of this very shape, dtype and device: kernels rely on it when `torch.ops.sslops` is called directly.
+
+    Of one without elements the shape says nothing to them.
+    """
+    same_shape = tuple(x.shape) == tuple(shape) or x.numel() == 0 == math.prod(shape)
+    if x.dtype != dtype or not same_shape or x.device != device or x.layout != torch.strided:
         got = f"{x.dtype} {list(x.shape)} on {x.device}, {x.layout}"
         bad_value(op, name, f"{dtype} {list(shape)} on {device}", got)
 

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import _check, distributed
@@ -35,7 +34,3 @@ def check_options(op: str, normalize: bool, reduction: str, return_metrics: bool
     _check.flag(op, "normalize", normalize)
     _check.choice(op, "reduction", reduction, REDUCTIONS)
     _check.flag(op, "return_metrics", return_metrics)
-
-
-def autograd_wanted(*tensors: object) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)

@@ -185,6 +185,8 @@ def register(
             if isinstance(value := getattr(x, field), Tensor):
                 _check.output(name, field, value, (), torch.float32, x[0].device)
         check(x)
+        if len(getattr(x, "needs_grad", gradients)) != len(gradients):
+            _check.bad_value(name, "needs_grad", f"{len(gradients)} flags", x.needs_grad)
         dense = [field for field, of in declared.items() if not of.strided and getattr(x, field) is not None]
         return _replaced(x, **{field: getattr(x, field).contiguous() for field in dense})
 

@@ -68,6 +68,11 @@ struct Rows {
   SSLOPS_INLINE F at(int64_t i, int64_t j, int lanes) const {
     return load_as_float(x, dtype, i * d + j, lanes) * inv_norm[i];
   }
+  bool finite(int64_t i) const {
+    F zero{};
+    for_each_vector(d, [&](int64_t j, int lanes) { zero += load_as_float(x, dtype, i * d + j, lanes) * 0.f; });
+    return sum(zero) == 0.f;
+  }
   float norm_of(int64_t i) const { return normalize ? sslops::inv_norm(x, dtype, i * d, d) : 1.f; }
 
   // v [d], the gradient of unit row i, becomes that of the row as it is stored, in row `to` of out. Returns <row, v>.

@@ -27,12 +27,14 @@ constexpr bool kHasBf16 = false;
 // Rows [n, d] as operands of both products, in float32 unless bf16 is asked for and there.
 class Operand {
  public:
-  Operand(int64_t n, int64_t d, DType operand)
+  // right: it will be the right operand of A B^T, not the left one alone.
+  Operand(int64_t n, int64_t d, DType operand, bool right = true)
       : bf16(kHasBf16 && operand == DType::bf16),
         d(d),
         ld(bf16 ? round_up(d, bf16_gemm::kBlock) : stride_of(d)),
+        right_(right),
         rows_(bf16 ? 0 : round_up(n, kGroup) * ld),
-        columns_(bf16 ? 0 : round_up(n, kGroup) * d),
+        columns_(bf16 || !right ? 0 : round_up(n, kGroup) * d),
         halves_(bf16 ? (round_up(n, kGroup) + bf16_gemm::kBlock) * ld : 0),  // a tile's rows begin anywhere: one more
         as_right_(bf16 ? round_up(n, kGroup) * ld : 0),
         transposed_(bf16 ? round_up(n, kGroup) * ld : 0) {}
@@ -51,7 +53,7 @@ class Operand {
       });
       for (int64_t j = used; j < ld; ++j) bf16 ? void(halves_[row * ld + j] = 0) : void(rows_[row * ld + j] = 0.f);
     }
-    for (int64_t i = first; i < first + count; i += kGroup) bf16 ? pack_halves(i) : pack(i);
+    for (int64_t i = first; i < first + count; i += kGroup) bf16 ? pack_halves(i) : right_ ? pack(i) : void();
   }
 
   const bool bf16;
@@ -73,6 +75,7 @@ class Operand {
       bf16_gemm::table().pack(halves_ + group * ld, kGroup, ld, as_right_ + group * ld, transposed_ + group * ld);
   }
 
+  const bool right_;
   Buffer<float> rows_, columns_;                     // columns: of kPanel rows each, transposed
   Buffer<uint16_t> halves_, as_right_, transposed_;  // right operands: the rows, and their transpose
 };

@@ -11,7 +11,9 @@ Order of every sum is fixed, so the same input gives the same bits. Scratch, in 
 backward 4 D a candidate and span, PROGRAMS blocks of rows at least; 4 a candidate; operands of 2 B rows.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -21,6 +23,12 @@ from torch import Tensor
 from . import launch
 from .launch import refuses  # noqa: F401
 from .rows import LN2, LOG2E, LOWEST, fixed_maximum, inverse, log1p, operand, row_tile, tile_inv_norms
+
+if TYPE_CHECKING:
+    from sslops.distributed import Part
+    from sslops.ops.info_nce import Arguments
+
+DISTRIBUTED = True
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("B", "K", "first", "span", "splits")
@@ -80,13 +88,13 @@ def _is_negative(rows, columns, query_ids, negative_ids, B, K, first, IN_BATCH: 
         negative = negative & (columns != rows + first)
     if query_ids is not None:
         ids = tl.load(query_ids + rows, mask=rows < B, other=0)
-        negative = negative & (ids != tl.load(negative_ids + columns, mask=columns < K, other=0))
+        negative = negative & ((ids != tl.load(negative_ids + columns, mask=columns < K, other=0)) | (ids < 0))
     return negative
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _weigh(
-    query, key, z, inv_norm, similarity, c, inv_c, query_ids, negative_ids, r_parts, m_parts, above_parts, o_parts,
+    query, key, z, inv_norm, similarity, c, inv_c, query_ids, negative_ids, r_parts, m_parts, exceeding_parts, o_parts,
     temperature, scale, maximum, B, K, D, stride, first, span,
     IN_BATCH: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
@@ -94,7 +102,7 @@ def _weigh(
 ):  # fmt: skip
     """Of each span of candidates r, the largest s where it is searched for, how many exceed the positive, and WEIGHT o.
 
-    r_parts, m_parts, above_parts [splits, B]; o_parts [splits, B, stride], BLOCK_K columns a program. Rows that a
+    r_parts, m_parts, exceeding_parts [splits, B]; o_parts [splits, B, stride], BLOCK_K columns a program. Rows that a
     block holds whole come from query and key, and z is None: inv_norm [2B] and similarity [B] are made here.
     """
     scale = _log2_scale(temperature, scale)
@@ -115,7 +123,7 @@ def _weigh(
         if STATIONARY:
             zi = row_tile(z, i, B, stride, BLOCK_M, BLOCK_K)
     r = tl.zeros([BLOCK_M], tl.float32)
-    above = tl.zeros([BLOCK_M], tl.float32)
+    exceeding = tl.zeros([BLOCK_M], tl.float32)
     top = r + maximum if m_parts is None else r + LOWEST
     if o_parts is not None:
         o = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -134,7 +142,7 @@ def _weigh(
             columns = j + tl.arange(0, BLOCK_N)
             negative = _is_negative(rows[:, None], columns[None, :], query_ids, negative_ids, B, K, first, IN_BATCH)
             s = tl.where(negative, s, float("-inf"))
-        above += tl.sum(tl.where(s > positive[:, None], 1.0, 0.0), 1)
+        exceeding += tl.sum(tl.where(s > positive[:, None], 1.0, 0.0), 1)
         if m_parts is not None:
             higher = tl.maximum(top, tl.max(s, 1))
             shrink = tl.exp2((top - higher) * scale)
@@ -151,7 +159,7 @@ def _weigh(
     part = tl.cast(split, tl.int64) * B
     mask = rows < tl.where(column == 0, B, 0)
     tl.store(r_parts + part + rows, r, mask=mask)
-    tl.store(above_parts + part + rows, above, mask=mask)
+    tl.store(exceeding_parts + part + rows, exceeding, mask=mask)
     if m_parts is not None:
         tl.store(m_parts + part + rows, top, mask=mask)
     if o_parts is not None:
@@ -181,11 +189,11 @@ def _store_gradient(v, x, inv, dot, out, i, D, stride, NORMALIZE: tl.constexpr, 
 
 @triton.jit(do_not_specialize=SIZES)
 def _join(
-    query, key, inv_norm, similarity, r_parts, m_parts, above_parts, o_parts, temperature, scale,
-    maximum, losses, above, dquery, dtemperature, stats, B, D, stride, splits,
+    query, key, inv_norm, similarity, r_parts, m_parts, exceeding_parts, o_parts, temperature, scale,
+    maximum, losses, exceeding, dquery, dtemperature, stats, B, D, stride, splits,
     NORMALIZE: tl.constexpr, WEIGHT: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """losses, above [B], stats [3, B]; from o_parts, used up: dquery [B, D] and dtemperature [B]"""
+    """losses, exceeding [B], stats [3, B]; from o_parts, used up: dquery [B, D] and dtemperature [B]"""
     scale = _log2_scale(temperature, scale)
     i = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
@@ -203,7 +211,7 @@ def _join(
     small = r_neg < e_pos
     loss = tl.where(small, log1p(r_neg / tl.where(small, e_pos, 1.0)), tl.log(r) + (m - positive) * scale * LN2)
     tl.store(losses + i, loss)
-    tl.store(above + i, tl.sum(tl.load(above_parts + at, mask=part < splits, other=0.0), 0))
+    tl.store(exceeding + i, tl.sum(tl.load(exceeding_parts + at, mask=part < splits, other=0.0), 0))
     tl.store(stats + i, m)
     tl.store(stats + B + i, 1.0 / r)
     tl.store(stats + 2 * tl.cast(B, tl.int64) + i, share)
@@ -319,27 +327,18 @@ def _columns(d: int) -> dict[str, int]:
     return {"BLOCK_D": min(triton.next_power_of_2(d), 128), "num_warps": 8, **launch.FUSED}
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    query_ids: Tensor | None,
-    negative_ids: Tensor | None,
-    temperature: float | Tensor,
-    first: int,
-    normalize: bool,
-    operand_dtype: torch.dtype,
-    needs_grad: bool,
-) -> tuple[Tensor, ...]:
-    """losses, similarity, above [B]; dquery [B, D] and dtemperature [B] of each row's loss; stats [3, B]: float32"""
+def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
+    query, key, query_ids, negative_ids = x.query, x.key, x.query_ids, x.negative_ids
+    temperature, normalize, operand_dtype = x.temperature, x.normalize, x.operand_dtype
     b, d = query.shape
-    c, in_batch = (key, True) if negatives is None else (negatives, False)
+    c, in_batch, first = (key, True, part.first if part else 0) if x.negatives is None else (x.negatives, False, 0)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-    losses, above, stats = torch.empty(b, **wide), torch.empty(b, **wide), torch.empty(3, b, **wide)
-    graded = b if needs_grad else 0
+    losses, logged, stats = torch.empty(b, **wide), torch.empty(2, b, **wide), torch.empty(3, b, **wide)
+    similarity, exceeding = logged
+    graded = b if x.needs_grad[0] or x.needs_grad[3] else 0
     dquery, dtemperature = torch.empty(graded, d, **wide), torch.empty(graded, **wide)
     if b == 0:
-        return losses, torch.empty_like(losses), above, dquery, dtemperature, stats
+        return losses, logged, dquery, dtemperature, stats
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["forward"]
     half = operand_dtype == torch.float16  # 5 bits of exponent: weights up to 2**14, the largest of a row that high
     maximum, scale = None if half else fixed_maximum(temperature, normalize, len(c)), _scale(temperature)
@@ -349,45 +348,34 @@ def forward(
         blocks, slices = triton.cdiv(b, config["BLOCK_M"]), triton.cdiv(d, step)
         stride = slices * step
         whole = slices == 1 and d % 16 == 0 and config["BLOCK_M"] * step <= WHOLE
-        z, inv_norm, similarity = (
-            (None, torch.empty(2 * b, **wide), torch.empty(b, **wide)) if whole
-            else operand(query, positives, normalize, operand_dtype, step)
-        )  # fmt: skip
+        z, inv_norm = None, torch.empty(2 * b, **wide)
+        if not whole:
+            z, inv_norm, logged[0] = operand(query, positives, normalize, operand_dtype, step)
         inv_c = None if whole and blocks <= OWN_NORMS else inverse(c, normalize)
         span, splits = _spans(blocks, len(c), config["BLOCK_N"])
-        r_parts, above_parts = torch.empty(2, splits, b, **wide)
+        r_parts, exceeding_parts = torch.empty(2, splits, b, **wide)
         m_parts = torch.empty_like(r_parts) if maximum is None else None
-        o_parts = torch.empty(splits, b, stride, **wide) if needs_grad else None
-        _weigh[blocks, splits, slices if needs_grad else 1](
+        o_parts = torch.empty(splits, b, stride, **wide) if graded else None
+        _weigh[blocks, splits, slices if graded else 1](
             query, positives, z, inv_norm, similarity, c, inv_c, query_ids, negative_ids,
-            r_parts, m_parts, above_parts, o_parts, *scale, top, b, len(c), d, stride, first, span,
+            r_parts, m_parts, exceeding_parts, o_parts, *scale, top, b, len(c), d, stride, first, span,
             in_batch, normalize, weight, getattr(tl, str(operand_dtype).removeprefix("torch.")),
             launch.precision(operand_dtype), slices == 1, **config,
         )  # fmt: skip
         _join[b,](
-            query, positives, inv_norm, similarity, r_parts, m_parts, above_parts, o_parts, *scale, top,
-            losses, above, dquery, dtemperature, stats, b, d, stride, splits, normalize, weight, PARTS, CHUNK,
+            query, positives, inv_norm, similarity, r_parts, m_parts, exceeding_parts, o_parts, *scale, top,
+            losses, exceeding, dquery, dtemperature, stats, b, d, stride, splits, normalize, weight, PARTS, CHUNK,
             **_columns(d),
         )  # fmt: skip
-    return losses, similarity, above, dquery, dtemperature, stats
+    return losses, logged, dquery, dtemperature, stats
 
 
-def backward(
-    grad: Tensor,
-    stats: Tensor,
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    query_ids: Tensor | None,
-    negative_ids: Tensor | None,
-    temperature: float | Tensor,
-    first: int,
-    normalize: bool,
-    operand_dtype: torch.dtype,
-    key_grad: bool,
-    negatives_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """dkey, dnegatives in their inputs' dtypes, [0] for what is not asked for; from grad [B] float32"""
+def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
+    """dkey, dnegatives in their inputs' dtypes, [0] for what is not wanted"""
+    query, key, negatives, query_ids, negative_ids = x.query, x.key, x.negatives, x.query_ids, x.negative_ids
+    temperature, normalize, operand_dtype = x.temperature, x.normalize, x.operand_dtype
+    key_grad, negatives_grad = x.needs_grad[1:3]
+    first = part.first if part else 0
     b, d = query.shape
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["backward"]
     scale, pull = _scale(temperature), grad * stats[2]
@@ -419,5 +407,6 @@ def backward(
             z, inv_norm, _ = operand(query, positives, normalize, operand_dtype, config["BLOCK_K"])
             stride = z.shape[1]
         dkey = gradient(key, True, negatives is None) if key_grad else key.new_empty(0)
-        wanted = negatives_grad and negatives is not None
-        return dkey, gradient(negatives, False, True) if wanted and negatives is not None else key.new_empty(0)
+        if negatives is None or not negatives_grad:
+            return dkey, key.new_empty(0)
+        return dkey, gradient(negatives, False, True)

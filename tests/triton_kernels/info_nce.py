@@ -1,7 +1,7 @@
 """InfoNCE's Triton kernels: launches for offline.py, small calls for sanitize.py, tests for test_interpreter.py."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from unittest import mock
 
@@ -15,7 +15,9 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import sslops
 from sslops import backend
+from sslops.distributed import Part
 from sslops.kernels.triton import info_nce, launch, rows
+from sslops.ops.info_nce import Arguments
 
 on_cpu = contextlib.nullcontext
 DTYPES = (torch.float32, torch.float16)  # bf16 is wrong in the interpreter
@@ -28,16 +30,24 @@ def call(
 ) -> None:  # fmt: skip
     """Forward and backward, in-batch for k = 0; without a temperature it is a tensor: the maximum is searched for"""
     compute = OPERANDS[operands]
-    x = torch.ones(b + 2, d, dtype=compute, device=device)
-    query, key = x[:b], x if k == 0 else x[:b]
+    keys = torch.ones(b + 2, d, dtype=compute, device=device)
     negatives = None if k == 0 else torch.ones(k, d, dtype=queue or compute, device=device)
     names = [torch.arange(n, device=device) if ids else None for n in (b, k or b + 2)]
     tau = torch.ones((), device=device) if temperature is None else temperature
-    common = (query, key, negatives, *names, tau, 1 if k == 0 else 0, normalize, compute)
+    learn = [needs_grad, k == 0 or key_grad, k > 0, False]
+    x = arguments(keys[:b], keys if k == 0 else keys[:b], negatives, tau, compute, learn, normalize, names)
+    part = (Part(1, b, None),) if k == 0 else ()
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
-        losses, *_, stats = info_nce.forward(*common, needs_grad)
+        losses, *_, stats = info_nce.forward(x, *part)
         if needs_grad and queue is None:
-            info_nce.backward(losses, stats, *common, k == 0 or key_grad, True)
+            info_nce.backward(losses, x, stats, *part)
+
+
+def arguments(
+    query: Tensor, key: Tensor, negatives: Tensor | None, temperature: float | Tensor, operand: torch.dtype,
+    needs_grad: list[bool], normalize: bool = True, ids: Sequence[Tensor | None] = (None, None),
+) -> Arguments:  # fmt: skip
+    return Arguments(query, key, negatives, *ids, temperature, normalize, 0, "", False, operand, "triton", needs_grad)
 
 
 def matmuls(call: Callable[[], None]) -> None:
@@ -86,11 +96,11 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
     compute = torch.bfloat16 if operands == "half" else torch.float32
     query, key = torch.randn(2, 256 if kernel == "forward" else 4096, width, dtype=compute, device=device)
     queue = torch.randn(65536, width, dtype=compute, device=device) if kernel == "forward" else None
-    common = (query, key, queue, None, None, 0.1, 0, True, compute)
-    losses, *_, stats = info_nce.forward(*common, True)
+    x = arguments(query, key, queue, 0.1, compute, [True, True, False, False])
+    losses, *_, stats = info_nce.forward(x)
     if kernel == "forward":
-        return lambda: info_nce.forward(*common, True)
-    return lambda: info_nce.backward(torch.full_like(losses, 1 / len(losses)), stats, *common, True, False)[:1]
+        return lambda: info_nce.forward(x)
+    return lambda: info_nce.backward(torch.full_like(losses, 1 / len(losses)), x, stats)[:1]
 
 
 # ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
@@ -181,8 +191,9 @@ CASES = [
         )
     ),
     case(of_info_nce.test_non_finite_rows_as_eager, *TARGET, "trainable", float("inf"), "query"),
-    case(of_info_nce.test_positives_from_a_row_on, *TARGET, "in-batch"),
+    case(of_info_nce.test_parts_of_the_batch, *TARGET, True),
     case(of_info_nce.test_ids_leave_out_what_they_name, *TARGET),
+    *(case(of_info_nce.test_ids_below_zero_are_equal_to_none, *TARGET, kind) for kind in ("queue", "in-batch")),
     case(of_info_nce.test_high_temperatures, *TARGET, 1e30),
     *(case(metrics_and_ids, kind) for kind in ("queue", "in-batch")),
     case(of_info_nce.test_non_contiguous, *TARGET),
