@@ -6,6 +6,8 @@ import torch
 
 import sslops
 
+from sslops.ops.barlow_twins import Arguments
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUTES = ("gram", "panels")
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("barlow_twins"))
@@ -17,6 +19,12 @@ def views(n: int, d: int, *, dtype=torch.float32, device="cpu", noise: float = 1
     z_a = torch.randn(n, d, generator=g)
     z_b = z_a + noise * torch.randn(n, d, generator=g)
     return {"z_a": (z_a * 3 + 1).to(device, dtype), "z_b": z_b.to(device, dtype)}
+
+
+def lowered(z_a, z_b, route: str, backend: str) -> list[object]:
+    """As torch.ops.sslops takes them"""
+    group, synced = "", True
+    return oracle.lowered(Arguments(z_a, z_b, 0.01, 1e-5, route, group, synced, torch.float32, [True, True], backend))
 
 
 @each_target
@@ -136,7 +144,7 @@ def test_non_contiguous_and_nan(device, backend, route):
 @each_route
 def test_opcheck(device, backend, route):
     z_a, z_b = (x.requires_grad_() for x in views(6, 8, device=device).values())
-    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, route, True, "", True, backend)
+    arguments = lowered(z_a, z_b, route, backend)
     torch.library.opcheck(torch.ops.sslops.barlow_twins.default, arguments)
     with torch.no_grad():
         loss, *saved = torch.ops.sslops.barlow_twins(*arguments)
@@ -190,7 +198,7 @@ def test_bad_input():
 
 def test_bad_input_to_the_registered_op():
     z_a, z_b = views(4, 8).values()
-    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, "gram", True, "", True, "cpu")
+    arguments = lowered(z_a, z_b, "gram", "cpu")
     loss, diagonal, kept, gathered = torch.ops.sslops.barlow_twins(*arguments)
     with pytest.raises(ValueError, match="barlow_twins: z_b"):
         torch.ops.sslops.barlow_twins(z_a, z_b[:3], *arguments[2:])
