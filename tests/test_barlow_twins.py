@@ -249,3 +249,23 @@ def test_few_live_columns(device, backend, route, n, live):
         z[:, :live] = basis + 1e-3 * torch.randn(n, live, generator=torch.Generator().manual_seed(k + 1))
         inputs[name] = z.to(device)
     oracle.check(sslops.barlow_twins, inputs, backend, route=route)
+
+
+def test_export_with_a_dynamic_batch():
+    module = sslops.nn.BarlowTwinsLoss()
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(module, tuple(views(8, 12).values()), dynamic_shapes=({0: rows}, {0: rows})).module()
+    for n in (5, 40):  # one route and the other
+        inputs = tuple(views(n, 12).values())
+        assert torch.equal(exported(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_route
+def test_same_bits_for_any_number_of_threads(isa, route, dtype):
+    inputs, threads, found = list(views(150, 300, dtype=dtype).values()), torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(oracle.evaluate(sslops.barlow_twins, inputs, "cpu", route=route))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))

@@ -30,17 +30,13 @@ def forward(x: Arguments, part: Part | None = None) -> Tensor:
 
 def backward(grad: Tensor, x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     """From grad [D, D], the same on all ranks. W / N: the gradient is W times the share of these rows."""
-    moments_a, moments_b = _moments(x, part)
-    gradients = []
-    for z, other, moments, wanted in (
-        (x.z_a, x.z_b, moments_b, x.needs_grad[0]),
-        (x.z_b, x.z_a, moments_a, x.needs_grad[1]),
-    ):
-        if not wanted:
+    views, gradients = (x.z_a, x.z_b), []
+    for k, (z, other, moments) in enumerate(zip(views, views[::-1], _moments(x, part)[::-1], strict=True)):
+        if not x.needs_grad[k]:
             gradients.append(z.new_empty(0))
             continue
         g = empty(*z.shape)
-        _C.cross_correlation_product(other, x.eps, moments, x.operand_dtype, grad, z is x.z_b, g)
+        _C.cross_correlation_product(other, x.eps, moments, x.operand_dtype, grad, k == 1, g)
         gradients.append(normalize_backward(1 / len(z), z, x.eps, g, part if x.synced else None))
     return tuple(gradients)
 

@@ -61,7 +61,7 @@ def backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor, part: Pa
     gradients = []
     for k, wanted in enumerate(x.needs_grad):
         if not wanted:
-            gradients.append(x.z_a.new_empty(0))
+            gradients.append((views[k] if k < len(views) else grad).new_empty(0))
             continue
         z, t, gram, of_all = own[k], kept[k], None, None
         if x.route == "gram":
