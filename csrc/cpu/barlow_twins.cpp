@@ -21,9 +21,9 @@ void for_each_pair(const View& a, const View& b, const Tensor& c, const Visit& v
     strip.b.fill(b, first, width);
     Sums total{};
     down(a.n, width, [&](int64_t i, int64_t end, int64_t j, int) {
-      D part{};
-      for (; i < end; ++i) part += widen(strip.a.operand(i, j)) * widen(strip.b.operand(i, j));
-      total[j / kLanes] += part;
+      F part{};
+      for (; i < end; ++i) part += strip.a.operand(i, j) * strip.b.operand(i, j);
+      total[j / kLanes] += widen(part);
     });
     for_each_vector(width, [&](int64_t j, int lanes) {
       store_lanes(c.as<float>() + first + j, lanes, narrow(total[j / kLanes] / static_cast<double>(a.n)));

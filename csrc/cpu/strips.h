@@ -130,18 +130,20 @@ class Strip {
   }
 
   void normalize(const View& v, int64_t row, int64_t rows, int64_t width, const Sums& m, const Sums& s) {
-    F scale[kStrip / kLanes];
+    F scale[kStrip / kLanes], high[kStrip / kLanes], low[kStrip / kLanes];  // the mean in two parts
     for_each_vector(width, [&](int64_t j, int) {
+      const int64_t k = j / kLanes;
       D inverse{};
-      for (int k = 0; k < kLanes; ++k) inverse[k] = v.scaled ? 1. / sqrt(s[j / kLanes][k] + v.eps) : 1.;
-      scale[j / kLanes] = narrow(inverse);
+      for (int lane = 0; lane < kLanes; ++lane) inverse[lane] = v.scaled ? 1. / sqrt(s[k][lane] + v.eps) : 1.;
+      scale[k] = narrow(inverse);
+      high[k] = narrow(m[k]);
+      low[k] = narrow(m[k] - widen(high[k]));
     });
     down(rows, width, [&](int64_t i, int64_t end, int64_t j, int) {
-      const D from = m[j / kLanes];
-      const F by = scale[j / kLanes];
+      const F by = scale[j / kLanes], far = high[j / kLanes], near = low[j / kLanes];
       for (; i < end; ++i) {
         const int64_t at = index(row + i, j);
-        const F a = narrow(widen(load(exact_ + at)) - from) * by;
+        const F a = ((load(exact_ + at) - far) - near) * by;
         store(exact_ + at, a);
         if (rounds_) store(rounded_ + at, round_to(v.operand, a));
       }
@@ -158,14 +160,14 @@ class Strip {
 template <typename G, typename A>
 SSLOPS_INLINE void gradient_means(int64_t rows, int64_t width, const G& g, const A& a, Sums& mean, Sums& along) {
   down(rows, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
-    D total{}, product{};
+    F total{}, product{};
     for (; i < end; ++i) {
-      const D v = widen(g(i, j, lanes));
+      const F v = g(i, j, lanes);
       total += v;
-      product += v * widen(a(i, j));
+      product += v * a(i, j);
     }
-    mean[j / kLanes] += total;
-    along[j / kLanes] += product;
+    mean[j / kLanes] += widen(total);
+    along[j / kLanes] += widen(product);
   });
   const double inverse = 1. / static_cast<double>(rows);
   for (int64_t k = 0; k < round_up(width, kLanes) / kLanes; ++k) mean[k] *= inverse, along[k] *= inverse;

@@ -25,9 +25,9 @@ double forward_gram(Tensor z, DType operand, int64_t first, Tensor moments, Tens
     keep(strip, from, width, moments);
     Sums own{};
     down(v.n, width, [&](int64_t i, int64_t end, int64_t j, int) {
-      D part{};
-      for (; i < end; ++i) part += widen(strip.operand(i, j)) * widen(strip.operand(i, j));
-      own[j / kLanes] += part;
+      F part{};
+      for (; i < end; ++i) part += strip.operand(i, j) * strip.operand(i, j);
+      own[j / kLanes] += widen(part);
     });
     for_each_vector(width, [&](int64_t j, int lanes) {
       store_lanes(moments.as<float>() + 2 * v.d + from + j, lanes, narrow(own[j / kLanes]));
