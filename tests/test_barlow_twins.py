@@ -254,7 +254,9 @@ def test_few_live_columns(device, backend, route, n, live):
 def test_export_with_a_dynamic_batch():
     module = sslops.nn.BarlowTwinsLoss()
     rows = torch.export.Dim("rows", min=2, max=4096)
-    exported = torch.export.export(module, tuple(views(8, 12).values()), dynamic_shapes=({0: rows}, {0: rows})).module()
+    exported = torch.export.export(
+        module, tuple(views(8, 12).values()), dynamic_shapes=(({0: rows}, {0: rows}),)
+    ).module()
     for n in (5, 40):  # one route and the other
         inputs = tuple(views(n, 12).values())
         assert torch.equal(exported(*inputs), module(*inputs))

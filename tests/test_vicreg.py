@@ -262,7 +262,7 @@ def test_a_constant_column_without_eps(backend, route, value):
     options = {"eps": 0.0, "route": route, "invariance": 0.0}
     loss, *gradients = oracle.evaluate(sslops.vicreg, list(inputs.values()), backend, **options)
     truth, *_ = oracle.evaluate(sslops.vicreg, list(inputs.values()), "eager", torch.float64, **options)
-    torch.testing.assert_close(loss.double(), truth)
+    assert max(oracle.errors(loss, truth)) < oracle.FLOORS[torch.float32]
     for gradient in gradients:
         assert gradient.isfinite().all()
         assert not gradient[:, 5].any()
@@ -287,15 +287,17 @@ def test_collapsed_views(device, backend, route, which):
 def test_the_distance_of_views(n):
     """Its squares are summed in double: the loss has no error but that of its rounding."""
     inputs = [x * 100 for x in views(n, 513).values()]
-    for weights in ({"variance": 0.0, "covariance": 0.0},):
-        got, truth = (sslops.vicreg(*(x.to(t) for x in inputs), **weights) for t in (torch.float32, torch.float64))
-        assert float((got.double() - truth) / truth) == pytest.approx(0, abs=6e-8)
+    weights = {"variance": 0.0, "covariance": 0.0}
+    got, truth = (sslops.vicreg(*(x.to(t) for x in inputs), **weights) for t in (torch.float32, torch.float64))
+    assert float((got.double() - truth) / truth) == pytest.approx(0, abs=6e-8)
 
 
 def test_export_with_a_dynamic_batch():
     module = sslops.nn.VICRegLoss()
     rows = torch.export.Dim("rows", min=2, max=4096)
-    exported = torch.export.export(module, tuple(views(8, 12).values()), dynamic_shapes=({0: rows}, {0: rows})).module()
+    exported = torch.export.export(
+        module, tuple(views(8, 12).values()), dynamic_shapes=(({0: rows}, {0: rows}),)
+    ).module()
     for n in (5, 40):  # one route and the other
         inputs = tuple(views(n, 12).values())
         assert torch.equal(exported(*inputs), module(*inputs))

@@ -16,20 +16,22 @@ struct Pair {
 // visit(first column, width, strips of both views), and the diagonal of C in c [D]
 template <typename Visit>
 void for_each_pair(const View& a, const View& b, const Tensor& c, const Visit& visit) {
-  for_each_strip(a.d, [&] { return Pair(a, b); }, [&](int64_t first, int64_t width, Pair& strip) {
-    strip.a.fill(a, first, width);
-    strip.b.fill(b, first, width);
-    Sums total{};
-    down(a.n, width, [&](int64_t i, int64_t end, int64_t j, int) {
-      F part{};
-      for (; i < end; ++i) part += strip.a.operand(i, j) * strip.b.operand(i, j);
-      total[j / kLanes] += widen(part);
-    });
-    for_each_vector(width, [&](int64_t j, int lanes) {
-      store_lanes(c.as<float>() + first + j, lanes, narrow(total[j / kLanes] / static_cast<double>(a.n)));
-    });
-    visit(first, width, strip);
-  });
+  for_each_strip(
+      a.d, [&] { return Pair(a, b); },
+      [&](int64_t first, int64_t width, Pair& strip) {
+        strip.a.fill(a, first, width);
+        strip.b.fill(b, first, width);
+        Sums total{};
+        down(a.n, width, [&](int64_t i, int64_t end, int64_t j, int) {
+          F part{};
+          for (; i < end; ++i) part += strip.a.operand(i, j) * strip.b.operand(i, j);
+          total[j / kLanes] += widen(part);
+        });
+        for_each_vector(width, [&](int64_t j, int lanes) {
+          store_lanes(c.as<float>() + first + j, lanes, narrow(total[j / kLanes] / static_cast<double>(a.n)));
+        });
+        visit(first, width, strip);
+      });
 }
 
 void forward_gram(Tensor z_a, Tensor z_b, double eps, DType operand, int64_t batches, int64_t first, Tensor c,
@@ -75,7 +77,8 @@ void backward_gram(double grad, Tensor z_a, Tensor z_b, double lambd, double eps
           slope[j / kLanes] = narrow((-2. * (1. - own) - 2. * lambd * own) / n);
         });
         const auto back = [&](int64_t view, const Strip& own, const Strip& other, const Tensor& out) {
-          gemm(rows, width, va.n, {grams.as<float>() + (1 - view) * rows * va.n, va.n, 1}, own.right(), t, kStride, false);
+          gemm(rows, width, va.n, {grams.as<float>() + (1 - view) * rows * va.n, va.n, 1}, own.right(), t, kStride,
+               false);
           const auto at = [&](int64_t i, int64_t j, int) {
             return load(t + i * kStride + j) * weight + other.operand(first + i, j) * slope[j / kLanes];
           };
@@ -96,7 +99,8 @@ void backward_gram(double grad, Tensor z_a, Tensor z_b, double lambd, double eps
       });
 }
 
-// A part of a row of N C becomes dL/dC / N; returns its share of the loss. own: where the diagonal is, if in it; c: what.
+// A part of a row of N C becomes dL/dC / N; returns its share of the loss. own: where the diagonal is, if in it; c:
+// what.
 double weigh_row(float* row, int64_t count, int64_t own, double c, double n, double lambd) {
   const bool has_own = own >= 0 && own < count;
   const float slope = static_cast<float>(2. * lambd / (n * n));
@@ -122,8 +126,7 @@ double weigh(Tensor s, int64_t n, int64_t first, double lambd) {
 }
 
 // In round r panel i of A meets panel i + r of B: in a round no two tiles add to the same panel of dA or dB.
-double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType operand, Tensor c,
-                      Tensor g) {
+double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType operand, Tensor c, Tensor g) {
   const View va(z_a, true, eps, operand), vb(z_b, true, eps, operand);
   Matrix a(va.n, va.d), b(va.n, va.d);
   for_each_pair(va, vb, c, [&](int64_t from, int64_t width, const Pair& strip) {

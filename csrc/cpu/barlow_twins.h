@@ -1,4 +1,5 @@
-// Barlow Twins (arXiv 2103.03230, Eq. 1) of views [N, D] that are normalised to A and B: C = A^T B / N. Two exact routes:
+// Barlow Twins (arXiv 2103.03230, Eq. 1) of views [N, D] that are normalised to A and B: C = A^T B / N. Two exact
+// routes:
 // - gram (6 N^2 D FLOP, by symmetry): sum C^2 = <A A^T, B B^T> / N^2, dA = (2 lambd / N^2) (B B^T) A + B * slope.
 //   Scratch: 2 N D, and a few strips of N x 64 for each thread.
 // - panels (6 N D^2): tiles of C, their loss and dL/dC, and at once what they add to dA and dB. Scratch: 4 N D.

@@ -18,11 +18,13 @@ struct Matrix {
   explicit Matrix(const View& v) : Matrix(v, [](int64_t, int64_t, const Strip&) {}) {}
   template <typename Each>
   Matrix(const View& v, const Each& each) : Matrix(v.n, v.d) {
-    for_each_strip(d, [&] { return Strip(v); }, [&](int64_t first, int64_t width, Strip& strip) {
-      strip.fill(v, first, width);
-      each(first, width, strip);
-      take(strip, first, width);
-    });
+    for_each_strip(
+        d, [&] { return Strip(v); },
+        [&](int64_t first, int64_t width, Strip& strip) {
+          strip.fill(v, first, width);
+          each(first, width, strip);
+          take(strip, first, width);
+        });
   }
 
   void take(const Strip& strip, int64_t first, int64_t width) {
@@ -40,7 +42,8 @@ struct Matrix {
 };
 
 // s [p, q] = a[:, i .. i + p)^T b[:, j .. j + q), columns of s up to whole vectors
-inline void multiply(const Matrix& a, int64_t i, int64_t p, const Matrix& b, int64_t j, int64_t q, float* s, int64_t ld) {
+inline void multiply(const Matrix& a, int64_t i, int64_t p, const Matrix& b, int64_t j, int64_t q, float* s,
+                     int64_t ld) {
   for (int64_t k = 0; k < a.n; k += kDeep)
     gemm(p, q, a.n - k < kDeep ? a.n - k : kDeep, {a.data + k * a.ld + i, 1, a.ld},
          {b.data + k * b.ld + j, b.ld, kPanel}, s, ld, k > 0);

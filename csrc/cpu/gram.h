@@ -21,7 +21,9 @@ class Transposed {
       }
   }
   // Columns from k of rows from i, up to the next multiple of kPanel; of rows from j, a multiple of kPanel.
-  Left left(int64_t i, int64_t k) const { return {data_ + i / kPanel * kPanel * d + i % kPanel + k * kPanel, 1, kPanel}; }
+  Left left(int64_t i, int64_t k) const {
+    return {data_ + i / kPanel * kPanel * d + i % kPanel + k * kPanel, 1, kPanel};
+  }
   Right right(int64_t j, int64_t k) const { return {data_ + j * d + k * kPanel, kPanel, d * kPanel}; }
 
   const int64_t n, d;
@@ -70,7 +72,8 @@ double gram(const Transposed* const (&views)[kViews], int64_t first, int64_t row
             const auto product = [&](int64_t begin, int64_t until) {
               D sums{};
               for_each_vector(until - begin, [&](int64_t j, int lanes) {
-                sums += widen(load_lanes(a + begin - j0 + j, lanes, 0.f)) * widen(load_lanes(b + begin - j0 + j, lanes, 0.f));
+                sums += widen(load_lanes(a + begin - j0 + j, lanes, 0.f)) *
+                        widen(load_lanes(b + begin - j0 + j, lanes, 0.f));
               });
               return sum(sums);
             };

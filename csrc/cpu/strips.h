@@ -1,4 +1,5 @@
-// Columns of embeddings over the batch, a strip of them at a time: what a thread does for a strip happens in its caches.
+// Columns of embeddings over the batch, a strip of them at a time: what a thread does for a strip happens in its
+// caches.
 #pragma once
 #include <math.h>
 
@@ -71,18 +72,29 @@ struct View {
 class Strip {
  public:
   explicit Strip(const View& v)
-      : n_(v.n), exact_(n_ * kStrip), rounded_(v.operand == DType::f32 ? 0 : n_ * kStrip), rounds_(v.operand != DType::f32) {}
+      : n_(v.n),
+        exact_(n_ * kStrip),
+        rounded_(v.operand == DType::f32 ? 0 : n_ * kStrip),
+        rounds_(v.operand != DType::f32) {}
 
   // After this, mean and var are those of the rows of batch `kept`.
   void fill(const View& v, int64_t first, int64_t width, int64_t kept = 0) {
     const int64_t rows = v.n / v.batches;
     for (int64_t j = round_up(width, kLanes); j < kStrip; j += kLanes)
-      for (int64_t i = 0; i < n_; ++i) store(exact_ + index(i, j), F{}), rounds_ ? store(rounded_ + index(i, j), F{}) : void();
+      for (int64_t i = 0; i < n_; ++i)
+        store(exact_ + index(i, j), F{}), rounds_ ? store(rounded_ + index(i, j), F{}) : void();
     for (int64_t batch = 0; batch < v.batches; ++batch) {
       Sums m{}, s{};
-      read(v, batch * rows, rows, first, width, m, s);
-      if (v.moments) load_sums(v.moments + first, width, m), load_sums(v.moments + v.d + first, width, s);
-      normalize(v, batch * rows, rows, width, m, s);
+      read(v, batch * rows, rows, first, width, m);
+      if (v.moments) load_sums(v.moments + first, width, m);
+      Sums off{};  // what centring by m left
+      centre(batch * rows, rows, width, m, s, off);
+      if (v.moments) {
+        load_sums(v.moments + v.d + first, width, s);
+        for (D& each : off) each = D{};
+      }
+      normalize(v, batch * rows, rows, width, s, off);
+      for (int64_t k = 0; k < kStrip / kLanes; ++k) m[k] += off[k];
       if (batch == kept)
         for (int64_t k = 0; k < kStrip / kLanes; ++k) mean[k] = m[k], var[k] = s[k];
     }
@@ -100,50 +112,74 @@ class Strip {
   SSLOPS_INLINE int64_t index(int64_t i, int64_t j) const { return (j / kPanel * n_ + i) * kPanel + j % kPanel; }
   const float* operands() const { return rounds_ ? rounded_ : exact_; }
 
-  // Once, for rows a power of two apart do not stay in the caches. The sums are of differences from the first row: it
-  // lies at most sqrt(N) standard deviations from the mean, so that double has digits to spare.
-  void read(const View& v, int64_t row, int64_t rows, int64_t first, int64_t width, Sums& m, Sums& s) {
-    Sums shift;
-    for_each_vector(width, [&](int64_t j, int lanes) { shift[j / kLanes] = widen(v.at(row, first + j, lanes)); });
+  // Once, for rows a power of two apart do not stay in the caches; m: the mean, nearly. From the first row on, which
+  // lies at most sqrt(N) standard deviations from it: constant columns are exact.
+  void read(const View& v, int64_t row, int64_t rows, int64_t first, int64_t width, Sums& m) {
+    F shift[kStrip / kLanes];
+    for_each_vector(width, [&](int64_t j, int lanes) { shift[j / kLanes] = v.at(row, first + j, lanes); });
     down(rows, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
-      const D from = shift[j / kLanes];
-      D total{}, squares{};
+      const F from = shift[j / kLanes];
+      F total{};
       for (; i < end; ++i) {
         const int64_t ahead = (row + i + kDown) * v.d + first + j;
         __builtin_prefetch(static_cast<const char*>(v.x) + ahead * (v.dtype == DType::f32 ? 4 : 2));
         const F x = v.at(row + i, first + j, lanes);
         store(exact_ + index(row + i, j), x);
-        const D off = widen(x) - from;
-        total += off;
-        squares += off * off;
+        total += x - from;
       }
-      m[j / kLanes] += total;
-      s[j / kLanes] += squares;
+      m[j / kLanes] += widen(total);
     });
-    const double inverse = 1. / static_cast<double>(rows);
     for_each_vector(width, [&](int64_t j, int) {
       const int64_t k = j / kLanes;
-      const D off = m[k] * inverse, squares = s[k] * inverse - off * off;
-      m[k] = off + shift[k];
-      s[k] = squares < 0. ? D{} : squares;
+      m[k] = m[k] / static_cast<double>(rows) + widen(shift[k]);
     });
   }
 
-  void normalize(const View& v, int64_t row, int64_t rows, int64_t width, const Sums& m, const Sums& s) {
-    F scale[kStrip / kLanes], high[kStrip / kLanes], low[kStrip / kLanes];  // the mean in two parts
+  // x - m, in two steps: the first is exact or nearly so where x is near m. s: the variance; off: the mean of what is
+  // left.
+  void centre(int64_t row, int64_t rows, int64_t width, const Sums& m, Sums& s, Sums& off) {
+    F far[kStrip / kLanes], near[kStrip / kLanes];
+    for_each_vector(width, [&](int64_t j, int) {
+      const int64_t k = j / kLanes;
+      far[k] = narrow(m[k]);
+      near[k] = narrow(m[k] - widen(far[k]));
+    });
+    down(rows, width, [&](int64_t i, int64_t end, int64_t j, int) {
+      const int64_t k = j / kLanes;
+      F total{};
+      D squares{};
+      for (; i < end; ++i) {
+        float* const at = exact_ + index(row + i, j);
+        const F x = (load(at) - far[k]) - near[k];
+        store(at, x);
+        total += x;
+        squares += widen(x) * widen(x);
+      }
+      off[k] += widen(total);
+      s[k] += squares;
+    });
+    for_each_vector(width, [&](int64_t j, int) {
+      const int64_t k = j / kLanes;
+      off[k] /= static_cast<double>(rows);
+      s[k] = s[k] / static_cast<double>(rows) - off[k] * off[k];
+      s[k] = s[k] < 0. ? D{} : s[k];
+    });
+  }
+
+  void normalize(const View& v, int64_t row, int64_t rows, int64_t width, const Sums& s, const Sums& off) {
+    F scale[kStrip / kLanes], rest[kStrip / kLanes];
     for_each_vector(width, [&](int64_t j, int) {
       const int64_t k = j / kLanes;
       D inverse{};
       for (int lane = 0; lane < kLanes; ++lane) inverse[lane] = v.scaled ? 1. / sqrt(s[k][lane] + v.eps) : 1.;
       scale[k] = narrow(inverse);
-      high[k] = narrow(m[k]);
-      low[k] = narrow(m[k] - widen(high[k]));
+      rest[k] = narrow(off[k]);
     });
     down(rows, width, [&](int64_t i, int64_t end, int64_t j, int) {
-      const F by = scale[j / kLanes], far = high[j / kLanes], near = low[j / kLanes];
+      const F by = scale[j / kLanes], left = rest[j / kLanes];
       for (; i < end; ++i) {
         const int64_t at = index(row + i, j);
-        const F a = ((load(exact_ + at) - far) - near) * by;
+        const F a = (load(exact_ + at) - left) * by;
         store(exact_ + at, a);
         if (rounds_) store(rounded_ + at, round_to(v.operand, a));
       }

@@ -20,20 +20,22 @@ void keep(const Strip& strip, int64_t first, int64_t width, const Tensor& moment
 double forward_gram(Tensor z, DType operand, int64_t first, Tensor moments, Tensor grams) {
   const View v(z, false, 0., operand);
   Transposed a(v);
-  for_each_strip(v.d, [&] { return Strip(v); }, [&](int64_t from, int64_t width, Strip& strip) {
-    strip.fill(v, from, width);
-    keep(strip, from, width, moments);
-    Sums own{};
-    down(v.n, width, [&](int64_t i, int64_t end, int64_t j, int) {
-      F part{};
-      for (; i < end; ++i) part += strip.operand(i, j) * strip.operand(i, j);
-      own[j / kLanes] += widen(part);
-    });
-    for_each_vector(width, [&](int64_t j, int lanes) {
-      store_lanes(moments.as<float>() + 2 * v.d + from + j, lanes, narrow(own[j / kLanes]));
-    });
-    a.pack(strip, from, width);
-  });
+  for_each_strip(
+      v.d, [&] { return Strip(v); },
+      [&](int64_t from, int64_t width, Strip& strip) {
+        strip.fill(v, from, width);
+        keep(strip, from, width, moments);
+        Sums own{};
+        down(v.n, width, [&](int64_t i, int64_t end, int64_t j, int) {
+          F part{};
+          for (; i < end; ++i) part += strip.operand(i, j) * strip.operand(i, j);
+          own[j / kLanes] += widen(part);
+        });
+        for_each_vector(width, [&](int64_t j, int lanes) {
+          store_lanes(moments.as<float>() + 2 * v.d + from + j, lanes, narrow(own[j / kLanes]));
+        });
+        a.pack(strip, from, width);
+      });
   return gram<1>({&a}, first, grams.sizes[0], grams.as<float>());
 }
 
@@ -55,21 +57,22 @@ double forward_panels(Tensor z, DType operand, Tensor moments, Tensor t) {
   const auto size = [&](int64_t panel) { return d - panel * kSide < kSide ? d - panel * kSide : kSide; };
   Matrix products(t ? a.n : 0, d);
   Buffer<double> squares(panels * panels);
-  Tournament(panels).run([&] { return Buffer<float>(2 * kSide * ld); }, [&](int64_t i, int64_t j, Buffer<float>& s) {
-    float* const transposed = s + kSide * ld;
-    multiply(a, i * kSide, size(i), a, j * kSide, size(j), s, ld);
-    double total = 0.;
-    for (int64_t k = 0; k < size(i); ++k) {
-      if (i == j) s[k * ld + k] = 0.f;
-      total += squares_of(s + k * ld, size(j));
-    }
-    squares[i * panels + j] = i == j ? total : 2. * total;
-    if (!t) return;
-    multiply_back(a, i * kSide, size(i), s, ld, size(j), products, j * kSide, i != j);
-    if (i == j) return;
-    transpose(s, size(i), size(j), ld, transposed, ld);
-    multiply_back(a, j * kSide, size(j), transposed, ld, size(i), products, i * kSide, true);
-  });
+  Tournament(panels).run([&] { return Buffer<float>(2 * kSide * ld); },
+                         [&](int64_t i, int64_t j, Buffer<float>& s) {
+                           float* const transposed = s + kSide * ld;
+                           multiply(a, i * kSide, size(i), a, j * kSide, size(j), s, ld);
+                           double total = 0.;
+                           for (int64_t k = 0; k < size(i); ++k) {
+                             if (i == j) s[k * ld + k] = 0.f;
+                             total += squares_of(s + k * ld, size(j));
+                           }
+                           squares[i * panels + j] = i == j ? total : 2. * total;
+                           if (!t) return;
+                           multiply_back(a, i * kSide, size(i), s, ld, size(j), products, j * kSide, i != j);
+                           if (i == j) return;
+                           transpose(s, size(i), size(j), ld, transposed, ld);
+                           multiply_back(a, j * kSide, size(j), transposed, ld, size(i), products, i * kSide, true);
+                         });
   if (t) products.copy_to(t.as<float>());
   double total = 0.;
   for (int64_t i = 0; i < panels; ++i)

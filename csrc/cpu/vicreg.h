@@ -25,11 +25,10 @@ struct Table {
                    Tensor gram, Tensor moments, double weight, Tensor spread, double pull, Tensor dz);
 
   static constexpr auto bound() {
-    return std::tuple{Bound{"vicreg_forward_gram", &Table::forward_gram},
-                      Bound{"vicreg_forward_panels", &Table::forward_panels},
-                      Bound{"vicreg_off_diagonal", &Table::off_diagonal},
-                      Bound{"vicreg_squared_distance", &Table::squared_distance},
-                      Bound{"vicreg_backward", &Table::backward}};
+    return std::tuple{
+        Bound{"vicreg_forward_gram", &Table::forward_gram}, Bound{"vicreg_forward_panels", &Table::forward_panels},
+        Bound{"vicreg_off_diagonal", &Table::off_diagonal}, Bound{"vicreg_squared_distance", &Table::squared_distance},
+        Bound{"vicreg_backward", &Table::backward}};
   }
 };
 

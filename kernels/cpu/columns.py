@@ -54,9 +54,7 @@ def operand(z: Tensor, eps: float, moments: Tensor | None, dtype: torch.dtype) -
     return a
 
 
-def normalize_backward(
-    grad: float, z: Tensor, eps: float, g: Tensor, part: Part | None = None
-) -> Tensor:
+def normalize_backward(grad: float, z: Tensor, eps: float, g: Tensor, part: Part | None = None) -> Tensor:
     """dz [N, D] from g [N, D], the gradient of the normalised z, times grad; with a part statistics are of all ranks"""
     moments = means = None
     if part is not None:

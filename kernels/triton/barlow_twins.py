@@ -86,7 +86,5 @@ def backward(grad: Tensor, x: Arguments, share: Tensor, kept: Tensor) -> tuple[T
         else:
             operands, _ = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False)
             t, scale = off_diagonal.gram_products(kept, operands, n, d)
-            dz = columns.normalize_backward(
-                x.z_a, x.z_b, t, x.eps, x.lambd, t_scale=scale, grad=grad, share=share
-            )
+            dz = columns.normalize_backward(x.z_a, x.z_b, t, x.eps, x.lambd, t_scale=scale, grad=grad, share=share)
     return launch.wanted(dz, x.needs_grad)

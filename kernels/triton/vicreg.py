@@ -88,9 +88,7 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
     gram = x.route == "gram"
     with launch.on(x.z_a.device):
         moments = x.z_a.new_empty((views, 3, d), dtype=torch.float32)
-        operands, dots = columns.operands(
-            x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=not gram, moments=moments
-        )
+        operands, dots = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=not gram, moments=moments)
         terms = dots.new_empty(triton.cdiv(d, BLOCK))
         _terms[len(terms),](
             dots, moments, terms, x.invariance, x.variance, x.covariance, n, d, dots.shape[1],

@@ -41,9 +41,7 @@ def outputs(x: Arguments) -> Outputs:
     of_all = (views, rows * distributed.size(x.group), d) if x.group and _route(x) == "gram" else (0,)
     # In Triton the cheaper route is always the same.
     kept = (views, rows, kept_width(x._replace(route=_route(x)) if x.backend == "triton" else x))
-    return Outputs(
-        Out(()), Out((views, 3, d)), Out(kept if any(x.needs_grad) else (0,)), Out(of_all, x.z_a.dtype)
-    )
+    return Outputs(Out(()), Out((views, 3, d)), Out(kept if any(x.needs_grad) else (0,)), Out(of_all, x.z_a.dtype))
 
 
 def reference(x: Arguments) -> tuple[Tensor]:
