@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import sslops
-
 from sslops.ops.barlow_twins import Arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

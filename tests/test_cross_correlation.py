@@ -95,8 +95,8 @@ def test_bad_input():
     refused(TypeError, "z_a", z_a.int(), z_b.int())
     refused(ValueError, "eps", z_a, z_b, eps=0.0)
     refused(ValueError, "backend", z_a, z_b, backend="tpu")
+    arguments = oracle.lowered(Arguments(z_a, z_b, 1e-5, "", True, torch.float32, [True, True], "cpu"))
     with pytest.raises(ValueError, match="cross_correlation: grad"):
-        arguments = oracle.lowered(Arguments(z_a, z_b, 1e-5, "", True, torch.float32, [True, True], "cpu"))
         torch.ops.sslops.cross_correlation_backward(torch.ones(7, 8), *arguments)
 
 

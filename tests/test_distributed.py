@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sslops
-from sslops import _library
+from sslops import _library, distributed
 from sslops import backend as backends
-from sslops import distributed
 
 BACKENDS = ("cpu", "eager")
 OPS = [sslops.nt_xent, sslops.info_nce, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation]

@@ -1,5 +1,5 @@
-"""VICReg on the CPU: no [D, D] matrix. Two exact routes a view, by its Gram matrix and by panels of S = Z^T Z, where Z is
-the centred view (csrc/cpu/vicreg.h). The off-diagonal part that a Gram matrix knows of is a difference, which drowns
+"""VICReg on the CPU: no [D, D] matrix. Two exact routes a view, by its Gram matrix and by panels of S = Z^T Z, where Z
+is the centred view (csrc/cpu/vicreg.h). The off-diagonal part that a Gram matrix knows of is a difference, which drowns
 where few columns hold most of the variance: there the view goes by panels.
 
 With a process group the batch is that of all ranks. gram: the views come gathered, a rank has its own rows of the Gram
