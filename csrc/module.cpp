@@ -7,10 +7,9 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/barlow_twins.h"
-#include "cpu/bf16_gemm.h"
 #include "cpu/columns.h"
+#include "cpu/cross_correlation.h"
 #include "cpu/ema_update.h"
-#include "cpu/embeddings.h"
 #include "cpu/gather_patches.h"
 #include "cpu/gather_tokens.h"
 #include "cpu/info_nce.h"
@@ -131,111 +130,6 @@ py::dict build_info() {
   return info;
 }
 
-void bind_gemm(py::module_& m) {
-  m.attr("GEMM_BLOCK") = bf16_gemm::kBlock;
-  m.def("has_bf16_gemm", [] { return bf16_gemm::table().matmul != nullptr; });
-  m.def(
-      "gemm_pack",
-      [](Address x, int64_t rows, int64_t cols, Address as_is, Address transposed) {
-        bf16_gemm::table().pack(at<uint16_t>(x), rows, cols, at<uint16_t>(as_is), at<uint16_t>(transposed));
-      },
-      NoGil());
-  m.def(
-      "gemm_matmul",
-      [](Address a, int64_t lda, Address b, int64_t n_step, int64_t k_step, int64_t rows, int64_t n, int64_t k,
-         Address c, int64_t ldc, bool accumulate) {
-        bf16_gemm::table().matmul(at<uint16_t>(a), lda, {at<uint16_t>(b), n_step, k_step}, rows, n, k, at<float>(c),
-                                  ldc, accumulate);
-      },
-      NoGil());
-  m.def(
-      "gemm_round_both",
-      [](Address x, int64_t ld, int64_t rows, int64_t cols, Address as_is, int64_t ld_as_is, Address transposed,
-         int64_t ld_transposed) {
-        bf16_gemm::table().round_both(at<float>(x), ld, rows, cols, at<uint16_t>(as_is), ld_as_is,
-                                      at<uint16_t>(transposed), ld_transposed);
-      },
-      NoGil());
-}
-
-void bind_columns(py::module_& m) {
-  using namespace columns;
-  m.def(
-      "columns_normalize",
-      [](Address x, int dtype, int64_t n, int64_t d, int64_t first, int64_t p, bool scaled, double eps, Address moments,
-         Address a, Address mean, Address var) {
-        table().normalize(at<void>(x), DType(dtype), {n, d, first, p}, scaled, eps, at<double>(moments), at<float>(a),
-                          at<float>(mean), at<float>(var));
-      },
-      NoGil());
-  m.def(
-      "columns_moments",
-      [](Address x, int dtype, int64_t n, int64_t d, Address moments) {
-        table().moments(at<void>(x), DType(dtype), n, d, at<double>(moments));
-      },
-      NoGil());
-  m.def(
-      "columns_diagonal",
-      [](Address a, Address b, int64_t n, int64_t p, Address c) {
-        table().diagonal(at<float>(a), at<float>(b), n, p, at<float>(c));
-      },
-      NoGil());
-  m.def(
-      "columns_inner",
-      [](Address x, Address y, int64_t size) { return table().inner(at<float>(x), at<float>(y), size); }, NoGil());
-  m.def(
-      "columns_normalize_backward",
-      [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, Address means, Address var,
-         double eps, double grad, int64_t n, int64_t d, int64_t first, int64_t p, int dtype, Address dx) {
-        table().normalize_backward({at<float>(t), ld, weight, at<float>(b), at<float>(slope)}, at<float>(a),
-                                   at<double>(means), at<float>(var), eps, grad, {n, d, first, p}, DType(dtype),
-                                   at<void>(dx));
-      },
-      NoGil());
-  m.def(
-      "columns_gradient_means",
-      [](Address t, int64_t ld, double weight, Address b, Address slope, Address a, int64_t n, int64_t p,
-         Address means) {
-        table().gradient_means({at<float>(t), ld, weight, at<float>(b), at<float>(slope)}, at<float>(a), n, p,
-                               at<double>(means));
-      },
-      NoGil());
-}
-
-void bind_barlow_twins(py::module_& m) {
-  m.def(
-      "barlow_twins_panel",
-      [](Address s, int64_t n, int64_t d, int64_t first, int64_t p, double lambd) {
-        return barlow_twins::table().panel(at<float>(s), {n, d, first, p}, lambd);
-      },
-      NoGil());
-}
-
-void bind_vicreg(py::module_& m) {
-  using namespace vicreg;
-  m.def(
-      "vicreg_off_diagonal",
-      [](Address s, int64_t n, int64_t d, int64_t first, int64_t p) {
-        return table().off_diagonal(at<float>(s), {n, d, first, p});
-      },
-      NoGil());
-  m.def(
-      "vicreg_squared_distance",
-      [](Address x, Address y, int dtype, int64_t n, int64_t d) {
-        return table().squared_distance(at<void>(x), at<void>(y), DType(dtype), n, d);
-      },
-      NoGil());
-  m.def(
-      "vicreg_finish",
-      [](Address t, int64_t ld, double weight, Address a, Address diagonal, Address x, Address mean, Address spread,
-         Address other, double pull, double grad, int64_t n, int64_t d, int64_t first, int64_t p, int dtype,
-         Address dx) {
-        table().finish(at<float>(t), ld, weight, at<float>(a), at<float>(diagonal), at<void>(x), at<float>(mean),
-                       at<float>(spread), at<void>(other), pull, grad, {n, d, first, p}, DType(dtype), at<void>(dx));
-      },
-      NoGil());
-}
-
 void bind_patches(py::module_& m) {
   using Four = std::array<int64_t, 4>;
   py::class_<Patches>(m, "Patches", "A grid of patches over images of this shape [B, C, H, W] and these strides.")
@@ -318,25 +212,6 @@ void bind_masked_patch_mse(py::module_& m) {
                   at<void>(stream));
   });
 #endif
-}
-
-void bind_embeddings(py::module_& m) {
-  using namespace embeddings;
-  m.def(
-      "embeddings_normalize",
-      [](Address x, int dtype, int64_t n, int64_t d, bool normalize, int operand, Address z, Address inv_norm) {
-        table().normalize(at<void>(x), DType(dtype), n, d, normalize, DType(operand), at<float>(z),
-                          at<float>(inv_norm));
-      },
-      NoGil());
-  m.def(
-      "embeddings_gradient",
-      [](Address x, int dtype, int64_t n, int64_t d, bool normalize, double tau, Address inv_norm, Address pull,
-         Address positive, Address dz, int64_t ld, int dx_dtype, Address dx, Address dots) {
-        table().gradient(at<void>(x), DType(dtype), n, d, normalize, tau, at<float>(inv_norm), at<float>(pull),
-                         at<float>(positive), at<float>(dz), ld, DType(dx_dtype), at<void>(dx), at<float>(dots));
-      },
-      NoGil());
 }
 
 // Where the implementations of a list of tensors are; TypeError if one is no tensor. The property is looked up once: it
@@ -522,17 +397,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");
   bind_gather_tokens(m);
-  bind_gemm(m);
-  bind_barlow_twins(m);
-  bind_columns(m);
-  bind_embeddings(m);
   bind(m, info_nce::table);
   bind_patches(m);
   bind_gather_patches(m);
   bind_masked_patch_mse(m);
+  bind(m, barlow_twins::table);
+  bind(m, columns::table);
+  bind(m, cross_correlation::table);
   bind(m, nt_xent::table);
   bind(m, relic::table);
-  bind_vicreg(m);
+  bind(m, vicreg::table);
   bind_ema_update(m);
   bind_random_mask(m);
   bind_random_token_corruption(m);

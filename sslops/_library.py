@@ -241,7 +241,9 @@ def register(
         filled = _check.scalars(name, x, schema.numbers)
         check(x)
         group = getattr(x, "group", "")
-        filled["backend"] = resolve(name, x[0].device, _wide(x), backend, group)
+        # What is not the same of the gathered batch needs a distributed form.
+        needed = "" if getattr(x, "synced", True) else group
+        filled["backend"] = resolve(name, x[0].device, _wide(x), backend, needed)
         if "operand_dtype" in x._fields:
             filled["operand_dtype"] = compute_dtype(x[0])
         if group and not is_distributed(filled["backend"], name):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import sslops
+from sslops.ops.barlow_twins import Arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUTES = ("gram", "panels")
@@ -17,6 +18,12 @@ def views(n: int, d: int, *, dtype=torch.float32, device="cpu", noise: float = 1
     z_a = torch.randn(n, d, generator=g)
     z_b = z_a + noise * torch.randn(n, d, generator=g)
     return {"z_a": (z_a * 3 + 1).to(device, dtype), "z_b": z_b.to(device, dtype)}
+
+
+def lowered(z_a, z_b, route: str, backend: str) -> list[object]:
+    """As torch.ops.sslops takes them"""
+    group, synced = "", True
+    return oracle.lowered(Arguments(z_a, z_b, 0.01, 1e-5, route, group, synced, torch.float32, [True, True], backend))
 
 
 @each_target
@@ -136,7 +143,7 @@ def test_non_contiguous_and_nan(device, backend, route):
 @each_route
 def test_opcheck(device, backend, route):
     z_a, z_b = (x.requires_grad_() for x in views(6, 8, device=device).values())
-    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, route, True, "", True, backend)
+    arguments = lowered(z_a, z_b, route, backend)
     torch.library.opcheck(torch.ops.sslops.barlow_twins.default, arguments)
     with torch.no_grad():
         loss, *saved = torch.ops.sslops.barlow_twins(*arguments)
@@ -190,7 +197,7 @@ def test_bad_input():
 
 def test_bad_input_to_the_registered_op():
     z_a, z_b = views(4, 8).values()
-    arguments = (z_a, z_b, 0.01, 1e-5, torch.float32, "gram", True, "", True, "cpu")
+    arguments = lowered(z_a, z_b, "gram", "cpu")
     loss, diagonal, kept, gathered = torch.ops.sslops.barlow_twins(*arguments)
     with pytest.raises(ValueError, match="barlow_twins: z_b"):
         torch.ops.sslops.barlow_twins(z_a, z_b[:3], *arguments[2:])
@@ -241,3 +248,25 @@ def test_few_live_columns(device, backend, route, n, live):
         z[:, :live] = basis + 1e-3 * torch.randn(n, live, generator=torch.Generator().manual_seed(k + 1))
         inputs[name] = z.to(device)
     oracle.check(sslops.barlow_twins, inputs, backend, route=route)
+
+
+def test_export_with_a_dynamic_batch():
+    module = sslops.nn.BarlowTwinsLoss()
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(
+        module, tuple(views(8, 12).values()), dynamic_shapes=(({0: rows}, {0: rows}),)
+    ).module()
+    for n in (5, 40):  # one route and the other
+        inputs = tuple(views(n, 12).values())
+        assert torch.equal(exported(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_route
+def test_same_bits_for_any_number_of_threads(isa, route, dtype):
+    inputs, threads, found = list(views(150, 300, dtype=dtype).values()), torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(oracle.evaluate(sslops.barlow_twins, inputs, "cpu", route=route))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))

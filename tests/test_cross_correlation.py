@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import sslops
+from sslops.ops.cross_correlation import Arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("cross_correlation"))
@@ -64,7 +65,7 @@ def test_non_contiguous_and_same_bits(device, backend):
 @each_target
 def test_opcheck(device, backend):
     z_a, z_b = (z.requires_grad_() for z in views(6, 8, device=device).values())
-    arguments = (z_a, z_b, 1e-5, torch.float32, "", True, backend)
+    arguments = oracle.lowered(Arguments(z_a, z_b, 1e-5, "", True, torch.float32, [True, True], backend))
     torch.library.opcheck(torch.ops.sslops.cross_correlation.default, arguments)
     detached = (z_a.detach(), z_b.detach(), *arguments[2:])
     torch.library.opcheck(
@@ -94,5 +95,27 @@ def test_bad_input():
     refused(TypeError, "z_a", z_a.int(), z_b.int())
     refused(ValueError, "eps", z_a, z_b, eps=0.0)
     refused(ValueError, "backend", z_a, z_b, backend="tpu")
+    arguments = oracle.lowered(Arguments(z_a, z_b, 1e-5, "", True, torch.float32, [True, True], "cpu"))
     with pytest.raises(ValueError, match="cross_correlation: grad"):
-        torch.ops.sslops.cross_correlation_backward(torch.ones(7, 8), z_a, z_b, 1e-5, torch.float32, "", True, "cpu")
+        torch.ops.sslops.cross_correlation_backward(torch.ones(7, 8), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype):
+    oracle.check(sslops.cross_correlation, views(70, 150, dtype=dtype), "cpu")
+
+
+def test_same_bits_for_any_number_of_threads():
+    inputs, threads, found = list(views(150, 300).values()), torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(oracle.evaluate(sslops.cross_correlation, inputs, "cpu"))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+def test_a_view_with_itself():
+    z = views(20, 30)["z_a"].requires_grad_()
+    (once,) = torch.autograd.grad(sslops.cross_correlation(z, z).square().sum(), z)
+    parts = [z.detach().clone().requires_grad_() for _ in range(2)]
+    torch.testing.assert_close(once, sum(torch.autograd.grad(sslops.cross_correlation(*parts).square().sum(), parts)))

@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 SHARED = {
     "csrc/cpu/bf16_gemm.cpp",
     "csrc/cpu/columns.cpp",
-    "csrc/cpu/embeddings.cpp",
     "csrc/cuda/probe.cu",
     "kernels/cpu/columns.py",
     "kernels/cpu/memory.py",

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import sslops
+from sslops.ops.vicreg import Arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("vicreg"))
@@ -18,6 +19,12 @@ def views(n: int, d: int, *, dtype=torch.float32, device="cpu", size: float = 0.
     z_a = torch.randn(n, d, generator=g) * torch.linspace(0.3, 2, d)
     z_b = z_a + 0.3 * torch.randn(n, d, generator=g)
     return {"z_a": (size * z_a + 1).to(device, dtype), "z_b": (size * z_b).to(device, dtype)}
+
+
+def lowered(z_a, z_b, route: str, backend: str) -> list[object]:
+    """As torch.ops.sslops takes them"""
+    rest = (route, "", torch.float32, [True, z_b is not None], backend)
+    return oracle.lowered(Arguments(z_a, z_b, 25.0, 25.0, 1.0, 1e-4, *rest))
 
 
 @each_target
@@ -143,7 +150,7 @@ def test_non_contiguous_and_nan(device, backend, route):
 @pytest.mark.parametrize("both", [True, False])
 def test_opcheck(device, backend, route, both):
     z_a, z_b = (z.requires_grad_() for z in views(6, 8, device=device).values())
-    arguments = (z_a, z_b if both else None, 25.0, 25.0, 1.0, 1e-4, torch.float32, route, True, "", backend)
+    arguments = lowered(z_a, z_b if both else None, route, backend)
     torch.library.opcheck(torch.ops.sslops.vicreg.default, arguments)
     with torch.no_grad():
         loss, *saved = torch.ops.sslops.vicreg(*arguments)
@@ -196,7 +203,7 @@ def test_bad_input():
 
 def test_bad_input_to_the_registered_op():
     z_a, z_b = views(4, 8).values()
-    arguments = (z_a, z_b, 25.0, 25.0, 1.0, 1e-4, torch.float32, "gram", True, "", "cpu")
+    arguments = lowered(z_a, z_b, "gram", "cpu")
     loss, moments, kept, gathered = torch.ops.sslops.vicreg(*arguments)
     with pytest.raises(ValueError, match="vicreg: z_b"):
         torch.ops.sslops.vicreg(z_a, z_b[:3], *arguments[2:])
@@ -227,8 +234,8 @@ def test_under_another_default_dtype(device, backend, route, default):
 def test_the_way_by_gram_matrices_is_taken_where_it_keeps_its_digits(monkeypatch):
     from sslops.kernels.cpu import vicreg as kernel
 
-    by_panels, calls = kernel._by_panels, []
-    monkeypatch.setattr(kernel, "_by_panels", lambda *args: calls.append(args) or by_panels(*args))
+    by_panels, calls = kernel._panels, []
+    monkeypatch.setattr(kernel, "_panels", lambda *args: calls.append(args) or by_panels(*args))
     inputs = views(64, 200)
     oracle.evaluate(sslops.vicreg, list(inputs.values()), "cpu", route="gram")
     assert not calls
@@ -242,3 +249,66 @@ def test_the_way_by_gram_matrices_is_taken_where_it_keeps_its_digits(monkeypatch
 def test_a_tie_at_the_hinge(device, backend, route):
     z = {"z_a": torch.tensor([[-1.0, 2.0], [0.0, 0.5], [1.0, 1.0]], device=device)}
     oracle.check(functools.partial(sslops.vicreg, eps=0.0), z, backend, route=route)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("route", ["gram", "panels"])
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_a_constant_column_without_eps(backend, route, value):
+    """Its standard deviation is 0, where the root has no slope: the hinge pushes it nowhere."""
+    inputs = views(40, 12)
+    for z in inputs.values():
+        z[:, 5] = value
+    options = {"eps": 0.0, "route": route, "invariance": 0.0}
+    loss, *gradients = oracle.evaluate(sslops.vicreg, list(inputs.values()), backend, **options)
+    truth, *_ = oracle.evaluate(sslops.vicreg, list(inputs.values()), "eager", torch.float64, **options)
+    assert max(oracle.errors(loss, truth)) < oracle.FLOORS[torch.float32]
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+        assert not gradient[:, 5].any()
+        assert gradient.any(0).sum() == 11
+
+
+@each_target
+@each_route
+@pytest.mark.parametrize("which", ["fused", "eager"])
+def test_collapsed_views(device, backend, route, which):
+    """A row and 1e-4 of noise, where the hinge is at work: to the digits that the rounded inputs leave."""
+    g = torch.Generator().manual_seed(3)
+    row = torch.randn(60, generator=g)
+    z = [(row + 1e-4 * torch.randn(100, 60, generator=g)).to(device) for _ in range(2)]
+    backend = backend if which == "fused" else "eager"
+    truth = oracle.evaluate(sslops.vicreg, z, "eager", torch.float64, route=route)
+    for got, exact in zip(oracle.evaluate(sslops.vicreg, z, backend, route=route), truth, strict=True):
+        assert max(oracle.errors(got, exact)) < 1e-6
+
+
+@pytest.mark.parametrize("n", [2, 257])
+def test_the_distance_of_views(n):
+    """Its squares are summed in double: the loss has no error but that of its rounding."""
+    inputs = [x * 100 for x in views(n, 513).values()]
+    weights = {"variance": 0.0, "covariance": 0.0}
+    got, truth = (sslops.vicreg(*(x.to(t) for x in inputs), **weights) for t in (torch.float32, torch.float64))
+    assert float((got.double() - truth) / truth) == pytest.approx(0, abs=6e-8)
+
+
+def test_export_with_a_dynamic_batch():
+    module = sslops.nn.VICRegLoss()
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(
+        module, tuple(views(8, 12).values()), dynamic_shapes=(({0: rows}, {0: rows}),)
+    ).module()
+    for n in (5, 40):  # one route and the other
+        inputs = tuple(views(n, 12).values())
+        assert torch.equal(exported(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_route
+def test_same_bits_for_any_number_of_threads(isa, route, dtype):
+    inputs, threads, found = list(views(150, 300, dtype=dtype).values()), torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(oracle.evaluate(sslops.vicreg, inputs, "cpu", route=route))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))

@@ -1,34 +1,178 @@
 #include "barlow_twins.h"
 
+#include "correlation.h"
+#include "gram.h"
 #include "rows.h"
-#include "vec.h"
 
 namespace sslops::barlow_twins {
 namespace {
 
-double panel(float* s, columns::Panel c, double lambd) {
-  const double n = static_cast<double>(c.n);
-  const float slope = static_cast<float>(2. * lambd / (n * n));
-  return sum_rows(c.p, [&](int64_t i) {
-    float* row = s + i * c.d;
-    const int64_t own = c.first + i;
-    const double miss = 1. - static_cast<double>(row[own]) / n;
-    row[own] = 0.f;
-    F squares{};
-    for_each_vector(c.d, [&](int64_t j, int lanes) {
-      const F v = load_lanes(row + j, lanes, 0.f);
-      squares += v * v;
-      store_lanes(row + j, lanes, v * slope);
-    });
-    row[own] = static_cast<float>(-2. * miss / n);
-    return lambd * sum(squares) / (n * n) + miss * miss;
+struct Pair {
+  Strip a, b;
+
+  Pair(const View& a, const View& b) : a(a), b(b) {}
+};
+
+// visit(first column, width, strips of both views), and the diagonal of C in c [D]
+template <typename Visit>
+void for_each_pair(const View& a, const View& b, const Tensor& c, const Visit& visit) {
+  for_each_strip(
+      a.d, [&] { return Pair(a, b); },
+      [&](int64_t first, int64_t width, Pair& strip) {
+        strip.a.fill(a, first, width);
+        strip.b.fill(b, first, width);
+        Sums total{};
+        down(a.n, width, [&](int64_t i, int64_t end, int64_t j, int) {
+          F part{};
+          for (; i < end; ++i) part += strip.a.operand(i, j) * strip.b.operand(i, j);
+          total[j / kLanes] += widen(part);
+        });
+        for_each_vector(width, [&](int64_t j, int lanes) {
+          store_lanes(c.as<float>() + first + j, lanes, narrow(total[j / kLanes] / static_cast<double>(a.n)));
+        });
+        visit(first, width, strip);
+      });
+}
+
+void forward_gram(Tensor z_a, Tensor z_b, double eps, DType operand, int64_t batches, int64_t first, Tensor c,
+                  Tensor grams, Tensor sums) {
+  const View va(z_a, true, eps, operand, batches), vb(z_b, true, eps, operand, batches);
+  const double n = static_cast<double>(va.n);
+  Transposed a(va), b(vb);
+  for_each_pair(va, vb, c, [&](int64_t from, int64_t width, const Pair& strip) {
+    a.pack(strip.a, from, width);
+    b.pack(strip.b, from, width);
   });
+  double* const out = sums.as<double>();
+  out[0] = gram<2>({&a, &b}, first, grams.sizes[1], grams.as<float>()) / (n * n);
+  out[1] = out[2] = 0.;
+  for (int64_t j = 0; j < va.d; ++j) {
+    const double own = c.as<float>()[j];
+    out[1] += own * own;
+    out[2] += (1. - own) * (1. - own);
+  }
+}
+
+void backward_gram(double grad, Tensor z_a, Tensor z_b, double lambd, double eps, DType operand, int64_t batches,
+                   int64_t first, Tensor c, Tensor grams, Tensor g, Tensor dz_a, Tensor dz_b) {
+  constexpr int64_t kStride = stride_of(kStrip);
+  const View va(z_a, true, eps, operand, batches), vb(z_b, true, eps, operand, batches);
+  const int64_t rows = grams.sizes[1];
+  const double n = static_cast<double>(va.n);
+  const float weight = static_cast<float>(2. * lambd / (n * n));
+  struct State {
+    Pair strip;
+    Buffer<float> t;
+  };
+  for_each_strip(
+      va.d, [&] { return State{{va, vb}, Buffer<float>(rows * kStride)}; },
+      [&](int64_t from, int64_t width, State& state) {
+        auto& [strip, t] = state;
+        const int64_t kept = batches > 1 ? first / rows : 0;
+        strip.a.fill(va, from, width, kept);
+        strip.b.fill(vb, from, width, kept);
+        F slope[kStrip / kLanes];
+        for_each_vector(width, [&](int64_t j, int lanes) {
+          const D own = widen(load_lanes(c.as<float>() + from + j, lanes, 0.f));
+          slope[j / kLanes] = narrow((-2. * (1. - own) - 2. * lambd * own) / n);
+        });
+        const auto back = [&](int64_t view, const Strip& own, const Strip& other, const Tensor& out) {
+          gemm(rows, width, va.n, {grams.as<float>() + (1 - view) * rows * va.n, va.n, 1}, own.right(), t, kStride,
+               false);
+          const auto at = [&](int64_t i, int64_t j, int) {
+            return load(t + i * kStride + j) * weight + other.operand(first + i, j) * slope[j / kLanes];
+          };
+          if (g) {
+            down(rows, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
+              for (; i < end; ++i)
+                store_lanes(g.as<float>() + (view * rows + i) * va.d + from + j, lanes, at(i, j, lanes));
+            });
+            return;
+          }
+          const auto exact = [&](int64_t i, int64_t j) { return own.exact(first + i, j); };
+          Sums mean{}, along{};
+          gradient_means(rows, width, at, exact, mean, along);
+          normalize_backward(rows, width, at, exact, mean, along, own.var, eps, grad, out, from);
+        };
+        if (g || dz_a) back(0, strip.a, strip.b, dz_a);
+        if (g || dz_b) back(1, strip.b, strip.a, dz_b);
+      });
+}
+
+// A part of a row of N C becomes dL/dC / N; returns its share of the loss. own: where the diagonal is, if in it; c:
+// what.
+double weigh_row(float* row, int64_t count, int64_t own, double c, double n, double lambd) {
+  const bool has_own = own >= 0 && own < count;
+  const float slope = static_cast<float>(2. * lambd / (n * n));
+  if (has_own) row[own] = 0.f;
+  F squares{};
+  for_each_vector(count, [&](int64_t j, int lanes) {
+    const F v = load_lanes(row + j, lanes, 0.f);
+    squares += v * v;
+    store_lanes(row + j, lanes, v * slope);
+  });
+  const double off = lambd * sum(squares) / (n * n), missing = 1. - c;
+  if (!has_own) return off;
+  row[own] = static_cast<float>(-2. * missing / n);
+  return off + missing * missing;
+}
+
+double weigh(Tensor s, int64_t n, int64_t first, double lambd) {
+  const int64_t d = s.sizes[1];
+  return sum_rows(s.sizes[0], [&](int64_t i) {
+    float* const row = s.as<float>() + i * d;
+    return weigh_row(row, d, first + i, row[first + i] / static_cast<double>(n), static_cast<double>(n), lambd);
+  });
+}
+
+// In round r panel i of A meets panel i + r of B: in a round no two tiles add to the same panel of dA or dB.
+double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType operand, Tensor c, Tensor g) {
+  const View va(z_a, true, eps, operand), vb(z_b, true, eps, operand);
+  Matrix a(va.n, va.d), b(va.n, va.d);
+  for_each_pair(va, vb, c, [&](int64_t from, int64_t width, const Pair& strip) {
+    a.take(strip.a, from, width);
+    b.take(strip.b, from, width);
+  });
+  const int64_t n = a.n, d = a.d, panels = (d + kSide - 1) / kSide, ld = stride_of(kSide);
+  Matrix da(g ? n : 0, d), db(g ? n : 0, d);
+  Buffer<double> losses(panels * panels);
+  Buffer<int32_t> progress(2 * panels);
+  for (int64_t i = 0; i < 2 * panels; ++i) progress[i] = 0;
+  parallel_tickets(
+      panels * panels, [&] { return Buffer<float>(2 * kSide * ld); },
+      [&](int64_t ticket, Buffer<float>& s) {
+        const int64_t round = ticket / panels, i = ticket % panels, j = (i + round) % panels;
+        const int64_t i0 = i * kSide, j0 = j * kSide, p = d - i0 < kSide ? d - i0 : kSide,
+                      q = d - j0 < kSide ? d - j0 : kSide;
+        float* const transposed = s + kSide * ld;
+        multiply(a, i0, p, b, j0, q, s, ld);
+        double loss = 0.;
+        for (int64_t k = 0; k < p; ++k)
+          loss += weigh_row(s + k * ld, q, i0 + k - j0, c.as<float>()[i0 + k], static_cast<double>(n), lambd);
+        losses[ticket] = loss;
+        if (!g) return;
+        transpose(s, p, q, ld, transposed, ld);
+        const auto in_turn = [&](int32_t* turn, auto&& run) {
+          wait_for(turn, static_cast<int32_t>(round));
+          run();
+          advance(turn);
+        };
+        in_turn(progress + i, [&] { multiply_back(b, j0, q, transposed, ld, p, da, i0, round > 0); });
+        in_turn(progress + panels + j, [&] { multiply_back(a, i0, p, s, ld, q, db, j0, round > 0); });
+      });
+  double loss = 0.;
+  for (int64_t k = 0; k < panels * panels; ++k) loss += losses[k];
+  if (g) {
+    da.copy_to(g.as<float>());
+    db.copy_to(g.as<float>() + n * d);
+  }
+  return loss;
 }
 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{panel};
+extern const Table table{forward_gram, backward_gram, forward_panels, weigh};
 }
 
 }  // namespace sslops::barlow_twins

@@ -1,57 +1,142 @@
 #include "vicreg.h"
 
+#include "correlation.h"
+#include "gram.h"
 #include "rows.h"
-#include "vec.h"
+#include "tournament.h"
 
 namespace sslops::vicreg {
 namespace {
 
-double off_diagonal(float* s, columns::Panel c) {
-  return sum_rows(c.p, [&](int64_t i) {
-    float* row = s + i * c.d;
-    row[c.first + i] = 0.f;
+// Mean and biased variance of a strip
+void keep(const Strip& strip, int64_t first, int64_t width, const Tensor& moments) {
+  float* const to = moments.as<float>() + first;
+  for_each_vector(width, [&](int64_t j, int lanes) {
+    store_lanes(to + j, lanes, narrow(strip.mean[j / kLanes]));
+    store_lanes(to + moments.sizes[1] + j, lanes, narrow(strip.var[j / kLanes]));
+  });
+}
+
+double forward_gram(Tensor z, DType operand, int64_t first, Tensor moments, Tensor grams) {
+  const View v(z, false, 0., operand);
+  Transposed a(v);
+  for_each_strip(
+      v.d, [&] { return Strip(v); },
+      [&](int64_t from, int64_t width, Strip& strip) {
+        strip.fill(v, from, width);
+        keep(strip, from, width, moments);
+        Sums own{};
+        down(v.n, width, [&](int64_t i, int64_t end, int64_t j, int) {
+          F part{};
+          for (; i < end; ++i) part += strip.operand(i, j) * strip.operand(i, j);
+          own[j / kLanes] += widen(part);
+        });
+        for_each_vector(width, [&](int64_t j, int lanes) {
+          store_lanes(moments.as<float>() + 2 * v.d + from + j, lanes, narrow(own[j / kLanes]));
+        });
+        a.pack(strip, from, width);
+      });
+  return gram<1>({&a}, first, grams.sizes[0], grams.as<float>());
+}
+
+double squares_of(const float* row, int64_t count) {
+  D squares{};
+  for_each_vector(count, [&](int64_t j, int lanes) {
+    const D v = widen(load_lanes(row + j, lanes, 0.f));
+    squares += v * v;
+  });
+  return sum(squares);
+}
+
+double forward_panels(Tensor z, DType operand, Tensor moments, Tensor t) {
+  const Matrix a(View(z, false, 0., operand), [&](int64_t first, int64_t width, const Strip& strip) {
+    keep(strip, first, width, moments);
+    for (int64_t j = first; j < first + width; ++j) moments.as<float>()[2 * moments.sizes[1] + j] = 0.f;
+  });
+  const int64_t d = a.d, panels = (d + kSide - 1) / kSide, ld = stride_of(kSide);
+  const auto size = [&](int64_t panel) { return d - panel * kSide < kSide ? d - panel * kSide : kSide; };
+  Matrix products(t ? a.n : 0, d);
+  Buffer<double> squares(panels * panels);
+  Tournament(panels).run([&] { return Buffer<float>(2 * kSide * ld); },
+                         [&](int64_t i, int64_t j, Buffer<float>& s) {
+                           float* const transposed = s + kSide * ld;
+                           multiply(a, i * kSide, size(i), a, j * kSide, size(j), s, ld);
+                           double total = 0.;
+                           for (int64_t k = 0; k < size(i); ++k) {
+                             if (i == j) s[k * ld + k] = 0.f;
+                             total += squares_of(s + k * ld, size(j));
+                           }
+                           squares[i * panels + j] = i == j ? total : 2. * total;
+                           if (!t) return;
+                           multiply_back(a, i * kSide, size(i), s, ld, size(j), products, j * kSide, i != j);
+                           if (i == j) return;
+                           transpose(s, size(i), size(j), ld, transposed, ld);
+                           multiply_back(a, j * kSide, size(j), transposed, ld, size(i), products, i * kSide, true);
+                         });
+  if (t) products.copy_to(t.as<float>());
+  double total = 0.;
+  for (int64_t i = 0; i < panels; ++i)
+    for (int64_t j = i; j < panels; ++j) total += squares[i * panels + j];
+  return total;
+}
+
+double off_diagonal(Tensor s, int64_t first) {
+  return sum_rows(s.sizes[0], [&](int64_t i) {
+    float* const row = s.as<float>() + i * s.sizes[1];
+    row[first + i] = 0.f;
+    return squares_of(row, s.sizes[1]);
+  });
+}
+
+double squared_distance(Tensor x, Tensor y) {
+  const int64_t d = x.sizes[1];
+  return sum_rows(x.sizes[0], [&](int64_t i) {
     D squares{};
-    for_each_vector(c.d, [&](int64_t j, int lanes) {
-      const D v = __builtin_convertvector(load_lanes(row + j, lanes, 0.f), D);
+    for_each_vector(d, [&](int64_t j, int lanes) {
+      const D v = widen(load_as_float(x.data, x.dtype, i * d + j, lanes)) -
+                  widen(load_as_float(y.data, y.dtype, i * d + j, lanes));
       squares += v * v;
     });
     return sum(squares);
   });
 }
 
-double squared_distance(const void* x, const void* y, DType dtype, int64_t n, int64_t d) {
-  return sum_rows(n, [&](int64_t i) {
-    F squares{};
-    for_each_vector(d, [&](int64_t j, int lanes) {
-      const F v = load_as_float(x, dtype, i * d + j, lanes) - load_as_float(y, dtype, i * d + j, lanes);
-      squares += v * v;
-    });
-    return static_cast<double>(sum(squares));
-  });
-}
-
-void finish(const float* t, int64_t ld, double weight, const float* a, const float* diagonal, const void* x,
-            const float* mean, const float* spread, const void* other, double pull, double grad, columns::Panel c,
-            DType dtype, void* dx) {
-  const float w = static_cast<float>(weight * grad), k = static_cast<float>(pull * grad), g = static_cast<float>(grad);
-  parallel_for(c.n, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for_each_vector(c.p, [&](int64_t j, int lanes) {
-        const int64_t at = i * c.d + c.first + j;
-        const F own = load_as_float(x, dtype, at, lanes);
-        F off = load_lanes(t + i * ld + j, lanes, 0.f);
-        if (a) off -= load_lanes(a + i * c.p + j, lanes, 0.f) * load_lanes(diagonal + j, lanes, 0.f);
-        F v = off * w + (own - load_lanes(mean + j, lanes, 0.f)) * (load_lanes(spread + j, lanes, 0.f) * g);
-        if (other) v += (own - load_as_float(other, dtype, at, lanes)) * k;
-        store_from_float(dx, dtype, at, lanes, v);
+void backward(double grad, Tensor z, Tensor other, DType operand, int64_t first, Tensor of_all, Tensor t, Tensor grams,
+              Tensor moments, double weight, Tensor spread, double pull, Tensor dz) {
+  constexpr int64_t kStride = stride_of(kStrip);
+  const View v(z, false, 0., operand, 1, of_all);
+  const int64_t rows = dz.sizes[0], d = v.d;
+  const float w = static_cast<float>(weight * grad), p = static_cast<float>(pull * grad), g = static_cast<float>(grad);
+  struct State {
+    Strip strip;
+    Buffer<float> t;
+  };
+  for_each_strip(
+      d, [&] { return State{Strip(v), Buffer<float>(grams ? rows * kStride : 0)}; },
+      [&](int64_t from, int64_t width, State& state) {
+        auto& [strip, product] = state;
+        strip.fill(v, from, width);
+        if (grams) gemm(rows, width, v.n, {grams.as<float>(), v.n, 1}, strip.right(), product, kStride, false);
+        down(rows, width, [&](int64_t i, int64_t end, int64_t j, int lanes) {
+          const F of_variance = load_lanes(spread.as<float>() + from + j, lanes, 0.f) * g;
+          const F own = grams ? load_lanes(moments.as<float>() + 2 * d + from + j, lanes, 0.f) : F{};
+          for (; i < end; ++i) {
+            const int64_t at = (first + i) * d + from + j;
+            const F off = grams ? load(product + i * kStride + j) - strip.operand(first + i, j) * own
+                                : load_lanes(t.as<float>() + i * d + from + j, lanes, 0.f);
+            F value = off * w + strip.exact(first + i, j) * of_variance;
+            if (other)
+              value += (load_as_float(z.data, z.dtype, at, lanes) - load_as_float(other.data, z.dtype, at, lanes)) * p;
+            store_from_float(dz.data, dz.dtype, i * d + from + j, lanes, value);
+          }
+        });
       });
-  });
 }
 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{off_diagonal, squared_distance, finish};
+extern const Table table{forward_gram, forward_panels, off_diagonal, squared_distance, backward};
 }
 
 }  // namespace sslops::vicreg

@@ -1,47 +1,46 @@
-"""The cross-correlation matrix on the CPU: one view normalised in full, the other a panel of columns at a time."""
+"""The cross-correlation matrix on the CPU, in tiles of the normalised views' product (csrc/cpu/cross_correlation.h)."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from .columns import WIDE_PANEL, Group, all_reduce, centre, moments_of, normalize_backward, panels, ranks, rounded
+from sslops import _C
+
+from .columns import all_reduce, moments_of, normalize_backward
 from .memory import empty
 from .tiles import refuses  # noqa: F401
 
+if TYPE_CHECKING:
+    from sslops.distributed import Part
+    from sslops.ops.cross_correlation import Arguments
 
-def forward(
-    z_a: Tensor, z_b: Tensor, eps: float, operand: torch.dtype, group: Group = None, synced: bool = True
-) -> Tensor:
-    """C [D, D] float32, with a group that of all ranks' rows; synced: and so are the columns' statistics"""
-    n, d = z_a.shape
-    moments_a, moments_b = moments_of([z_a, z_b], group if synced else None)
-    b = rounded(centre(z_b, 0, d, scale_eps=eps, moments=moments_b)[0], operand)
+DISTRIBUTED = True
+
+
+def forward(x: Arguments, part: Part | None = None) -> Tensor:
+    n, d = x.z_a.shape
     c = empty(d, d)
-    for first, p in panels(d, WIDE_PANEL):
-        a = rounded(centre(z_a, first, p, scale_eps=eps, moments=moments_a)[0], operand)
-        torch.mm(a.t(), b, out=c[first : first + p]).div_(n * ranks(group))
-    return all_reduce(c, group)
+    n *= part.group.size() if part else 1
+    _C.cross_correlation_forward(x.z_a, x.z_b, x.eps, *_moments(x, part), x.operand_dtype, n, c)
+    return all_reduce(c, part)
 
 
-def backward(
-    grad: Tensor,
-    z_a: Tensor,
-    z_b: Tensor,
-    eps: float,
-    operand: torch.dtype,
-    group: Group = None,
-    synced: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """dz_a, dz_b [N, D] in the inputs' dtype, from grad [D, D], the same on all ranks"""
-    n, d = z_a.shape
-    weight, over = 1 / n, group if synced else None  # W / N: the gradient is W times the share of these rows
-    moments_a, moments_b = moments_of([z_a, z_b], over)
-    dz_a, dz_b = empty(n, d, dtype=z_a.dtype), empty(n, d, dtype=z_b.dtype)
-    b, _, var_b = centre(z_b, 0, d, scale_eps=eps, moments=moments_b)
-    db, operand_b = empty(n, d), rounded(b, operand)
-    for first, p in panels(d, WIDE_PANEL):
-        a, _, var_a = centre(z_a, first, p, scale_eps=eps, moments=moments_a)
-        dc = grad[first : first + p]
-        normalize_backward(dz_a, first, a, var_a, eps, weight, torch.mm(operand_b, dc.t()), group=over)
-        torch.addmm(db, rounded(a, operand), dc, beta=float(first > 0), out=db)
-    normalize_backward(dz_b, 0, b, var_b, eps, weight, db, group=over)
-    return dz_a, dz_b
+def backward(grad: Tensor, x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
+    """From grad [D, D], the same on all ranks. W / N: the gradient is W times the share of these rows."""
+    views, gradients = (x.z_a, x.z_b), []
+    for k, (z, other, moments) in enumerate(zip(views, views[::-1], _moments(x, part)[::-1], strict=True)):
+        if not x.needs_grad[k]:
+            gradients.append(z.new_empty(0))
+            continue
+        g = empty(*z.shape)
+        _C.cross_correlation_product(other, x.eps, moments, x.operand_dtype, grad, k == 1, g)
+        gradients.append(normalize_backward(1 / len(z), z, x.eps, g, part if x.synced else None))
+    return tuple(gradients)
+
+
+def _moments(x: Arguments, part: Part | None) -> tuple[Tensor | None, Tensor | None]:
+    if part is None or not x.synced:
+        return None, None
+    return moments_of(x.z_a, part), moments_of(x.z_b, part)

@@ -5,7 +5,10 @@ The diagonal comes from the columns, what lies off it by a route of off_diagonal
 - panels: dL/dA = B (dL/dC)^T, the diagonal included.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -14,6 +17,9 @@ from torch import Tensor
 
 from . import columns, launch, off_diagonal
 from .launch import refuses  # noqa: F401
+
+if TYPE_CHECKING:
+    from sslops.ops.barlow_twins import Arguments
 
 BLOCK = 256
 
@@ -44,51 +50,41 @@ def _scale(lambd: float, n: int) -> float:
     return 2.0 ** (14 - math.frexp(max(1.0, lambd) * n)[1])
 
 
-def forward(
-    z_a: Tensor, z_b: Tensor, lambd: float, eps: float, operand: torch.dtype, route: str, needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss []; share [D] and B B^T, A A^T [2, N, N], or on the panels route nothing and dL/dA, dL/dB [2, N, D]
+def forward(x: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """loss []; share [D] and B B^T, A A^T [2, N, N], or on the panels route no share and dL/dA, dL/dB [2, N, D]
 
     The latter times _scale N^2 / 2. Without needs_grad neither matrices nor gradients.
     """
-    n, d = z_a.shape
-    gram = route == "gram"
+    n, d = x.z_a.shape
+    gram, keep = x.route == "gram", any(x.needs_grad)
     kept = None
-    with launch.on(z_a.device):
-        x, dots = columns.operands(z_a, z_b, operand, eps, by_columns=not gram)
+    with launch.on(x.z_a.device):
+        operands, dots = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=not gram)
         if gram:
-            squares, kept = off_diagonal.grams(x, n, d, paired=True, keep=needs_grad)
+            squares, kept = off_diagonal.grams(operands, n, d, paired=True, keep=keep)
             squares = squares[0]
         else:
-            if needs_grad:
-                kept = z_a.new_empty((2, n, d), dtype=torch.float32)
-            scale = _scale(lambd, n)
-            squares = off_diagonal.panels(
-                x[0], x[1], n, d, products=() if kept is None else tuple(kept), weight=scale * lambd, corner=scale
-            )
-        share = squares.new_empty(d if gram else 0, dtype=torch.float32)
+            if keep:
+                kept = dots.new_empty((2, n, d), dtype=torch.float32)
+            scale = _scale(x.lambd, n)
+            products = () if kept is None else tuple(kept)
+            squares = off_diagonal.panels(*operands, n, d, products=products, weight=scale * x.lambd, corner=scale)
+        share = squares.new_zeros(d, dtype=torch.float32)
         terms = squares.new_empty(triton.cdiv(d, BLOCK))
-        _diagonal[len(terms),](dots, share, terms, lambd, n, d, dots.shape[1], gram, BLOCK, num_warps=4, **launch.FUSED)
-        loss = columns.total(terms, squares, lambd, 1, n)
+        _diagonal[len(terms),](
+            dots, share, terms, x.lambd, n, d, dots.shape[1], gram, BLOCK, num_warps=4, **launch.FUSED
+        )
+        loss = columns.total(terms, squares, x.lambd, 1, n)
     return loss, share, share.new_empty(0) if kept is None else kept
 
 
-def backward(
-    grad: Tensor,
-    z_a: Tensor,
-    z_b: Tensor,
-    lambd: float,
-    eps: float,
-    operand: torch.dtype,
-    route: str,
-    share: Tensor,
-    kept: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """dz_a, dz_b [N, D] in the inputs' dtype"""
-    n, d = z_a.shape
-    with launch.on(z_a.device):
-        if route == "panels":
-            return columns.normalize_backward(z_a, z_b, kept, eps, 1 / _scale(lambd, n), grad=grad)
-        x, _ = columns.operands(z_a, z_b, operand, eps, by_columns=False)
-        t, scale = off_diagonal.gram_products(kept, x, n, d)
-        return columns.normalize_backward(z_a, z_b, t, eps, lambd, t_scale=scale, grad=grad, share=share)
+def backward(grad: Tensor, x: Arguments, share: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+    n, d = x.z_a.shape
+    with launch.on(x.z_a.device):
+        if x.route == "panels":
+            dz = columns.normalize_backward(x.z_a, x.z_b, kept, x.eps, 1 / _scale(x.lambd, n), grad=grad)
+        else:
+            operands, _ = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False)
+            t, scale = off_diagonal.gram_products(kept, operands, n, d)
+            dz = columns.normalize_backward(x.z_a, x.z_b, t, x.eps, x.lambd, t_scale=scale, grad=grad, share=share)
+    return launch.wanted(dz, x.needs_grad)

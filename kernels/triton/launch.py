@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
     return None
+
+
+def wanted(gradients: Iterable[Tensor], needs_grad: list[bool]) -> tuple[Tensor, ...]:
+    """Those that are wanted, [0] for the others"""
+    return tuple(g if want else g.new_empty(0) for g, want in zip(gradients, needs_grad, strict=True))
 
 
 @functools.cache

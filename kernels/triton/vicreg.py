@@ -4,6 +4,10 @@ The variance and the invariance terms come from the columns, the covariances by 
 route is exact while variances are of one size; nothing is read on the host, so it is not left where they are not.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +15,9 @@ from torch import Tensor
 
 from . import columns, launch, off_diagonal
 from .launch import refuses  # noqa: F401
+
+if TYPE_CHECKING:
+    from sslops.ops.vicreg import Arguments
 
 BLOCK = 256
 TILE = {"BLOCK_R": 32, "BLOCK_D": 64, "num_warps": 4, **launch.FUSED}
@@ -75,67 +82,49 @@ def _gradient(
     tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
 
 
-def forward(
-    z_a: Tensor,
-    z_b: Tensor | None,
-    invariance: float,
-    variance: float,
-    covariance: float,
-    eps: float,
-    operand: torch.dtype,
-    route: str,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Arguments) -> tuple[Tensor, ...]:
     """loss []; moments [V, 3, D] = (mean, standard deviation, S_ii); Grams [V, N, N] or products with S [V, N, D]"""
-    n, d = z_a.shape
-    views = 1 if z_b is None else 2
-    with launch.on(z_a.device):
-        moments = z_a.new_empty((views, 3, d), dtype=torch.float32)
-        x, dots = columns.operands(z_a, z_b, operand, eps, by_columns=route == "panels", moments=moments)
+    (n, d), views, keep = x.z_a.shape, 1 if x.z_b is None else 2, any(x.needs_grad)
+    gram = x.route == "gram"
+    with launch.on(x.z_a.device):
+        moments = x.z_a.new_empty((views, 3, d), dtype=torch.float32)
+        operands, dots = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=not gram, moments=moments)
         terms = dots.new_empty(triton.cdiv(d, BLOCK))
         _terms[len(terms),](
-            dots, moments, terms, invariance, variance, covariance, n, d, dots.shape[1],
-            route == "gram", views, BLOCK, num_warps=4, **launch.FUSED,
+            dots, moments, terms, x.invariance, x.variance, x.covariance, n, d, dots.shape[1],
+            gram, views, BLOCK, num_warps=4, **launch.FUSED,
         )  # fmt: skip
-        if route == "gram":
-            squares, kept = off_diagonal.grams(x, n, d, paired=False, keep=needs_grad)
+        if gram:
+            squares, kept = off_diagonal.grams(operands, n, d, paired=False, keep=keep)
         else:
-            kept = moments.new_empty((views, n, d)) if needs_grad else None
-            scale = launch.half_scale(operand, moments[:, 2])
+            kept = moments.new_empty((views, n, d)) if keep else None
+            scale = launch.half_scale(x.operand_dtype, moments[:, 2])
             products = [()] * views if kept is None else [(t,) for t in kept]
             squares = torch.stack(
-                [off_diagonal.panels(z, z, n, d, products=p, scale=scale) for z, p in zip(x, products, strict=True)]
+                [
+                    off_diagonal.panels(z, z, n, d, products=p, scale=scale)
+                    for z, p in zip(operands, products, strict=True)
+                ]
             )
-        loss = columns.total(terms, squares, covariance, d, n - 1)
+        loss = columns.total(terms, squares, x.covariance, d, n - 1)
     return loss, moments, moments.new_empty(0) if kept is None else kept
 
 
-def backward(
-    grad: Tensor,
-    z_a: Tensor,
-    z_b: Tensor | None,
-    invariance: float,
-    variance: float,
-    covariance: float,
-    eps: float,
-    operand: torch.dtype,
-    route: str,
-    moments: Tensor,
-    kept: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """dz_a, dz_b [N, D] in the inputs' dtype; the second is empty for one view"""
-    n, d = z_a.shape
-    views = [z_a] if z_b is None else [z_a, z_b]
+def backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+    n, d = x.z_a.shape
+    views = [z for z in (x.z_a, x.z_b) if z is not None]
     out = [torch.empty_like(z) for z in views]
-    with launch.on(z_a.device):
-        x: Tensor | None = None
-        t, scale = kept, launch.half_scale(operand, moments[:, 2])
-        if route == "gram":
-            x, _ = columns.operands(z_a, z_b, operand, eps, by_columns=False, moments=torch.empty_like(moments))
-            t, scale = off_diagonal.gram_products(kept, x, n, d)
+    with launch.on(x.z_a.device):
+        operands: Tensor | None = None
+        t, scale = kept, launch.half_scale(x.operand_dtype, moments[:, 2])
+        if x.route == "gram":
+            operands, _ = columns.operands(
+                x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False, moments=torch.empty_like(moments)
+            )
+            t, scale = off_diagonal.gram_products(kept, operands, n, d)
         for k, z in enumerate(views):
             _gradient[triton.cdiv(n, TILE["BLOCK_R"]), triton.cdiv(d, TILE["BLOCK_D"])](
-                z, None if z_b is None else views[1 - k], None if x is None else x[k], t[k], moments[k], scale, grad,
-                out[k], invariance, variance, covariance, n, d, columns.padded(d), **TILE,
+                z, None if x.z_b is None else views[1 - k], None if operands is None else operands[k], t[k], moments[k],
+                scale, grad, out[k], x.invariance, x.variance, x.covariance, n, d, columns.padded(d), **TILE,
             )  # fmt: skip
-    return out[0], out[1] if z_b is not None else z_a.new_empty(0)
+    return launch.wanted(out if x.z_b is not None else [*out, grad], x.needs_grad)

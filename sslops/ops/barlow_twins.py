@@ -1,32 +1,54 @@
 """Barlow Twins: the cross-correlation of two views should be the identity."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _check, distributed
-from .._columns import batch_norm
-from .._library_old import register
-from .._precision import compute_dtype
-from ..backend import is_distributed, kernel, resolve
-
-ROUTES = ("gram", "panels")
+from .._check import Of
+from .._columns import ROUTES, batch_norm, batches, check_batch, gathered, kept_width, of_all_ranks, own_part
+from .._library import Out, register
+from ..backend import kernel
 
 
-def reference(
-    z_a: Tensor, z_b: Tensor, lambd: float, eps: float, operand_dtype: torch.dtype, batches: int = 1
-) -> Tensor:
-    """loss [], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype
+class Arguments(NamedTuple):
+    z_a: Annotated[Tensor, Of("N D", spread=True)]
+    z_b: Annotated[Tensor, Of("N D", like="z_a", spread=True)]
+    lambd: float
+    eps: float
+    route: str
+    group: str
+    synced: bool  # a group's columns are normalised by statistics of all rows, else each rank's rows by their own
+    operand_dtype: torch.dtype = torch.float32
+    needs_grad: list[bool] = []  # noqa: RUF012
+    backend: str = ""
 
-    batches: of equal size, one after the other in the views, each normalised by itself.
-    """
-    wide = torch.promote_types(z_a.dtype, torch.float32)
-    a, b = (batch_norm(z.to(wide), eps, batches) for z in (z_a, z_b))
-    c = (a.to(operand_dtype).t() @ b.to(operand_dtype)).to(wide) / len(z_a)
+
+class Outputs(NamedTuple):
+    """A, B: the views, normalised; C = A^T B / N."""
+
+    loss: Out
+    diagonal: Out  # what the gram route knows of C's
+    kept: Out  # gram: rows of A A^T and B B^T; panels: dL/dA, dL/dB
+    views: Out  # the embeddings of all ranks, if there are others
+
+
+def outputs(x: Arguments) -> Outputs:
+    rows, d = x.z_a.shape
+    views = (2, rows * distributed.size(x.group), d) if x.group and _route(x) == "gram" else (0,)
+    kept = (2, rows, kept_width(x)) if any(x.needs_grad) else (0,)
+    return Outputs(Out(()), Out((d,)), Out(kept), Out(views, x.z_a.dtype))
+
+
+def reference(x: Arguments) -> tuple[Tensor]:
+    """loss [], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
+    wide = torch.promote_types(x.z_a.dtype, torch.float32)
+    a, b = (batch_norm(z.to(wide), x.eps, batches(x)).to(x.operand_dtype) for z in (x.z_a, x.z_b))
+    c = (a.t() @ b).to(wide) / len(a)
     diagonal = c.diagonal()
     off_diagonal = c - torch.diag(diagonal)
-    return (1 - diagonal).square().sum() + lambd * off_diagonal.square().sum()
+    return ((1 - diagonal).square().sum() + x.lambd * off_diagonal.square().sum(),)
 
 
 def cheaper_route(n: int, d: int, backend: str | None = None) -> str:
@@ -34,82 +56,39 @@ def cheaper_route(n: int, d: int, backend: str | None = None) -> str:
     return "gram" if n < d else "panels"
 
 
-class _Arguments(NamedTuple):
-    z_a: Tensor
-    z_b: Tensor
-    lambd: float
-    eps: float
-    operand_dtype: torch.dtype
-    route: str
-    needs_grad: bool
-    group: str
-    synced: bool
-    backend: str
+def _route(x: Arguments) -> str:
+    return x.route or cheaper_route(x.z_a.shape[0] * distributed.size(x.group), x.z_a.shape[1])
 
 
-def _options(x: _Arguments) -> tuple[Any, ...]:
-    _check.embeddings("barlow_twins", z_a=x.z_a, z_b=x.z_b)
-    _check.batch("barlow_twins", "z_a", x.z_a, distributed.size(x.group) if x.synced else 1)
-    _check.choice("barlow_twins", "route", x.route, ROUTES)
-    return x.lambd, x.eps, x.operand_dtype, x.route
+def _check_arguments(x: Arguments) -> None:
+    check_batch("barlow_twins", x)
+    _check.non_negative("barlow_twins", lambd=x.lambd)
+    _check.positive("barlow_twins", eps=x.eps)
+    _check.choice("barlow_twins", "route", x.route, (*ROUTES, ""))
 
 
-def _kept_shapes(x: _Arguments) -> tuple[tuple[int, ...], ...]:
-    """Of what backward needs: the diagonal of C, the Grams or the gradients of A and B, the views of all ranks."""
-    (rows, d), n = x.z_a.shape, x.z_a.shape[0] * distributed.size(x.group)
-    if x.route == "panels":
-        return (0,), (2, rows, d), (0,)
-    return (d,), (2, rows, n), (2, n, d) if x.group else (0,)
+def _forward(x: Arguments) -> tuple[Tensor, ...]:
+    run, part = kernel(x.backend, "barlow_twins").forward, own_part(x)
+    x, views = gathered(x, _route(x))
+    return *run(x, *part), views
 
 
-def _forward(x: _Arguments) -> tuple[Tensor, ...]:
-    options, z_a, z_b, views = _options(x), x.z_a.contiguous(), x.z_b.contiguous(), x.z_a.new_empty(0)
-    if x.group and x.route == "gram":
-        z_a, z_b = views = distributed.gather_views([x.z_a, x.z_b], x.group)
-    outputs = kernel(x.backend, "barlow_twins").forward(
-        z_a, z_b, *options, x.needs_grad, **distributed.spread(x.group, synced=x.synced)
-    )
-    return *outputs, views
-
-
-def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
-    loss = x.z_a.new_empty((), dtype=torch.float32)
-    diagonal, kept, views = _kept_shapes(x)
-    return loss, loss.new_empty(diagonal), loss.new_empty(kept if x.needs_grad else (0,)), x.z_a.new_empty(views)
-
-
-def _backward(grad: Tensor, x: _Arguments, diagonal: Tensor, kept: Tensor, views: Tensor) -> tuple[Tensor, ...]:
-    options, z_a, z_b, shapes = _options(x), x.z_a.contiguous(), x.z_b.contiguous(), _kept_shapes(x)
-    saved = {"grad": (grad, ()), "diagonal": (diagonal, shapes[0]), "kept": (kept, shapes[1])}
-    _check.scratch("barlow_twins", x.z_a.device, **saved)
-    _check.like("barlow_twins", "views", views, x.z_a, shapes[2])
-    if len(views):
-        z_a, z_b = views.contiguous()
-    gradients: tuple[Tensor, ...] = kernel(x.backend, "barlow_twins").backward(
-        grad * distributed.size(x.group),
-        z_a,
-        z_b,
-        *options,
-        diagonal.contiguous(),
-        kept.contiguous(),
-        **distributed.spread(x.group, synced=x.synced),
-    )
+def _backward(grad: Tensor, x: Arguments, diagonal: Tensor, kept: Tensor, views: Tensor) -> tuple[Tensor, ...]:
+    run, part = kernel(x.backend, "barlow_twins").backward, own_part(x)
+    x = of_all_ranks(x, _route(x), views)
+    gradients: tuple[Tensor, ...] = run(grad * distributed.size(x.group), x, diagonal, kept, *part)
     return gradients
 
 
-def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...]:
-    return x.z_a.new_empty(x.z_a.shape), x.z_b.new_empty(x.z_b.shape)
-
-
-register(
+_run = register(
     "barlow_twins",
-    _Arguments,
-    saved=("diagonal", "kept", "views"),
+    Arguments,
+    outputs,
+    reference=reference,
+    check=_check_arguments,
     gradients=("z_a", "z_b"),
     forward=_forward,
-    forward_fake=_forward_fake,
     backward=_backward,
-    backward_fake=_backward_fake,
 )
 
 
@@ -159,25 +138,10 @@ def barlow_twins(
     Source: Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, arXiv:2103.03230, Eq. 1;
     the gram route is the identity ||A^T B||^2 = <A A^T, B B^T>.
     """
-    _check.embeddings("barlow_twins", z_a=z_a, z_b=z_b)
     _check.flag("barlow_twins", "synced", synced)
+    _check.non_negative("barlow_twins", scale=scale)
+    if route is not None:
+        _check.choice("barlow_twins", "route", route, ROUTES)
     group = distributed.name("barlow_twins", group)
-    ranks = distributed.size(group)
-    _check.batch("barlow_twins", "z_a", z_a, ranks if synced else 1)
-    _check.non_negative("barlow_twins", lambd=lambd, scale=scale)
-    _check.positive("barlow_twins", eps=eps)
-    if route is None:
-        route = cheaper_route(len(z_a) * ranks, z_a.shape[1])
-    _check.choice("barlow_twins", "route", route, ROUTES)
-    operand_dtype = compute_dtype(z_a)
-    backend = resolve("barlow_twins", z_a.device, z_a.dtype, backend, "" if synced else group)
-    if group and not is_distributed(backend, "barlow_twins"):
-        z_a, z_b = distributed.gathered("barlow_twins", group, z_a, z_b)
-        group = ""
-    if backend == "eager":
-        loss = reference(z_a, z_b, lambd, eps, operand_dtype, 1 if synced else ranks)
-    else:
-        needs_grad = torch.is_grad_enabled() and (z_a.requires_grad or z_b.requires_grad)
-        options = (lambd, eps, operand_dtype, route, needs_grad, group, synced, backend)
-        loss = torch.ops.sslops.barlow_twins(z_a, z_b, *options)[0]
+    loss: Tensor = _run(Arguments(z_a, z_b, lambd, eps, route or "", group, synced), backend)[0]
     return loss * scale

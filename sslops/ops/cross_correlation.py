@@ -1,76 +1,63 @@
 """The cross-correlation matrix of two views, to look at or to build a loss on."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _check, distributed
-from .._columns import batch_norm
-from .._library_old import register
-from .._precision import compute_dtype
-from ..backend import is_distributed, kernel, resolve
+from .._check import Of
+from .._columns import batch_norm, batches, check_batch, own_part
+from .._library import Out, register
+from ..backend import kernel
 
 
-def reference(z_a: Tensor, z_b: Tensor, eps: float, operand_dtype: torch.dtype, batches: int = 1) -> Tensor:
-    """C [D, D], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype
-
-    batches: of equal size, one after the other in the views, each normalised by itself.
-    """
-    wide = torch.promote_types(z_a.dtype, torch.float32)
-    a, b = (batch_norm(z.to(wide), eps, batches) for z in (z_a, z_b))
-    return (a.to(operand_dtype).t() @ b.to(operand_dtype)).to(wide) / len(z_a)
-
-
-class _Arguments(NamedTuple):
-    z_a: Tensor
-    z_b: Tensor
+class Arguments(NamedTuple):
+    z_a: Annotated[Tensor, Of("N D", spread=True)]
+    z_b: Annotated[Tensor, Of("N D", like="z_a", spread=True)]
     eps: float
-    operand_dtype: torch.dtype
     group: str
-    synced: bool
-    backend: str
+    synced: bool  # a group's columns are normalised by statistics of all rows, else each rank's rows by their own
+    operand_dtype: torch.dtype = torch.float32
+    needs_grad: list[bool] = []  # noqa: RUF012
+    backend: str = ""
 
 
-def _kernel_arguments(x: _Arguments) -> tuple[Any, ...]:
-    _check.embeddings("cross_correlation", z_a=x.z_a, z_b=x.z_b)
-    _check.batch("cross_correlation", "z_a", x.z_a, distributed.size(x.group) if x.synced else 1)
-    return x.z_a.contiguous(), x.z_b.contiguous(), x.eps, x.operand_dtype
+def outputs(x: Arguments) -> Out:
+    return Out((x.z_a.shape[1], x.z_a.shape[1]))
 
 
-def _forward(x: _Arguments) -> Tensor:
-    c: Tensor = kernel(x.backend, "cross_correlation").forward(
-        *_kernel_arguments(x), **distributed.spread(x.group, synced=x.synced)
-    )
+def reference(x: Arguments) -> Tensor:
+    """C [D, D], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
+    wide = torch.promote_types(x.z_a.dtype, torch.float32)
+    a, b = (batch_norm(z.to(wide), x.eps, batches(x)).to(x.operand_dtype) for z in (x.z_a, x.z_b))
+    return (a.t() @ b).to(wide) / len(a)
+
+
+def _check_arguments(x: Arguments) -> None:
+    check_batch("cross_correlation", x)
+    _check.positive("cross_correlation", eps=x.eps)
+
+
+def _forward(x: Arguments) -> Tensor:
+    c: Tensor = kernel(x.backend, "cross_correlation").forward(x, *own_part(x))
     return c
 
 
-def _forward_fake(x: _Arguments) -> Tensor:
-    d = x.z_a.shape[1]
-    return x.z_a.new_empty((d, d), dtype=torch.float32)
-
-
-def _backward(grad: Tensor, x: _Arguments) -> tuple[Tensor, ...]:
-    d = x.z_a.shape[1]
-    _check.scratch("cross_correlation", x.z_a.device, grad=(grad, (d, d)))
-    gradients: tuple[Tensor, ...] = kernel(x.backend, "cross_correlation").backward(
-        grad.contiguous(), *_kernel_arguments(x), **distributed.spread(x.group, synced=x.synced)
-    )
+def _backward(grad: Tensor, x: Arguments) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = kernel(x.backend, "cross_correlation").backward(grad, x, *own_part(x))
     return gradients
 
 
-def _backward_fake(grad: Tensor, x: _Arguments) -> tuple[Tensor, ...]:
-    return x.z_a.new_empty(x.z_a.shape), x.z_b.new_empty(x.z_b.shape)
-
-
-register(
+_run = register(
     "cross_correlation",
-    _Arguments,
+    Arguments,
+    outputs,
+    reference=reference,
+    check=_check_arguments,
     gradients=("z_a", "z_b"),
     forward=_forward,
-    forward_fake=_forward_fake,
     backward=_backward,
-    backward_fake=_backward_fake,
 )
 
 
@@ -107,18 +94,7 @@ def cross_correlation(
 
     Source: Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, arXiv:2103.03230, Eq. 2.
     """
-    _check.embeddings("cross_correlation", z_a=z_a, z_b=z_b)
     _check.flag("cross_correlation", "synced", synced)
     group = distributed.name("cross_correlation", group)
-    ranks = distributed.size(group)
-    _check.batch("cross_correlation", "z_a", z_a, ranks if synced else 1)
-    _check.positive("cross_correlation", eps=eps)
-    operand_dtype = compute_dtype(z_a)
-    backend = resolve("cross_correlation", z_a.device, z_a.dtype, backend, "" if synced else group)
-    if group and not is_distributed(backend, "cross_correlation"):
-        z_a, z_b = distributed.gathered("cross_correlation", group, z_a, z_b)
-        group = ""
-    if backend == "eager":
-        return reference(z_a, z_b, eps, operand_dtype, 1 if synced else ranks)
-    c: Tensor = torch.ops.sslops.cross_correlation(z_a, z_b, eps, operand_dtype, group, synced, backend)
+    c: Tensor = _run(Arguments(z_a, z_b, eps, group, synced), backend)
     return c

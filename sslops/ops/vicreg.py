@@ -1,143 +1,112 @@
 """VICReg: views that agree, columns that vary, and columns that do not covary."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check, distributed
-from .._library_old import register
-from .._precision import compute_dtype
-from ..backend import is_distributed, kernel, resolve
-
-ROUTES = ("gram", "panels")
-
-
-def reference(
-    z_a: Tensor,
-    z_b: Tensor | None,
-    invariance: float,
-    variance: float,
-    covariance: float,
-    eps: float,
-    operand_dtype: torch.dtype,
-) -> Tensor:
-    """loss [], the maths as it is written: float32 (float64 for float64) around matmuls in operand_dtype"""
-    wide = torch.promote_types(z_a.dtype, torch.float32)
-    n, d = z_a.shape
-    views = [z.to(wide) for z in (z_a, z_b) if z is not None]
-    loss = views[0].new_zeros(())
-    for z in views:
-        centred = z - z.mean(0)
-        hinge = F.relu(1 - (z.var(0) + eps).sqrt())
-        operand = centred.to(operand_dtype)
-        cov = (operand.t() @ operand).to(wide) / (n - 1)
-        off_diagonal = cov - torch.diag(cov.diagonal())
-        loss = loss + variance * hinge.mean() / 2 + covariance * off_diagonal.square().sum() / d
-    if len(views) == 2:
-        loss = loss + invariance * (views[0] - views[1]).square().mean()
-    return loss
+from .._check import Of
+from .._columns import ROUTES, check_batch, gathered, kept_width, of_all_ranks, own_part
+from .._library import Out, register
+from ..backend import kernel
 
 
-def cheaper_route(n: int, d: int, backend: str | None = None) -> str:
-    """The cheaper of two exact ways, for each view: 3 N^2 D FLOP by a Gram matrix, 4 N D^2 by panels of Z^T Z.
-
-    What the former spends besides matmuls was measured to be worth 700 N D FLOP more. On a GPU panels: whether a Gram
-    matrix keeps its digits is known there, and not waited for.
-    """
-    return "gram" if 3 * n + 700 < 4 * d and backend != "triton" else "panels"
-
-
-def _check_views(z_a: Tensor, z_b: Tensor | None) -> None:
-    if z_b is None:
-        _check.embeddings("vicreg", z_a=z_a)
-    else:
-        _check.embeddings("vicreg", z_a=z_a, z_b=z_b)
-
-
-class _Arguments(NamedTuple):
-    z_a: Tensor
-    z_b: Tensor | None
+class Arguments(NamedTuple):
+    z_a: Annotated[Tensor, Of("N D", spread=True)]
+    z_b: Annotated[Tensor | None, Of("N D", like="z_a", spread=True)]
     invariance: float
     variance: float
     covariance: float
     eps: float
-    operand_dtype: torch.dtype
     route: str
-    needs_grad: bool
     group: str
-    backend: str
+    operand_dtype: torch.dtype = torch.float32
+    needs_grad: list[bool] = []  # noqa: RUF012
+    backend: str = ""
 
 
-def _options(x: _Arguments) -> tuple[Any, ...]:
-    _check_views(x.z_a, x.z_b)
-    _check.batch("vicreg", "z_a", x.z_a, distributed.size(x.group))
-    _check.choice("vicreg", "route", x.route, ROUTES)
-    return x.invariance, x.variance, x.covariance, x.eps, x.operand_dtype, x.route
+class Outputs(NamedTuple):
+    """Of V views, Z each, centred; S = Z^T Z."""
+
+    loss: Out
+    moments: Out  # mean, variance (in Triton the standard deviation) and S_ii, which panels do without
+    kept: Out  # gram: rows of Z Z^T; panels: Z times what S has off its diagonal
+    gathered: Out  # the embeddings of all ranks, if there are others
 
 
-def _views(x: _Arguments) -> list[Tensor]:
-    return [z.contiguous() for z in (x.z_a, x.z_b) if z is not None]
+def outputs(x: Arguments) -> Outputs:
+    (rows, d), views = x.z_a.shape, 1 if x.z_b is None else 2
+    of_all = (views, rows * distributed.size(x.group), d) if x.group and _route(x) == "gram" else (0,)
+    # In Triton the cheaper route is always the same.
+    kept = (views, rows, kept_width(x._replace(route=_route(x)) if x.backend == "triton" else x))
+    return Outputs(Out(()), Out((views, 3, d)), Out(kept if any(x.needs_grad) else (0,)), Out(of_all, x.z_a.dtype))
 
 
-def _saved_shapes(x: _Arguments) -> tuple[tuple[int, ...], ...]:
-    """Of the moments, the Grams or the products with S, and the views of all ranks."""
-    (rows, d), n = x.z_a.shape, x.z_a.shape[0] * distributed.size(x.group)
-    v = 1 if x.z_b is None else 2
-    if x.route == "panels":
-        return (v, 3, d), (v, rows, d), (0,)
-    return (v, 3, d), (v, rows, n), (v, n, d) if x.group else (0,)
+def reference(x: Arguments) -> tuple[Tensor]:
+    """loss [], the maths as it is written: float32 (float64 for float64) around matmuls in operand_dtype"""
+    wide = torch.promote_types(x.z_a.dtype, torch.float32)
+    n, d = x.z_a.shape
+    views = [z.to(wide) for z in (x.z_a, x.z_b) if z is not None]
+    loss = views[0].new_zeros(())
+    for z in views:
+        # From the first row on: where rows are nearly equal, a rounded mean is as far off as they are apart.
+        near = z - z[0].detach()
+        centred = near - near.mean(0)
+        var = centred.square().sum(0) / (n - 1)
+        # The root's slope at 0 is infinite; a constant column's standard deviation has 0 among its subgradients.
+        std = (var + x.eps).clamp(min=torch.finfo(wide).tiny).sqrt()
+        operand = centred.to(x.operand_dtype)
+        cov = (operand.t() @ operand).to(wide) / (n - 1)
+        off_diagonal = cov - torch.diag(cov.diagonal())
+        loss = loss + x.variance * F.relu(1 - std).mean() / 2 + x.covariance * off_diagonal.square().sum() / d
+    if len(views) == 2:
+        loss = loss + x.invariance * (views[0] - views[1]).square().mean()
+    return (loss,)
 
 
-def _forward(x: _Arguments) -> tuple[Tensor, ...]:
-    options, views, gathered = _options(x), _views(x), x.z_a.new_empty(0)
-    if x.group and x.route == "gram":
-        gathered = distributed.gather_views(views, x.group)
-        views = list(gathered)
-    z_b = views[1] if len(views) == 2 else None
-    outputs = kernel(x.backend, "vicreg").forward(views[0], z_b, *options, x.needs_grad, **distributed.spread(x.group))
-    return *outputs, gathered
+def cheaper_route(n: int, d: int, backend: str | None = None) -> str:
+    """The cheaper of two exact ways, for each view: 3 N^2 D FLOP by a Gram matrix, 3 N D^2 by panels of Z^T Z.
+
+    On a GPU panels: whether a Gram matrix keeps its digits is known there, and not waited for.
+    """
+    return "gram" if backend != "triton" and n < d else "panels"
 
 
-def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
-    loss = x.z_a.new_empty((), dtype=torch.float32)
-    moments, kept, gathered = _saved_shapes(x)
-    return loss, loss.new_empty(moments), loss.new_empty(kept if x.needs_grad else (0,)), x.z_a.new_empty(gathered)
+def _route(x: Arguments) -> str:
+    return x.route or cheaper_route(x.z_a.shape[0] * distributed.size(x.group), x.z_a.shape[1], x.backend)
 
 
-def _backward(grad: Tensor, x: _Arguments, moments: Tensor, kept: Tensor, gathered: Tensor) -> tuple[Tensor, ...]:
-    options, views, shapes = _options(x), _views(x), _saved_shapes(x)
-    _check.scratch("vicreg", x.z_a.device, grad=(grad, ()), moments=(moments, shapes[0]), kept=(kept, shapes[1]))
-    _check.like("vicreg", "gathered", gathered, x.z_a, shapes[2])
-    if len(gathered):
-        views = list(gathered.contiguous())
-    z_b = views[1] if len(views) == 2 else None
-    gradients: tuple[Tensor, ...] = kernel(x.backend, "vicreg").backward(
-        grad * distributed.size(x.group),
-        views[0],
-        z_b,
-        *options,
-        moments.contiguous(),
-        kept.contiguous(),
-        **distributed.spread(x.group),
-    )
+def _check_arguments(x: Arguments) -> None:
+    check_batch("vicreg", x)
+    weights = {"invariance": x.invariance, "variance": x.variance, "covariance": x.covariance}
+    _check.non_negative("vicreg", **weights, eps=x.eps)
+    _check.choice("vicreg", "route", x.route, (*ROUTES, ""))
+
+
+def _forward(x: Arguments) -> tuple[Tensor, ...]:
+    run, part = kernel(x.backend, "vicreg").forward, own_part(x)
+    x, views = gathered(x, _route(x))
+    return *run(x, *part), views
+
+
+def _backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor, views: Tensor) -> tuple[Tensor, ...]:
+    run, part = kernel(x.backend, "vicreg").backward, own_part(x)
+    grad, x = grad * distributed.size(x.group), of_all_ranks(x, _route(x), views)
+    gradients: tuple[Tensor, ...] = run(grad, x, moments, kept, *part)
     return gradients
 
 
-def _backward_fake(grad: Tensor, x: _Arguments, *_: Tensor) -> tuple[Tensor, ...]:
-    return x.z_a.new_empty(x.z_a.shape), x.z_a.new_empty(0 if x.z_b is None else x.z_b.shape)
-
-
-register(
+_run = register(
     "vicreg",
-    _Arguments,
-    saved=("moments", "kept", "gathered"),
+    Arguments,
+    outputs,
+    reference=reference,
+    check=_check_arguments,
     gradients=("z_a", "z_b"),
     forward=_forward,
-    forward_fake=_forward_fake,
     backward=_backward,
-    backward_fake=_backward_fake,
 )
 
 
@@ -163,10 +132,11 @@ def vicreg(
         z_a, z_b: two views, [N, D] each, N at least 2; float32, float16, bfloat16 or float64 (float64 runs the eager
             reference). Without z_b: variance v_a / 2 + covariance c_a. Under autocast matmul operands have its dtype.
         invariance, variance, covariance: weights, at least 0.
-        eps: added to the variances; at least 0.
-        route: "gram" goes by [N, N] matrices, 6 N^2 D FLOP for two views; "panels" by rows of Z^T Z, 8 N D^2. The
-            cheaper if None. A view whose variance sits in few columns takes panels anyway, to keep its digits; but a
-            GPU is not waited for to find out: None is "panels" there, and "gram" exact for variances of one size.
+        eps: added to the variances; at least 0. With 0, a constant column has no gradient from its variance.
+        route: "gram" goes by [N, N] matrices, 6 N^2 D FLOP for two views; "panels" by Z^T Z in parts, 6 N D^2 (8 on a
+            GPU or with a group). The cheaper if None. A view whose variance sits in few columns takes panels anyway, to
+            keep its digits; but a GPU is not waited for to find out: None is "panels" there, and "gram" exact for
+            variances of one size.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the loss is
             that of all N rows, the same on every rank, and so must be what is built on it. Gradients are W times the
             rank's share, which DDP's averaging makes those of the whole batch.
@@ -184,23 +154,9 @@ def vicreg(
     Source: Bardes et al., VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning,
     arXiv:2105.04906, Eq. 6, with the weights' shares of the authors' code; ||Z^T Z|| = ||Z Z^T||.
     """
-    _check_views(z_a, z_b)
+    if route is not None:
+        _check.choice("vicreg", "route", route, ROUTES)
     group = distributed.name("vicreg", group)
-    ranks = distributed.size(group)
-    _check.batch("vicreg", "z_a", z_a, ranks)
-    _check.non_negative("vicreg", invariance=invariance, variance=variance, covariance=covariance, eps=eps)
-    operand_dtype = compute_dtype(z_a)
-    backend = resolve("vicreg", z_a.device, z_a.dtype, backend)
-    if route is None:
-        route = cheaper_route(len(z_a) * ranks, z_a.shape[1], backend)
-    _check.choice("vicreg", "route", route, ROUTES)
-    weights = (invariance, variance, covariance, eps)
-    if group and not is_distributed(backend, "vicreg"):
-        z_a, *other = distributed.gathered("vicreg", group, *(z for z in (z_a, z_b) if z is not None))
-        z_b, group = other[0] if other else None, ""
-    if backend == "eager":
-        return reference(z_a, z_b, *weights, operand_dtype)
-    needs_grad = torch.is_grad_enabled() and (z_a.requires_grad or (z_b is not None and z_b.requires_grad))
-    options = (operand_dtype, route, needs_grad, group, backend)
-    loss: Tensor = torch.ops.sslops.vicreg(z_a, z_b, *weights, *options)[0]
+    x = Arguments(z_a, z_b, invariance, variance, covariance, eps, route or "", group)
+    loss: Tensor = _run(x, backend)[0]
     return loss

@@ -18,6 +18,9 @@ from torch import Tensor
 import sslops
 from sslops import backend
 from sslops.kernels.triton import barlow_twins, cross_correlation, launch, off_diagonal, vicreg
+from sslops.ops.barlow_twins import Arguments as BarlowTwins
+from sslops.ops.cross_correlation import Arguments as CrossCorrelation
+from sslops.ops.vicreg import Arguments as VICReg
 
 
 @contextlib.contextmanager
@@ -34,15 +37,19 @@ def call(
     """Forward and, with needs_grad, backward"""
     compute = OPERANDS[operands]
     z = torch.ones(n, d, dtype=dtype or compute, device=device)
-    pair = (z, z if views == 2 else None)
+    pair, rest = (z, z if views == 2 else None), (compute, [needs_grad, needs_grad and views == 2], "triton")
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
         if op == "cross_correlation":
-            cross_correlation.backward(cross_correlation.forward(z, z, 1e-5, compute), z, z, 1e-5, compute)
+            x = CrossCorrelation(z, z, 1e-5, "", True, *rest)
+            cross_correlation.backward(cross_correlation.forward(x), x)
             return
-        module, weights = (barlow_twins, (0.1,)) if op == "barlow_twins" else (vicreg, (25.0, 25.0, 1.0))
-        loss, *kept = module.forward(*pair, *weights, 1e-4, compute, route, needs_grad)
+        if op == "barlow_twins":
+            module, x = barlow_twins, BarlowTwins(*pair, 0.1, 1e-4, route, "", True, *rest)
+        else:
+            module, x = vicreg, VICReg(*pair, 25.0, 25.0, 1.0, 1e-4, route, "", *rest)
+        loss, *kept = module.forward(x)
         if needs_grad:
-            module.backward(loss, *pair, *weights, 1e-4, compute, route, *kept)
+            module.backward(loss, x, *kept)
 
 
 def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -50,7 +57,8 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
     compute = torch.bfloat16 if operands == "half" else torch.float32
     route, n = ("gram", 1024) if kernel == "gram" else ("panels", 4096)
     z = torch.randn(2, n // 2 if operands == "ieee" else n, width, dtype=compute, device=device)
-    return lambda: barlow_twins.forward(z[0], z[1], 0.005, 1e-5, compute, route, True)
+    x = BarlowTwins(z[0], z[1], 0.005, 1e-5, route, "", True, compute, [True, True], "triton")
+    return lambda: barlow_twins.forward(x)
 
 
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
