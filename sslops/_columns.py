@@ -51,4 +51,4 @@ def gathered(x: Any, route: str) -> tuple[Any, Tensor]:
 def of_all_ranks(x: Any, route: str, views: Tensor) -> Any:
     """x by `route`, with `views` for its own, if there are any"""
     x = x._replace(route=route)
-    return x._replace(**dict(zip(("z_a", "z_b"), views.unbind(), strict=False))) if len(views) else x
+    return x._replace(**dict(zip(("z_a", "z_b"), views.unbind(), strict=False))) if views.numel() else x

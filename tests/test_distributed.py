@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 import sslops
 from sslops import _library, distributed
 from sslops import backend as backends
+from sslops.ops import barlow_twins, cross_correlation, vicreg
+from sslops.ops import nt_xent as nt_xent_op
 
 BACKENDS = ("cpu", "eager")
 OPS = [sslops.nt_xent, sslops.info_nce, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation]
@@ -432,13 +434,18 @@ def opcheck(rank, world, inputs):
     ops = torch.ops.sslops
     torch.library.opcheck(ops.all_gather.default, (z0, name, 0, "opcheck"))
     torch.library.opcheck(ops.reduce_scatter.default, (z0, name, 0, "opcheck"))
-    torch.library.opcheck(ops.nt_xent.default, (z0, z1, None, 0.3, True, name, True, torch.float32, True, "cpu"))
+    float32, both = torch.float32, [True, True]
+    calls = [
+        (ops.nt_xent, nt_xent_op.Arguments(z0, z1, 0.3, True, True, name, True, float32, "cpu")),
+        (ops.cross_correlation, cross_correlation.Arguments(z0, z1, 1e-5, name, True, float32, both, "cpu")),
+    ]
     for route in ("gram", "panels"):
-        arguments = (z0, z1, 0.01, 1e-5, torch.float32, route, True, name, True, "cpu")
-        torch.library.opcheck(ops.barlow_twins.default, arguments)
-        arguments = (z0, z1, 25.0, 25.0, 1.0, 1e-4, torch.float32, route, True, name, "cpu")
-        torch.library.opcheck(ops.vicreg.default, arguments)
-    torch.library.opcheck(ops.cross_correlation.default, (z0, z1, 1e-5, torch.float32, name, True, "cpu"))
+        calls += [
+            (ops.barlow_twins, barlow_twins.Arguments(z0, z1, 0.01, 1e-5, route, name, True, float32, both, "cpu")),
+            (ops.vicreg, vicreg.Arguments(z0, z1, 25.0, 25.0, 1.0, 1e-4, route, name, float32, both, "cpu")),
+        ]
+    for op, x in calls:
+        torch.library.opcheck(op.default, oracle.lowered(x))
 
 
 def test_opcheck(two):

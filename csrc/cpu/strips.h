@@ -162,7 +162,7 @@ class Strip {
       const int64_t k = j / kLanes;
       off[k] /= static_cast<double>(rows);
       s[k] = s[k] / static_cast<double>(rows) - off[k] * off[k];
-      s[k] = s[k] < 0. ? D{} : s[k];
+      s[k] = nonnegative(s[k]);
     });
   }
 

@@ -77,6 +77,16 @@ SSLOPS_INLINE float max(F v) {
   return lane[0];
 }
 
+// Zeros for negative values. A register at a time: D has two, and its comparisons would be scalar code.
+SSLOPS_INLINE D nonnegative(D v) {
+  typedef double Half __attribute__((vector_size(4 * kLanes)));
+  Half half[2];
+  std::memcpy(half, &v, sizeof half);
+  for (auto& h : half) h = h < 0. ? Half{} : h;
+  std::memcpy(&v, half, sizeof half);
+  return v;
+}
+
 // a b + c, rounded once.
 SSLOPS_INLINE F fused(F a, F b, F c) {
 #if defined(__AVX512F__)
