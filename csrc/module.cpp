@@ -1,4 +1,4 @@
-// Bindings, nothing else. Tensors come as addresses; Python has checked dtypes, shapes, contiguity and devices.
+// Casters, and a line for each table. Python has checked dtypes, shapes, contiguity and devices.
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -71,6 +71,18 @@ struct type_caster<DType> {
   }
 };
 
+// A stream's handle, torch.cuda.Stream.cuda_stream.
+template <>
+struct type_caster<Stream> {
+  PYBIND11_TYPE_CASTER(Stream, const_name("int"));
+  bool load(handle source, bool) {
+    value.handle = PyLong_AsVoidPtr(source.ptr());
+    if (!PyErr_Occurred()) return true;
+    PyErr_Clear();
+    return false;
+  }
+};
+
 }  // namespace pybind11::detail
 
 namespace {
@@ -108,7 +120,6 @@ void bind(py::module_& m, const Table& (*table)()) {
 }
 
 using Address = uintptr_t;
-using NoGil = py::call_guard<py::gil_scoped_release>;
 
 template <typename T>
 T* at(Address address) {
@@ -128,90 +139,6 @@ py::dict build_info() {
   info["isa"] = isa_name(current_isa());
   info["threads"] = parallel_backend();
   return info;
-}
-
-void bind_patches(py::module_& m) {
-  using Four = std::array<int64_t, 4>;
-  py::class_<Patches>(m, "Patches", "A grid of patches over images of this shape [B, C, H, W] and these strides.")
-      .def(py::init([](const Four& shape, const Four& strides, int64_t height, int64_t width) {
-        return Patches{shape[0], shape[1],   shape[2] / height, shape[3] / width, height,
-                       width,    strides[0], strides[1],        strides[2],       strides[3]};
-      }));
-}
-
-void bind_gather_patches(py::module_& m) {
-  using namespace gather_patches;
-  const auto factors = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
-  m.def(
-      "gather_patches",
-      [=](Address images, int dtype, const Patches& patches, Address ids, int64_t k, int layout,
-          const std::vector<float>& scale, const std::vector<float>& shift, Address out, int out_dtype) {
-        table().forward(at<void>(images), DType(dtype), patches, at<int64_t>(ids), k, Layout(layout), factors(scale),
-                        factors(shift), at<void>(out), DType(out_dtype));
-      },
-      NoGil());
-  m.def(
-      "gather_patches_backward",
-      [=](Address d_images, int dtype, const Patches& patches, Address ids, int64_t k, int layout,
-          const std::vector<float>& scale, Address grad, int grad_dtype) {
-        table().backward(at<void>(d_images), DType(dtype), patches, at<int64_t>(ids), k, Layout(layout), factors(scale),
-                         at<void>(grad), DType(grad_dtype));
-      },
-      NoGil());
-#ifdef SSLOPS_CUDA
-  const auto packed = [](const std::vector<float>& scale, const std::vector<float>& shift) {
-    Factors f{!scale.empty(), {}, {}};
-    if (scale.size() > kMaxChannels) throw std::invalid_argument("too many channels");
-    std::copy(scale.begin(), scale.end(), f.scale);
-    std::copy(shift.begin(), shift.end(), f.shift);
-    return f;
-  };
-  m.attr("CUDA_MAX_CHANNELS") = kMaxChannels;
-  m.def("cuda_gather_patches", [=](Address images, int dtype, const Patches& patches, Address ids, int64_t k,
-                                   int layout, const std::vector<float>& scale, const std::vector<float>& shift,
-                                   Address out, int out_dtype, Address stream) {
-    cuda_forward(at<void>(images), DType(dtype), patches, at<int64_t>(ids), k, Layout(layout), packed(scale, shift),
-                 at<void>(out), DType(out_dtype), at<void>(stream));
-  });
-  m.def("cuda_gather_patches_backward",
-        [=](Address d_images, int dtype, const Patches& patches, Address ids, int64_t k, int layout,
-            const std::vector<float>& scale, Address grad, int grad_dtype, Address stream) {
-          cuda_backward(at<void>(d_images), DType(dtype), patches, at<int64_t>(ids), k, Layout(layout),
-                        packed(scale, scale), at<void>(grad), DType(grad_dtype), at<void>(stream));
-        });
-#endif
-}
-
-void bind_masked_patch_mse(py::module_& m) {
-  using namespace masked_patch_mse;
-  py::class_<Prediction>(m, "PatchPrediction", "Predicted patches: address, dtype, strides of an image and of a patch.")
-      .def(py::init([](Address data, int dtype, int64_t image_stride, int64_t patch_stride) {
-        return Prediction{at<void>(data), DType(dtype), image_stride, patch_stride};
-      }));
-  py::class_<Target>(m, "PatchTarget", "What they should be: images, their patches, and how those are normalised.")
-      .def(py::init([](Address images, int dtype, const Patches& patches, bool normalized, double eps) {
-        return Target{at<void>(images), DType(dtype), patches, normalized, static_cast<float>(eps)};
-      }));
-  m.def(
-      "masked_patch_mse",
-      [](const Prediction& pred, const Target& target, Address mask, double grad, Address errors, Address d_pred) {
-        const Sums sums =
-            table().loss(pred, target, at<float>(mask), static_cast<float>(grad), at<float>(errors), at<void>(d_pred));
-        return std::pair(sums.error, sums.weight);
-      },
-      NoGil());
-#ifdef SSLOPS_CUDA
-  m.def("cuda_masked_patch_mse", [](const Prediction& pred, const Target& target, Address mask, Address errors,
-                                    Address loss, Address inverse, Address stream) {
-    cuda_forward(pred, target, at<float>(mask), at<float>(errors), at<float>(loss), at<float>(inverse),
-                 at<void>(stream));
-  });
-  m.def("cuda_masked_patch_mse_backward", [](const Prediction& pred, const Target& target, Address mask, Address grad,
-                                             Address inverse, Address d_pred, Address stream) {
-    cuda_backward(pred, target, at<float>(mask), at<float>(grad), at<float>(inverse), at<void>(d_pred),
-                  at<void>(stream));
-  });
-#endif
 }
 
 // Where the implementations of a list of tensors are; TypeError if one is no tensor. The property is looked up once: it
@@ -265,153 +192,35 @@ void bind_ema_update(py::module_& m) {
 #endif
 }
 
-void bind_random_mask(py::module_& m) {
-  using namespace random_mask;
-  m.def(
-      "random_mask",
-      [](Address noise, Address key, int64_t batch, int64_t length, int64_t num_prefix, int64_t keep, Address ids_keep,
-         Address ids_mask, Address ids_restore, Address mask) {
-        table().draw({at<float>(noise), at<uint64_t>(key), length, num_prefix}, batch,
-                     {keep, at<int64_t>(ids_keep), at<int64_t>(ids_mask), at<int64_t>(ids_restore), at<float>(mask)});
-      },
-      NoGil());
-#ifdef SSLOPS_CUDA
-  m.def("cuda_random_mask",
-        [](Address noise, Address key, int64_t batch, int64_t length, int64_t num_prefix, int64_t keep,
-           Address ids_keep, Address ids_mask, Address ids_restore, Address mask, Address stream) {
-          cuda_draw({at<float>(noise), at<uint64_t>(key), length, num_prefix}, batch,
-                    {keep, at<int64_t>(ids_keep), at<int64_t>(ids_mask), at<int64_t>(ids_restore), at<float>(mask)},
-                    at<void>(stream));
-        });
-#endif
-}
-
-void bind_gather_tokens(py::module_& m) {
-  using namespace gather_tokens;
-  m.def(
-      "gather_tokens",
-      [](Address tokens, int64_t batch_stride, int64_t row_stride, Address ids, int64_t batch, int64_t count,
-         int64_t rows, int64_t row, Address out) {
-        table().forward({at<char>(tokens), batch_stride, row_stride}, {at<int64_t>(ids), batch, count, rows}, row,
-                        at<char>(out));
-      },
-      NoGil());
-  m.def(
-      "gather_tokens_backward",
-      [](Address grad, int64_t grad_batch_stride, int64_t grad_row_stride, int grad_dtype, Address ids, int64_t batch,
-         int64_t count, int64_t rows, int64_t d, Address out, int64_t out_batch_stride, int64_t out_row_stride,
-         int out_dtype) {
-        table().backward({at<char>(grad), grad_batch_stride, grad_row_stride}, DType(grad_dtype),
-                         {at<int64_t>(ids), batch, count, rows}, d, {at<char>(out), out_batch_stride, out_row_stride},
-                         DType(out_dtype));
-      },
-      NoGil());
-#ifdef SSLOPS_CUDA
-  m.def("cuda_gather_tokens", [](Address tokens, int64_t batch_stride, int64_t row_stride, Address ids, int64_t batch,
-                                 int64_t count, int64_t rows, int64_t row, Address out, Address stream) {
-    cuda_forward({at<char>(tokens), batch_stride, row_stride}, {at<int64_t>(ids), batch, count, rows}, row,
-                 at<char>(out), at<void>(stream));
-  });
-  m.def("cuda_gather_tokens_scatter",
-        [](Address grad, Address ids, int64_t batch, int64_t count, int64_t rows, int64_t row, Address out,
-           int64_t batch_stride, int64_t row_stride, Address stream) {
-          cuda_scatter(at<char>(grad), {at<int64_t>(ids), batch, count, rows}, row,
-                       {at<char>(out), batch_stride, row_stride}, at<void>(stream));
-        });
-  m.def("cuda_gather_tokens_backward",
-        [](Address grad, int64_t grad_batch_stride, int64_t grad_row_stride, int grad_dtype, Address ids, int64_t batch,
-           int64_t count, int64_t rows, int64_t d, Address out, int64_t out_batch_stride, int64_t out_row_stride,
-           int out_dtype, Address stream) {
-          cuda_backward({at<char>(grad), grad_batch_stride, grad_row_stride}, DType(grad_dtype),
-                        {at<int64_t>(ids), batch, count, rows}, d, {at<char>(out), out_batch_stride, out_row_stride},
-                        DType(out_dtype), at<void>(stream));
-        });
-#endif
-}
-
-void bind_restore_tokens(py::module_& m) {
-  using namespace restore_tokens;
-  m.def(
-      "restore_tokens",
-      [](Address visible, int visible_dtype, Address token, int token_dtype, Address positions, int positions_dtype,
-         Address ids, int64_t batch, int64_t prefix, int64_t kept, int64_t length, int64_t d, Address out,
-         int out_dtype) {
-        table().forward({at<void>(visible), DType(visible_dtype)}, {at<void>(token), DType(token_dtype)},
-                        {at<void>(positions), DType(positions_dtype)}, at<int64_t>(ids),
-                        {batch, prefix, kept, length, d}, {at<void>(out), DType(out_dtype)});
-      },
-      NoGil());
-  m.def(
-      "restore_tokens_reduce",
-      [](Address grad, int dtype, Address ids, int64_t batch, int64_t prefix, int64_t kept, int64_t length, int64_t d,
-         Address parts, Address token, Address positions) {
-        table().reduce({at<void>(grad), DType(dtype)}, at<int64_t>(ids), {batch, prefix, kept, length, d},
-                       at<double>(parts), at<float>(token), at<float>(positions));
-      },
-      NoGil());
-#ifdef SSLOPS_CUDA
-  m.def("cuda_restore_tokens", [](Address visible, int visible_dtype, Address token, int token_dtype, Address positions,
-                                  int positions_dtype, Address ids, int64_t batch, int64_t prefix, int64_t kept,
-                                  int64_t length, int64_t d, Address out, int out_dtype, Address stream) {
-    cuda_forward({at<void>(visible), DType(visible_dtype)}, {at<void>(token), DType(token_dtype)},
-                 {at<void>(positions), DType(positions_dtype)}, at<int64_t>(ids), {batch, prefix, kept, length, d},
-                 {at<void>(out), DType(out_dtype)}, at<void>(stream));
-  });
-  m.def("cuda_restore_tokens_reduce",
-        [](Address grad, int dtype, Address ids, int64_t batch, int64_t prefix, int64_t kept, int64_t length, int64_t d,
-           Address parts, Address positions, Address stream) {
-          cuda_reduce({at<void>(grad), DType(dtype)}, at<int64_t>(ids), {batch, prefix, kept, length, d},
-                      at<double>(parts), at<float>(positions), at<void>(stream));
-        });
-#endif
-}
-
-void bind_random_token_corruption(py::module_& m) {
-  using namespace random_token_corruption;
-  m.def(
-      "random_token_corruption",
-      [](Address ids, Address special, int64_t count, int64_t mask_id, int64_t vocab_size, uint64_t chosen,
-         uint64_t masked, uint64_t masked_or_random, Address key, Address corrupted, Address labels) {
-        table().corrupt({at<int64_t>(ids), at<bool>(special), count, mask_id, vocab_size},
-                        {chosen, masked, masked_or_random}, at<uint64_t>(key), at<int64_t>(corrupted),
-                        at<int64_t>(labels));
-      },
-      NoGil());
-#ifdef SSLOPS_CUDA
-  m.def("cuda_random_token_corruption",
-        [](Address ids, Address special, int64_t count, int64_t mask_id, int64_t vocab_size, uint64_t chosen,
-           uint64_t masked, uint64_t masked_or_random, Address key, Address corrupted, Address labels, Address stream) {
-          cuda_corrupt({at<int64_t>(ids), at<bool>(special), count, mask_id, vocab_size},
-                       {chosen, masked, masked_or_random}, at<uint64_t>(key), at<int64_t>(corrupted),
-                       at<int64_t>(labels), at<void>(stream));
-        });
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The native core of sslops: raw addresses in, no dependency on libtorch.";
+  m.doc() = "The native core of sslops: no dependency on libtorch.";
   m.def("build_info", &build_info, "What this binary holds: version, compiler, instruction sets, CUDA targets.");
   m.def("advise_huge_pages", [](Address x, int64_t bytes) { advise_huge_pages(at<void>(x), bytes); });
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");
-  bind_gather_tokens(m);
-  bind(m, info_nce::table);
-  bind_patches(m);
-  bind_gather_patches(m);
-  bind_masked_patch_mse(m);
   bind(m, barlow_twins::table);
   bind(m, columns::table);
   bind(m, cross_correlation::table);
+  bind(m, gather_patches::table);
+  bind(m, gather_tokens::table);
+  bind(m, info_nce::table);
+  bind(m, masked_patch_mse::table);
   bind(m, nt_xent::table);
+  bind(m, random_mask::table);
+  bind(m, random_token_corruption::table);
   bind(m, relic::table);
+  bind(m, restore_tokens::table);
   bind(m, vicreg::table);
   bind_ema_update(m);
-  bind_random_mask(m);
-  bind_random_token_corruption(m);
-  bind_restore_tokens(m);
 #ifdef SSLOPS_CUDA
+  bind(m, gather_patches::cuda_table);
+  bind(m, gather_tokens::cuda_table);
+  bind(m, masked_patch_mse::cuda_table);
+  bind(m, random_mask::cuda_table);
+  bind(m, random_token_corruption::cuda_table);
+  bind(m, restore_tokens::cuda_table);
   m.def("cuda_iota", [](Address out, int64_t n, Address stream) { cuda_iota(at<int32_t>(out), n, at<void>(stream)); });
 #endif
 }

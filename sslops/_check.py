@@ -5,24 +5,28 @@ TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueErr
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ID_DTYPES = (torch.int64,)
 
 
 class Of(NamedTuple):
     """What a tensor argument must be."""
 
-    shape: str  # "N D": a name is the same number wherever it stands, or that of an integer argument; "": 0-d
+    # "N D": a name is the same number wherever it stands, or that of an integer argument; "": 0-d; "...": any, and
+    # one another's
+    shape: str
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     like: str = ""  # of the dtype of this argument
     strided: bool = False  # kernels take any strides; contiguous otherwise
     spread: bool = False  # with a group, the rank's part of a batch
     optional: bool = False  # found in the annotation: Tensor | None
+    below: Callable[[Any], int] | None = None  # indices in [0, below(the arguments))
 
 
 def declared(arguments: type[Any]) -> dict[str, Of]:
@@ -41,6 +45,7 @@ def declared(arguments: type[Any]) -> dict[str, Of]:
 def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
     """That x's tensors are what they are declared to be, one another's in shape, dtype and device."""
     sizes: dict[str, int] = {}
+    whole: list[int] | None = None  # the shape of "..."
     for name, of in declared.items():
         value = getattr(x, name)
         if value is None and of.optional:
@@ -56,9 +61,13 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
                 "a floating-point tensor" if of.dtypes == FLOAT_DTYPES else " or ".join(str(d)[6:] for d in of.dtypes)
             )
             bad_type(op, name, kind, value.dtype)
-        if value.dim() != len(wanted):
+        if of.shape == "...":
+            whole, wanted = list(value.shape) if whole is None else whole, []
+            if list(value.shape) != whole:
+                bad_value(op, name, f"shape {whole}", list(value.shape))
+        elif value.dim() != len(wanted):
             bad_value(op, name, f"shape {text}", list(value.shape))
-        for dimension, size in zip(wanted, value.shape, strict=True):
+        for dimension, size in zip(wanted, value.shape, strict=False):
             known = sizes.setdefault(dimension, getattr(x, dimension, size))
             if known != size:
                 shape = ", ".join(str(sizes.get(each, each)) for each in wanted)
@@ -67,6 +76,18 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
             bad_value(op, name, f"the dtype of {of.like}, {getattr(x, of.like).dtype}", value.dtype)
         if value.device != x[0].device:
             bad_value(op, name, f"the device of {x._fields[0]}, {x[0].device}", value.device)
+
+
+def indices(op: str, x: Any, declared: Mapping[str, Of]) -> None:
+    """That those of x's tensors that are indices are in range: looked at on the CPU only."""
+    for name, of in declared.items():
+        if of.below is not None:
+            id_range(op, of.below(x), **{name: getattr(x, name)})
+
+
+def ids64(x: Any) -> Any:
+    """int32 indices as int64 ones; anything else as it is"""
+    return x.long() if isinstance(x, Tensor) and x.dtype == torch.int32 else x
 
 
 def output(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

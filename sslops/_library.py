@@ -4,6 +4,7 @@ An op is one NamedTuple of arguments that crosses every seam as it is: the publi
 kernels and fakes take it, and torch's schema is derived from its fields.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
@@ -91,13 +92,17 @@ def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
         _check.bad_value(name, "backend", "a backend with kernels", repr(x.backend))
     device = x[0].device
     for dtype in (x[0].dtype, getattr(x, "operand_dtype", x[0].dtype)):
-        reason = refusal(x.backend, name, device, dtype, _is_spread(x))
-        if reason is not None:
-            raise RuntimeError(f"{name}: backend {x.backend!r} cannot run here: {reason}")
+        _require(name, x, dtype)
     if forward_ad._current_level >= 0:
         raise RuntimeError(f"{name}: fused kernels have no forward-mode derivative; use backend='eager'")
     with torch.autocast(device.type, enabled=False):
         return run()
+
+
+def _require(name: str, x: Any, dtype: torch.dtype) -> None:
+    reason = refusal(x.backend, name, x[0].device, dtype, _is_spread(x))
+    if reason is not None:
+        raise RuntimeError(f"{name}: backend {x.backend!r} cannot run here: {reason}")
 
 
 def _is_spread(x: Any) -> bool:
@@ -188,6 +193,9 @@ def register(
         check(x)
         if len(getattr(x, "needs_grad", gradients)) != len(gradients):
             _check.bad_value(name, "needs_grad", f"{len(gradients)} flags", x.needs_grad)
+        if (wide := _wide(x)) != x[0].dtype and x.backend in BACKENDS:
+            _require(name, x, wide)
+        _check.indices(name, x, declared)
 
     def dense(x: Any) -> Any:
         fields = [field for field, of in declared.items() if not of.strided and getattr(x, field) is not None]
@@ -221,6 +229,9 @@ def register(
     def backward_implementation(grad: Tensor, *values: Any) -> Any:
         x, saved = schema.lift(values[: schema.count]), values[schema.count :]
         verify(x)
+        for field in gradients:
+            if isinstance(value := getattr(x, field), Tensor) and not value.is_floating_point():
+                _check.bad_type(name, field, "a floating-point tensor, to have a gradient", value.dtype)
         wanted = dict(zip(("grad", *names[1:]), specs(x), strict=True))
         for field, value in zip(("grad", *of_forward), (grad, *saved), strict=True):
             _check.output(name, field, value, wanted[field].shape, wanted[field].dtype, x[0].device)
@@ -255,13 +266,16 @@ def register(
             filled["needs_grad"] = [
                 torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad for value in values
             ]
+        traced = _is_traced()
+        if not traced:
+            _check.indices(name, x, declared)
         if filled["backend"] == "eager":
             return reference(_replaced(x, **filled))
         for field in schema.numbers:
             if isinstance(filled[field], Tensor):
                 filled[field] = filled[field].float()
         x = _replaced(x, **filled)
-        if _is_traced():
+        if traced:
             return op(*schema.lower(x))
         return direct(*schema.lower(x)) if gradients and torch.is_grad_enabled() else run(x)
 
@@ -290,7 +304,9 @@ def register(
         plain = type(grad) is Tensor and torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.CPU)
         eager = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         factor = grad.item() if eager and ready is not None and ready.numel() else None
-        if ready is not None and (factor == 1 or (factor is not None and ready.dtype == torch.float32)):
+        # not by inf or NaN: zeros, of what has no part in the result, stay zeros
+        scales = factor is not None and math.isfinite(factor) and ready.dtype == torch.float32
+        if ready is not None and (factor == 1 or scales):
             results = ready if factor == 1 else ready.mul_(grad)
         else:
             del ready  # its memory is of use to the kernel

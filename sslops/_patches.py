@@ -1,6 +1,5 @@
 """Patches of images [B, C, H, W]: row-major over the grid, each of height x width pixels."""
 
-import torch
 from torch import Tensor
 
 from . import _check
@@ -16,20 +15,21 @@ def pair(op: str, argument: str, value: int | tuple[int, int]) -> tuple[int, int
     return sides
 
 
-def check_images(op: str, images: Tensor, height: int, width: int, dtypes: tuple[torch.dtype, ...]) -> int:
-    """Images [B, C, H, W] of one of the dtypes that patches of height x width tile; the number of patches L."""
-    if not isinstance(images, Tensor):
-        _check.bad_type(op, "images", "a tensor [B, C, H, W]", type(images).__name__)
-    if images.layout != torch.strided:
-        _check.bad_type(op, "images", "a dense tensor", images.layout)
-    if images.dtype not in dtypes:
-        _check.bad_type(op, "images", "one of " + ", ".join(map(str, dtypes)), images.dtype)
-    if images.dim() != 4 or images.shape[1] < 1:
-        _check.bad_value(op, "images", "shape [B, C, H, W]", list(images.shape))
+def count(images: Tensor, height: int, width: int) -> int:
+    """Of the patches of height x width in each of the images [B, C, H, W]"""
+    return images.shape[2] // height * (images.shape[3] // width)
+
+
+def check_tiles(op: str, images: Tensor, height: int, width: int) -> None:
+    """That patches of height x width tile the images [B, C, H, W]."""
+    for name, side in (("height", height), ("width", width)):
+        if side < 1:
+            _check.bad_value(op, name, "at least 1 pixel", side)
+    if images.shape[1] < 1:
+        _check.bad_value(op, "images", "shape [B, C, H, W] with a channel", list(images.shape))
     rows, columns = images.shape[2:]
     if rows % height or columns % width or not rows or not columns:
         _check.bad_value(op, "images", f"a size that patches of {height} x {width} tile", f"{rows} x {columns}")
-    return rows // height * (columns // width)
 
 
 def patchify(images: Tensor, height: int, width: int, layout: str) -> Tensor:

@@ -1,7 +1,8 @@
 """Where a backend is chosen, refused with a reason, and explained.
 
-A backend is a folder of kernels: `sslops.kernels.<backend>.<op>`. A file that is not there is a backend that the op
-does not have. `eager`, the reference in `sslops/ops/<op>.py`, runs everywhere and comes last.
+A backend is a folder of kernels: `sslops.kernels.<backend>.<op>`; what the cpu and the cuda backend do by the same
+native call is in `sslops.kernels.native`. A file that is not there is a backend that the op does not have. `eager`, the
+reference in `sslops/ops/<op>.py`, runs everywhere and comes last.
 """
 
 import functools
@@ -15,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "choice", "explain", "is_distributed", "kernel", "ops", "refusal", "resolve"]
+__all__ = ["BACKENDS", "check_name", "choice", "explain", "is_distributed", "kernel", "ops", "refusal", "resolve"]
 
 # Per device type, fastest first.
 _ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -29,17 +30,28 @@ def ops() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-@functools.cache
-def kernel(backend: str, op: str) -> ModuleType:
-    """The module `sslops.kernels.<backend>.<op>`."""
-    return importlib.import_module(f"sslops.kernels.{backend}.{op}")
-
-
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a parent package is missing
         return False
+
+
+@functools.cache
+def _home(backend: str, op: str) -> str | None:
+    """The name of the module with the kernel"""
+    folders = (backend, "native") if backend in ("cpu", "cuda") else (backend,)
+    names = (f"sslops.kernels.{folder}.{op}" for folder in folders)
+    return next((name for name in names if _exists(name)), None)
+
+
+@functools.cache
+def kernel(backend: str, op: str) -> ModuleType:
+    """The module with the kernel that there is."""
+    name = _home(backend, op)
+    if name is None:
+        raise ModuleNotFoundError(f"{op} has no {backend} kernel")
+    return importlib.import_module(name)
 
 
 @functools.cache
@@ -61,7 +73,7 @@ def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype, dis
     """Why `backend` cannot run `op` there, for a batch spread over ranks if distributed; None if it can."""
     if backend == "eager":
         return None
-    if not _exists(f"sslops.kernels.{backend}.{op}"):
+    if _home(backend, op) is None:
         return f"{op} has no {backend} kernel"
     if backend not in _ORDER.get(device.type, ()):
         return f"the {backend} backend does not run on {device.type} tensors"
@@ -76,14 +88,21 @@ def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype, dis
 @functools.cache
 def _choose(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, distributed: bool) -> str:
     if wanted is not None:
-        if wanted not in BACKENDS:
-            raise ValueError(f"{op}: backend: wanted one of {', '.join(BACKENDS)}, got {wanted!r}")
+        check_name(op, wanted)
         reason = refusal(wanted, op, device, dtype, distributed)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {wanted!r} cannot run here: {reason}")
         return wanted
     backends = (*_ORDER.get(device.type, ()), "eager")
     return next(b for b in backends if refusal(b, op, device, dtype, distributed) is None)
+
+
+def check_name(op: str, wanted: str | None) -> None:
+    """That it is a backend's name, or None."""
+    if wanted is not None and not isinstance(wanted, str):
+        raise TypeError(f"{op}: backend: wanted a name or None, got {wanted!r}")
+    if wanted is not None and wanted not in BACKENDS:
+        raise ValueError(f"{op}: backend: wanted one of {', '.join(BACKENDS)}, got {wanted!r}")
 
 
 def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, group: str = "") -> str:
@@ -93,8 +112,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | Non
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that cannot run.
     """
-    if wanted is not None and not isinstance(wanted, str):
-        raise TypeError(f"{op}: backend: wanted a name or None, got {wanted!r}")
+    check_name(op, wanted)
     if wanted is None:
         wanted = os.environ.get("SSLOPS_BACKEND") or None
     return _choose(op, device, dtype, wanted, group != "")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _check
 from .ops.gather_tokens import gather_tokens
-from .ops.random_mask import random_mask
+from .ops.random_mask import draw
 
 
 def random_masking(
@@ -30,12 +30,12 @@ def random_masking(
 
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
     """
-    _check.floats("random_masking", "[B, L, D]", tokens=tokens)
+    op = "random_masking"
+    _check.floats(op, "[B, L, D]", tokens=tokens)
+    _check.fraction(op, mask_ratio=mask_ratio)
     if noise is not None:
-        _check.floats("random_masking", "[B, L]", noise=noise)
-        _check.same_device("random_masking", "tokens", tokens, noise=noise)
-    ids_keep, mask, ids_restore = random_mask(
-        tokens.shape[0], tokens.shape[1], mask_ratio,
-        noise=noise, generator=generator, device=tokens.device, backend=backend,
-    )  # fmt: skip
+        _check.floats(op, "[B, L]", noise=noise)
+        _check.same_device(op, "tokens", tokens, noise=noise)
+    batch, length, _ = tokens.shape
+    ids_keep, _, mask, ids_restore = draw(op, batch, length, mask_ratio, 0, noise, generator, tokens.device, backend)
     return gather_tokens(tokens, ids_keep, unique=True, backend=backend), mask, ids_restore

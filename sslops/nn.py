@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, _patches
+from ._check import Of
 from ._precision import compute_dtype
 from .ema import EMA
 from .ops.barlow_twins import barlow_twins
@@ -95,6 +96,13 @@ class VICRegLoss(_Loss, op=vicreg):
     """VICReg's loss of two views or one, (z_a [N, D], z_b [N, D]) -> []: see `sslops.vicreg`."""
 
 
+class _Patched(NamedTuple):
+    """What MaskedPatchEmbed is given"""
+
+    images: Annotated[Tensor, Of("B C H W", (*_check.FLOAT_DTYPES, torch.uint8))]
+    ids: Annotated[Tensor | None, Of("B K", _check.ID_DTYPES)]
+
+
 class MaskedPatchEmbed(nn.Module):
     """Patch embedding, positions and masking in one: only the patches that stay visible are embedded.
 
@@ -109,7 +117,7 @@ class MaskedPatchEmbed(nn.Module):
 
     Shapes:
         images: [B, C, height, width], of the weights' dtype, or uint8, which is divided by 255.
-        ids: [B, K] int64, the visible patches of each image in row-major order of the grid; all patches if None.
+        ids: [B, K] int64 or int32, the visible patches of each image in row-major order of the grid; all if None.
         pos_embed: [L, D] or [1, L, D], added to the tokens of the patches that they belong to, or None.
         returns: [B, K, D].
     """
@@ -130,23 +138,34 @@ class MaskedPatchEmbed(nn.Module):
             _check.bad_value("MaskedPatchEmbed", "patch_size", wanted, self.patch_size)
         self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
+        for name, size in (("in_chans", in_chans), ("embed_dim", embed_dim)):
+            _check.count("MaskedPatchEmbed", name, size, 1, 2**31 - 1)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
 
     def forward(self, images: Tensor, ids: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
-        wanted = (self.proj.in_channels, *self.img_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
-            _check.bad_value("MaskedPatchEmbed", "images", f"shape [B, {', '.join(map(str, wanted))}]", images.shape)
+        op, ids, wanted = "MaskedPatchEmbed", _check.ids64(ids), (self.proj.in_channels, *self.img_size)
+        _check.tensors(op, _Patched(images, ids), _check.declared(_Patched))
+        if tuple(images.shape[1:]) != wanted:
+            _check.bad_value(op, "images", f"shape [B, {', '.join(map(str, wanted))}]", list(images.shape))
+        _check.same_device(op, "the weights", self.proj.weight, images=images)
         if ids is None:
             ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
+        elif not torch.compiler.is_compiling():
+            _check.id_range(op, self.num_patches, ids=ids)
+        if pos_embed is not None:
+            table = (self.num_patches, self.proj.out_channels)
+            if not isinstance(pos_embed, Tensor) or not pos_embed.is_floating_point():
+                got = getattr(pos_embed, "dtype", type(pos_embed).__name__)
+                _check.bad_type(op, "pos_embed", "a floating-point tensor", got)
+            if tuple(pos_embed.shape) not in (table, (1, *table)):
+                rows = f"{list(table)} or {[1, *table]}, a row for each patch and none for a class token"
+                _check.bad_value(op, "pos_embed", rows, list(pos_embed.shape))
+            _check.same_device(op, "images", images, pos_embed=pos_embed)
         # What autocast would round the pixels to for the product, straight from the images.
         patches = gather_patches(images, ids, self.patch_size, dtype=compute_dtype(self.proj.weight))
         # As a matrix: to add in place to a view would cost autograd a copy.
         tokens = F.linear(patches.flatten(0, 1), self.proj.weight.flatten(1), self.proj.bias)
         if pos_embed is not None:
-            table = (self.num_patches, self.proj.out_channels)
-            if tuple(pos_embed.shape) not in (table, (1, *table)):
-                rows = f"{list(table)} or {[1, *table]}, a row for each patch and none for a class token"
-                _check.bad_value("MaskedPatchEmbed", "pos_embed", rows, list(pos_embed.shape))
             positions = F.embedding(ids.flatten(), pos_embed.flatten(0, -2))
             tokens = tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions
         return tokens.unflatten(0, ids.shape)

@@ -65,6 +65,8 @@ _TOKENS = {
     "mask_token": _random(1, 1, 10, seed=1),
     "pos_embed": _random(1, 8, 10, seed=2),
 }
+_PIXELS = {"images": torch.randint(256, (3, 3, 12, 8), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)}
+_UNIT = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
 _NOISE = {"noise": torch.rand(4, 10, generator=torch.Generator().manual_seed(0))}
 _MASK = {"batch": 4, "length": 10, "mask_ratio": 0.7}
 _CORRUPTION = {"ids": _ids(4, 10, 50), "mask_token_id": 3, "vocab_size": 50}
@@ -86,13 +88,24 @@ CASES = [
     Case("vicreg", "panels", sslops.vicreg, _AB, {"route": "panels"}, ("z_a", "z_b")),
     Case("gather_patches", "chw", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},
          {"ids": _ids(3, 4, 6), "patch_size": 4}, ("images",), batched=False),
+    Case("gather_patches", "hwc", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},
+         {"ids": _ids(3, 4, 6).int(), "patch_size": 4, "layout": "hwc"} | _UNIT, ("images",), batched=False),
+    Case("gather_patches", "uint8", sslops.gather_patches, {},
+         {"ids": _ids(3, 4, 6), "patch_size": (4, 2), "layout": "hwc"} | _PIXELS | _UNIT, batched=False),
     Case("masked_patch_mse", "norm", sslops.masked_patch_mse, _PRED, {"patch_size": 4}, ("pred",)),
+    Case("masked_patch_mse", "pixels", sslops.masked_patch_mse, _PRED, {"patch_size": 4, "norm_pix": False}, ("pred",)),
     Case("gather_tokens", "rows", sslops.gather_tokens, {"tokens": _random(3, 6, 10)},
          {"ids": _ids(3, 4, 6)}, ("tokens",), batched=False),
+    Case("gather_tokens", "unique", sslops.gather_tokens, {"tokens": _random(3, 6, 10)},
+         {"ids": _ids(3, 4, 6).int(), "unique": True}, ("tokens",), batched=False),
     Case("restore_tokens", "prefix", sslops.restore_tokens, _TOKENS,
          {"ids_restore": _ids(3, 7, 7), "num_prefix": 1}, ("visible", "mask_token", "pos_embed"), batched=False),
+    Case("restore_tokens", "fixed", sslops.restore_tokens, {k: _TOKENS[k] for k in ("visible", "mask_token")},
+         {"ids_restore": _ids(3, 7, 7).int()}, ("mask_token",), batched=False),
     Case("random_mask", "noise", sslops.random_mask, _NOISE, _MASK, batched=False),
     Case("random_mask", "drawn", _drawn(sslops.random_mask), {}, _MASK, batched=False),
     Case("random_token_corruption", "drawn", _drawn(sslops.random_token_corruption), {}, _CORRUPTION, batched=False),
+    Case("random_token_corruption", "special", _drawn(sslops.random_token_corruption), {},
+         _CORRUPTION | {"special_tokens_mask": _ids(4, 10, 50) > 40}, batched=False),
 ]
 # fmt: on

@@ -156,6 +156,15 @@ def test_every_instruction_set(isa, dtype):
         oracle.check(functools.partial(gather, ids=ids, patch_size=(16, 19), layout=layout), {"images": images}, "cpu")
 
 
+@each_target
+def test_int32_ids(device, backend):
+    images, ids = images_and_ids((2, 3, 16, 16), 4, 5, device=device)
+    for chosen in (backend, "eager"):
+        got, expected = (oracle.evaluate(functools.partial(gather, ids=i, patch_size=4), [images], chosen)
+                         for i in (ids.int(), ids))  # fmt: skip
+        assert all(map(torch.equal, got, expected))
+
+
 def test_gradients_of_the_reference():
     images, ids = images_and_ids((2, 2, 4, 6), 2, 4)
     op = functools.partial(gather, ids=ids, patch_size=2, layout="hwc", mean=[0.1, 0.2], std=[2.0, 3.0])
@@ -206,7 +215,7 @@ def test_bad_input():
     refused(ValueError, "images", images, ids, 5)
     refused(ValueError, "images", images[:, :, :0], ids, 4)
     refused(TypeError, "ids", images, ids.tolist(), 4)
-    refused(TypeError, "ids", images, ids.int(), 4)
+    refused(TypeError, "ids", images, ids.short(), 4)
     refused(ValueError, "ids", images, ids[0], 4)
     refused(ValueError, "ids", images, ids[:1], 4)
     refused(ValueError, "ids", images, ids.to("meta"), 4)
@@ -237,14 +246,29 @@ def test_bad_input_to_the_registered_op():
         (1, ids + 6, "ids"),
         (1, ids[:1], "ids"),
         (2, 3, "images"),
-        (5, [1.0], "scale"),
-        (6, [1.0] * 3, "shift"),
+        (2, 0, "height"),
+        (2, -4, "height"),
+        (3, -4, "width"),
+        (4, "nhwc", "layout"),
+        (5, [1.0], "mean"),
+        (6, [1.0] * 2, "std"),
+        (6, [1.0, 0.0, 1.0], "std"),
     ):
         arguments = [*good[:at], bad, *good[at + 1 :]]
         with pytest.raises(ValueError, match=f"gather_patches: {named}"):
             torch.ops.sslops.gather_patches(*arguments)
         with pytest.raises(ValueError, match=f"gather_patches: {named}"):
             torch.ops.sslops.gather_patches_backward(patches, *arguments)
+    for dtype in (torch.uint8, torch.int64):  # stored as if it were half precision: past the end
+        arguments = (*good[:7], dtype, "cpu")
+        with pytest.raises(TypeError, match="gather_patches: dtype"):
+            torch.ops.sslops.gather_patches(*arguments)
+        with pytest.raises(TypeError, match="gather_patches: dtype"):
+            torch.ops.sslops.gather_patches_backward(patches.to(dtype), *arguments)
+    with pytest.raises(TypeError, match="gather_patches: images: wanted a floating-point tensor"):
+        torch.ops.sslops.gather_patches_backward(patches, images.byte(), *good[1:])
+    with pytest.raises(RuntimeError, match="gather_patches: backend 'cpu' cannot run here"):
+        torch.ops.sslops.gather_patches(*good[:7], torch.float64, "cpu")
     for bad in (patches[:1], patches.half()):
         with pytest.raises(ValueError, match="gather_patches: grad"):
             torch.ops.sslops.gather_patches_backward(bad, *good)

@@ -23,6 +23,7 @@ SHARED = {
     "kernels/cpu/memory.py",
     "kernels/cpu/tiles.py",
     "kernels/cuda/device.py",
+    "kernels/native/call.py",
     "kernels/triton/columns.py",
     "kernels/triton/launch.py",
     "kernels/triton/off_diagonal.json",
@@ -77,8 +78,11 @@ def may_import(root: Path, importer: str, name: str, shared: set[str]) -> bool:
         return True
     if inside(importer, "sslops.kernels"):
         backend = importer.split(".")[2]
-        homes = [Path(home).stem for home in shared if inside(home.replace("/", "."), f"kernels.{backend}")]
-        return inside(name, "torch", "triton", "sslops._C", *(f"sslops.kernels.{backend}.{home}" for home in homes))
+        # What serves two backends may ask what both have to say of their devices.
+        folders = ("native", "cpu", "cuda") if backend == "native" else (backend,)
+        homes = [Path(home).with_suffix("").as_posix().replace("/", ".") for home in shared]
+        homes = [f"sslops.{home}" for home in homes if inside(home, *(f"kernels.{folder}" for folder in folders))]
+        return inside(name, "torch", "triton", "sslops._C", *homes)
     if inside(importer, *(f"sslops.ops.{op}" for op in ops(root))):
         # What lies beside the ops: neither other ops, nor their names in sslops, nor kernels past the backend.
         homes = [file.stem for file in root.glob("sslops/*.py") if file.stem != "__init__"]

@@ -95,6 +95,9 @@ def test_masks(device, backend, norm_pix):
     one[1, 7] = 1
     for weights in (
         mask.bool(),
+        mask.long(),
+        mask.int(),
+        mask.byte(),
         mask.half(),
         mask.double(),
         torch.ones_like(mask),
@@ -128,10 +131,12 @@ def test_visible_patches_are_not_read(device, backend):
     visible = (mask == 0).view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     pred[mask == 0] = float("nan")
     images = images.masked_fill(visible, float("inf"))
-    got = oracle.evaluate(
-        lambda p, backend: sslops.masked_patch_mse(p, images, mask, 8, backend=backend), [pred], backend
+    got, eager = (
+        oracle.evaluate(lambda p, backend: sslops.masked_patch_mse(p, images, mask, 8, backend=backend), [pred], chosen)
+        for chosen in (backend, "eager")
     )
     assert all(map(torch.equal, got, expected))
+    torch.testing.assert_close(eager, expected)
     images[0, 0, -1, -1] = float("nan")
     assert sslops.masked_patch_mse(pred, images, mask, 8, backend=backend).isnan()
 
@@ -224,6 +229,27 @@ def test_backward_twice_and_without_grad(device, backend, dtype, first):
 
 
 @each_target
+@pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
+def test_an_upstream_gradient_that_is_no_number(device, backend, upstream):
+    """The first backward and the second agree: what is not masked has no part in the loss."""
+    pred, images, mask = inputs((2, 3, 32, 32), 8, device=device)
+    for chosen in (backend, "eager"):
+        loss = sslops.masked_patch_mse(pred.requires_grad_(), images, mask, 8, backend=chosen)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(loss, pred, loss.new_tensor(upstream), retain_graph=True)
+            assert not gradient[mask == 0].any()
+            assert not gradient[mask != 0].isfinite().any()
+
+
+def test_pixels_whose_squares_overflow(isa):
+    """Finite, as in the reference: their variance is infinite, and the target 0."""
+    pred, images, mask = inputs((2, 3, 32, 32), 8, scale=1e30)
+    got, eager = (sslops.masked_patch_mse(pred, images, mask, 8, backend=b) for b in ("cpu", "eager"))
+    assert eager.isfinite()
+    torch.testing.assert_close(got, eager)
+
+
+@each_target
 def test_batched_gradients(device, backend):
     pred, images, mask = inputs((2, 3, 12, 12), 4, device=device)
     loss = sslops.masked_patch_mse(pred.requires_grad_(), images, mask, 4, backend=backend)
@@ -293,10 +319,11 @@ def test_bad_input():
     refused(TypeError, "pred", None, images, mask, 4)
     refused(TypeError, "pred", pred.int(), images, mask, 4)
     refused(ValueError, "pred", pred[:, 1:], images, mask, 4)
-    refused(ValueError, "pred", pred.to("meta"), images, mask, 4)
+    refused(ValueError, "images", pred.to("meta"), images, mask, 4)
+    refused(ValueError, "mask", pred, images, mask.to("meta"), 4)
     refused(TypeError, "images", pred, images.byte(), mask, 4)
     refused(ValueError, "images", pred, images[:, :, 1:], mask, 4)
-    refused(TypeError, "mask", pred, images, mask.long(), 4)
+    refused(TypeError, "mask", pred, images, mask.to(torch.complex64), 4)
     refused(ValueError, "mask", pred, images, mask[..., None], 4)
     refused(ValueError, "pred", pred, images, mask, 2)
     refused(ValueError, "patch_size", pred, images, mask, -4)
@@ -310,7 +337,7 @@ def test_bad_input_to_the_registered_op():
     pred, images, mask = inputs((2, 3, 8, 12), 4)
     good = (pred, images, mask, 4, 4, True, 1e-6, True, "cpu")
     loss, inverse, _ = torch.ops.sslops.masked_patch_mse(*good)
-    for at, bad, named in ((0, pred[:1], "pred"), (1, images[:, :, 1:], "images"), (2, mask[:, 1:], "mask")):
+    for at, bad, named in ((0, pred[:, 1:], "pred"), (1, images[:, :, 1:], "images"), (2, mask[:, 1:], "mask")):
         arguments = [*good[:at], bad, *good[at + 1 :]]
         with pytest.raises(ValueError, match=f"masked_patch_mse: {named}"):
             torch.ops.sslops.masked_patch_mse(*arguments)

@@ -175,3 +175,33 @@ def test_masked_patch_embed(bias):
         oracle.assert_refused(
             ValueError, "MaskedPatchEmbed", "pos_embed", lambda s=shape: module(images, ids, torch.randn(s))
         )
+
+
+def test_bad_input_to_masked_patch_embed():
+    module = sslops.nn.MaskedPatchEmbed((32, 48), (8, 16), 3, 20)
+    images, ids = torch.randn(5, 3, 32, 48), torch.zeros(5, 7, dtype=torch.int32)
+    assert torch.equal(module(images, ids), module(images, ids.long()))
+    beyond = ids.clone()
+    beyond[1, 2] = 12
+
+    def refused(error, argument, *args, make=module):
+        oracle.assert_refused(error, "MaskedPatchEmbed", argument, lambda: make(*args))
+
+    refused(TypeError, "images", None)
+    refused(TypeError, "images", images.int())
+    refused(ValueError, "images", images[:, :2])
+    refused(ValueError, "images", images[0])
+    refused(TypeError, "ids", images, ids.tolist())
+    refused(TypeError, "ids", images, ids.float())
+    refused(ValueError, "ids", images, ids[0])
+    refused(ValueError, "ids", images, ids[:2])
+    refused(ValueError, "ids[1, 2]", images, beyond)
+    refused(ValueError, "images", images.to("meta"))
+    refused(TypeError, "pos_embed", images, ids, 1.0)
+    refused(TypeError, "pos_embed", images, ids, torch.ones(12, 20, dtype=torch.int64))
+    refused(ValueError, "pos_embed", images, ids, torch.ones(12, 20, device="meta"))
+    make = sslops.nn.MaskedPatchEmbed
+    refused(TypeError, "img_size", "224", make=make)
+    refused(ValueError, "patch_size", 224, 17, make=make)
+    refused(TypeError, "in_chans", 224, 16, 3.0, make=make)
+    refused(ValueError, "embed_dim", 224, 16, 3, 0, make=make)

@@ -240,13 +240,29 @@ def test_bad_input():
     refused(ValueError, "noise", 4, 9, 0.5, noise=noise, device="meta")
     refused(ValueError, "generator", 4, 9, 0.5, noise=noise, generator=torch.Generator())
     refused(TypeError, "generator", 4, 9, 0.5, generator=7)
+    for device in ("nonsense", 3.5, "cpu:x", "hip:9999"):
+        refused(ValueError, "device", 4, 9, 0.5, device=device)
+        refused(ValueError, "device", 4, 9, 0.5, noise=noise, device=device)
     refused(ValueError, "backend", 4, 9, 0.5, backend="tpu")
+
+    def masking(error, argument, *args, **kwargs):
+        oracle.assert_refused(error, "random_masking", argument, lambda: sslops.random_masking(*args, **kwargs))
+
+    tokens = torch.randn(4, 9, 3)
+    masking(TypeError, "tokens", None, 0.5)
+    masking(ValueError, "mask_ratio", tokens, 1.0)
+    masking(TypeError, "mask_ratio", tokens, "most")
+    masking(ValueError, "noise", tokens, 0.5, noise=noise[1:])
+    masking(TypeError, "noise", tokens, 0.5, noise=[0.5])
+    masking(TypeError, "generator", tokens, 0.5, generator=7)
+    masking(ValueError, "backend", tokens, 0.5, backend="tpu")
+    masking(TypeError, "backend", tokens, 0.5, backend=7)
     oracle.assert_refused(TypeError, "random_token_mask", "mask_class_token",
                           lambda: random_token_mask(4, 9, 0.5, mask_class_token=1))  # fmt: skip
 
 
 def test_bad_input_to_the_registered_op():
-    for source, keep, prefix in [
+    for noise, keep, prefix in [
         (torch.tensor(0.5), 4, 0),
         (torch.rand(4, 8), 4, 0),
         (torch.tensor(5), 10, 0),
@@ -254,4 +270,4 @@ def test_bad_input_to_the_registered_op():
         (torch.tensor(5), -1, 0),
     ]:
         with pytest.raises((ValueError, TypeError), match="random_mask: "):
-            torch.ops.sslops.random_mask(source, 4, 9, keep, prefix, "cpu")
+            torch.ops.sslops.random_mask(noise, 4, 9, keep, prefix, "cpu")

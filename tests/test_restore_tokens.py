@@ -101,6 +101,27 @@ def test_strided_and_shapes_without_ones(device, backend, pos):
     oracle.check(restore(ids.t().contiguous().t(), 2), wide, backend)
 
 
+@each_target
+def test_int32_ids(device, backend):
+    inputs, ids = case(3, 1, 5, 20, 40, device=device)
+    for chosen in (backend, "eager"):
+        got, expected = (oracle.evaluate(restore(i, 1), list(inputs.values()), chosen) for i in (ids.int(), ids))
+        assert all(map(torch.equal, got, expected))
+
+
+@each_target
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradients_that_are_wanted(device, backend, wanted):
+    inputs, ids = case(3, 1, 5, 20, 40, device=device)
+    every = oracle.evaluate(restore(ids, 1), list(inputs.values()), backend)[1:]
+    leaves = [x.clone().requires_grad_(want) for x, want in zip(inputs.values(), wanted, strict=True)]
+    out = restore(ids, 1)(*leaves, backend=backend)
+    cotangent = torch.rand(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out)
+    out.backward(cotangent)
+    for leaf, want, expected in zip(leaves, wanted, every, strict=True):
+        assert torch.equal(leaf.grad, expected) if want else leaf.grad is None
+
+
 @pytest.mark.parametrize("dtypes", [(F32,) * 3, (BF16,) * 3, (F16, F32, F32)])
 def test_every_instruction_set(isa, dtypes):
     inputs, ids = case(3, 1, 9, 30, 70, dtypes=dtypes)
@@ -137,7 +158,7 @@ def test_opcheck(device, backend, pos):
     x, token, *rest = (x.flatten(0, -2) if n != "visible" else x for n, x in inputs.items())
     token = token.flatten()
     position = rest[0].requires_grad_() if pos else None
-    arguments = (x.requires_grad_(), token.requires_grad_(), ids, position, 1, pos, backend)
+    arguments = (x.requires_grad_(), token.requires_grad_(), ids, position, 1, backend, [True, True, pos])
     torch.library.opcheck(torch.ops.sslops.restore_tokens.default, arguments)
     detached = [y.detach() if isinstance(y, torch.Tensor) else y for y in arguments]
     grad = torch.randn(2, 8, 8, device=device)
@@ -184,7 +205,7 @@ def test_bad_input():
     refused(ValueError, "num_prefix", x, token, ids, pos, 7)
     refused(ValueError, "num_prefix", x, token, ids, pos, -1)
     refused(TypeError, "num_prefix", x, token, ids, pos, True)
-    refused(TypeError, "ids_restore", x, token, ids.int(), pos, 1)
+    refused(TypeError, "ids_restore", x, token, ids.short(), pos, 1)
     refused(ValueError, "ids_restore", x, token, ids[:2], pos, 1)
     refused(ValueError, "ids_restore", x, token, ids[:, :4], pos, 1)
     refused(ValueError, "ids_restore", x, token, ids.to("meta"), pos, 1)
@@ -202,6 +223,8 @@ def test_bad_input():
         for backend in ("cpu", "eager"):
             refused(ValueError, "ids_restore[2, 17]", x, token, bad, pos, 1, backend=backend)
     with pytest.raises(ValueError, match="restore_tokens: grad"):
-        torch.ops.sslops.restore_tokens_backward(torch.ones(3, 20, 8), x, token.flatten(), ids, pos[0], 1, False, "cpu")
-    with pytest.raises(TypeError, match="restore_tokens: pos_embed"):
-        torch.ops.sslops.restore_tokens(x, token.flatten(), ids, pos[0].double(), 1, False, "cpu")
+        torch.ops.sslops.restore_tokens_backward(
+            torch.ones(3, 20, 8), x, token.flatten(), ids, pos[0], 1, "cpu", [True] * 3
+        )
+    with pytest.raises(RuntimeError, match=r"restore_tokens: backend 'cpu' cannot run here: no torch\.float64"):
+        torch.ops.sslops.restore_tokens(x, token.flatten(), ids, pos[0].double(), 1, "cpu", [True] * 3)

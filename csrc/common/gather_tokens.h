@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "dtype.h"
+#include "host_device.h"
+#include "tensor.h"
 
 namespace sslops::gather_tokens {
 
@@ -17,5 +18,13 @@ struct Ids {
   const int64_t* ids;
   int64_t batch, count, rows;
 };
+
+// Of x [B, N, D], whose last stride is 1.
+SSLOPS_HOST Rows rows_of(const Tensor& x) { return {x.data, x.strides[0] * x.item_size, x.strides[1] * x.item_size}; }
+
+// Of x [B, N, D].
+SSLOPS_HOST Ids ids_of(const Tensor& ids, const Tensor& x) {
+  return {ids.as<int64_t>(), ids.sizes[0], ids.sizes[1], x.sizes[1]};
+}
 
 }  // namespace sslops::gather_tokens

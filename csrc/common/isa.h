@@ -2,7 +2,8 @@
 // Each csrc/cpu/<op>.cpp is compiled with SSLOPS_ISA naming the set and defines one table of function pointers.
 #pragma once
 #include <string>
-#include <tuple>
+
+#include "bound.h"
 
 #if defined(__x86_64__)
 #define SSLOPS_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(amx)
@@ -21,15 +22,6 @@ void set_isa(const std::string& name);
 const char* isa_name(Isa isa);
 
 }  // namespace sslops
-
-// A function of a table and the name that Python knows it by: `bound` lists them, beside the table.
-template <typename Table, typename Result, typename... Arguments>
-struct Bound {
-  const char* name;
-  Result (*Table::*function)(Arguments...);
-};
-template <typename Table, typename Result, typename... Arguments>
-Bound(const char*, Result (*Table::*)(Arguments...)) -> Bound<Table, Result, Arguments...>;
 
 // Declares `Table` for every ISA and `const Table& name()`, the one to call now.
 #define SSLOPS_DECLARE_ONE(isa) \

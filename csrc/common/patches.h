@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "tensor.h"
 
 namespace sslops {
 
@@ -14,6 +15,11 @@ struct Patches {
   int64_t images, channels, grid_height, grid_width, height, width;  // of the grid in patches; of a patch in pixels
   int64_t image_stride, channel_stride, row_stride, pixel_stride;
 };
+
+SSLOPS_HOST Patches patches_of(const Tensor& images, int64_t height, int64_t width) {
+  const int64_t *const n = images.sizes, *const stride = images.strides;
+  return {n[0], n[1], n[2] / height, n[3] / width, height, width, stride[0], stride[1], stride[2], stride[3]};
+}
 
 SSLOPS_HOST_DEVICE int64_t patch_count(const Patches& p) { return p.grid_height * p.grid_width; }
 SSLOPS_HOST_DEVICE int64_t patch_area(const Patches& p) { return p.height * p.width; }

@@ -5,6 +5,7 @@
 #include "bits.h"
 #include "host_device.h"
 #include "philox.h"
+#include "tensor.h"
 
 namespace sslops::random_mask {
 
@@ -21,6 +22,19 @@ struct Mask {
   int64_t *ids_keep, *ids_mask, *ids_restore;  // [B, keep], [B, L - keep], [B, L]
   float* mask;                                 // [B, L]: 1 for masked
 };
+
+// Of given noise [B, L], or a key [], for ids_restore [B, L].
+SSLOPS_HOST Noise noise_of(const Tensor& noise, int64_t num_prefix, const Tensor& ids_restore) {
+  const bool given = noise.dim > 0;
+  return {given ? noise.as<float>() : nullptr, given ? nullptr : noise.as<uint64_t>(), ids_restore.sizes[1],
+          num_prefix};
+}
+
+SSLOPS_HOST Mask mask_of(const Tensor& ids_keep, const Tensor& ids_mask, const Tensor& mask,
+                         const Tensor& ids_restore) {
+  return {ids_keep.sizes[1], ids_keep.as<int64_t>(), ids_mask.as<int64_t>(), ids_restore.as<int64_t>(),
+          mask.as<float>()};
+}
 
 // Integers in the order of the noise: zeros are equal, NaN comes last.
 constexpr int32_t kFirst = INT32_MIN, kLast = INT32_MAX;

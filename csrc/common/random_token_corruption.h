@@ -4,6 +4,7 @@
 
 #include "host_device.h"
 #include "philox.h"
+#include "tensor.h"
 
 namespace sslops::random_token_corruption {
 
@@ -19,6 +20,10 @@ struct Tokens {
   const bool* special;  // [N]: never chosen; or null
   int64_t count, mask_id, vocab_size;
 };
+
+SSLOPS_HOST Tokens tokens_of(const Tensor& ids, const Tensor& special, int64_t mask_id, int64_t vocab_size) {
+  return {ids.as<int64_t>(), special.as<bool>(), ids.numel, mask_id, vocab_size};
+}
 
 // A Philox block for each token: the first word chooses it, the second what becomes of it, the third the random id.
 SSLOPS_HOST_DEVICE Random4 draw(uint64_t key, int64_t k) {

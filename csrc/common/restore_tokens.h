@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "dtype.h"
+#include "host_device.h"
+#include "tensor.h"
 
 namespace sslops::restore_tokens {
 
@@ -15,5 +16,12 @@ struct Array {
 struct Shape {
   int64_t batch, prefix, kept, length, d;
 };
+
+SSLOPS_HOST Array array(const Tensor& x) { return {x.data, x.dtype}; }
+
+// Of ids [B, L] and out or its gradient [B, P + L, D].
+SSLOPS_HOST Shape shape(const Tensor& ids, int64_t kept, const Tensor& out) {
+  return {ids.sizes[0], out.sizes[1] - ids.sizes[1], kept, ids.sizes[1], out.sizes[2]};
+}
 
 }  // namespace sslops::restore_tokens

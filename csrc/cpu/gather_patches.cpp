@@ -1,5 +1,6 @@
 #include "gather_patches.h"
 
+#include "../common/huge_pages.h"
 #include "../common/parallel.h"
 #include "patches.h"
 
@@ -67,10 +68,23 @@ void backward(void* d_images, DType dtype, Patches p, const int64_t* ids, int64_
   });
 }
 
+void call_forward(Tensor images, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor out) {
+  on_huge_pages(out);
+  const float* const scale = factors.as<float>();
+  forward(images.data, images.dtype, patches_of(images, height, width), ids.as<int64_t>(), ids.sizes[1], Layout(hwc),
+          scale, scale ? scale + images.sizes[1] : nullptr, out.data, out.dtype);
+}
+
+void call_backward(Tensor grad, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor d_images) {
+  on_huge_pages(d_images);
+  backward(d_images.data, d_images.dtype, patches_of(d_images, height, width), ids.as<int64_t>(), ids.sizes[1],
+           Layout(hwc), factors.as<float>(), grad.data, grad.dtype);
+}
+
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, backward};
+extern const Table table{forward, backward, call_forward, call_backward};
 }
 
 }  // namespace sslops::gather_patches

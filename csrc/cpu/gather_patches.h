@@ -17,6 +17,16 @@ struct Table {
   // of a row lie side by side.
   void (*backward)(void* d_images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
                    const float* scale, const void* grad, DType grad_dtype);
+
+  // The same from Python: images [B, C, H, W], ids [B, K], factors [2, C] = scale, shift or None, on the host.
+  void (*call_forward)(Tensor images, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor out);
+  void (*call_backward)(Tensor grad, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors,
+                        Tensor d_images);
+
+  static constexpr auto bound() {
+    return std::tuple{Bound{"gather_patches", &Table::call_forward},
+                      Bound{"gather_patches_backward", &Table::call_backward}};
+  }
 };
 
 SSLOPS_DECLARE_TABLE

@@ -1,5 +1,6 @@
 #include "gather_tokens.h"
 
+#include "../common/huge_pages.h"
 #include "../common/parallel.h"
 #include "vec.h"
 
@@ -62,10 +63,22 @@ void backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType o
   delete[] lists;
 }
 
+void call_forward(Tensor tokens, Tensor ids, Tensor out) {
+  if (!out.numel) return;  // no addresses
+  on_huge_pages(out);
+  forward(rows_of(tokens), ids_of(ids, tokens), out.sizes[2] * out.item_size, out.data);
+}
+
+void call_backward(Tensor grad, Tensor ids, Tensor d_tokens) {
+  if (!d_tokens.numel) return;
+  on_huge_pages(d_tokens);
+  backward(rows_of(grad), grad.dtype, ids_of(ids, d_tokens), d_tokens.sizes[2], rows_of(d_tokens), d_tokens.dtype);
+}
+
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, backward};
+extern const Table table{forward, backward, call_forward, call_backward};
 }
 
 }  // namespace sslops::gather_tokens

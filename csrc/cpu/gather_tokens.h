@@ -10,6 +10,15 @@ struct Table {
   void (*forward)(Rows tokens, Ids ids, int64_t row, char* out);
   // out[b, n] = the sum of grad[b, k] over the k with ids[b, k] = n, in their order, rounded once
   void (*backward)(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType out_dtype);
+
+  // The same from Python: tokens [B, L, D], ids [B, K], out [B, K, D].
+  void (*call_forward)(Tensor tokens, Tensor ids, Tensor out);
+  void (*call_backward)(Tensor grad, Tensor ids, Tensor d_tokens);
+
+  static constexpr auto bound() {
+    return std::tuple{Bound{"gather_tokens", &Table::call_forward},
+                      Bound{"gather_tokens_backward", &Table::call_backward}};
+  }
 };
 
 SSLOPS_DECLARE_TABLE

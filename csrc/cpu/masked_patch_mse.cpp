@@ -1,5 +1,6 @@
 #include "masked_patch_mse.h"
 
+#include "../common/huge_pages.h"
 #include "../common/parallel.h"
 #include "patches.h"
 
@@ -68,10 +69,28 @@ Sums loss(Prediction pred, Target t, const float* mask, float grad, float* error
   return sums;
 }
 
+void call_forward(Tensor pred, Tensor images, Tensor mask, int64_t height, int64_t width, bool normalized, double eps,
+                  Tensor errors, Tensor result, Tensor inverse, Tensor d_pred) {
+  on_huge_pages(d_pred);
+  const Sums sums = loss(prediction(pred), target(images, height, width, normalized, eps), mask.as<float>(), 1.f,
+                         errors.as<float>(), d_pred.data);
+  const double over = sums.weight == 0. ? 0. : 1. / sums.weight;
+  *result.as<float>() = static_cast<float>(sums.error * over);
+  *inverse.as<float>() = static_cast<float>(over);
+}
+
+void call_backward(Tensor pred, Tensor images, Tensor mask, int64_t height, int64_t width, bool normalized, double eps,
+                   Tensor grad, Tensor, Tensor d_pred) {
+  on_huge_pages(d_pred);
+  const Scratch<float> errors(mask.numel);
+  loss(prediction(pred), target(images, height, width, normalized, eps), mask.as<float>(), *grad.as<float>(),
+       errors.data, d_pred.data);
+}
+
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{loss};
+extern const Table table{loss, call_forward, call_backward};
 }
 
 }  // namespace sslops::masked_patch_mse

@@ -66,10 +66,15 @@ void draw_masks(const Noise& noise, int64_t batch, const Mask& out) {
   });
 }
 
+void call(Tensor noise, int64_t num_prefix, Tensor ids_keep, Tensor ids_mask, Tensor mask, Tensor ids_restore) {
+  draw_masks(noise_of(noise, num_prefix, ids_restore), ids_restore.sizes[0],
+             mask_of(ids_keep, ids_mask, mask, ids_restore));
+}
+
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{draw_masks};
+extern const Table table{draw_masks, call};
 }
 
 }  // namespace sslops::random_mask

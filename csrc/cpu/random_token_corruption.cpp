@@ -21,10 +21,16 @@ void corrupt_all(const Tokens& tokens, const Odds& odds, const uint64_t* key, in
   });
 }
 
+void call(Tensor ids, Tensor special, Tensor key, int64_t mask_id, int64_t vocab_size, uint64_t chosen, uint64_t masked,
+          uint64_t masked_or_random, Tensor corrupted, Tensor labels) {
+  corrupt_all(tokens_of(ids, special, mask_id, vocab_size), {chosen, masked, masked_or_random}, key.as<uint64_t>(),
+              corrupted.as<int64_t>(), labels.as<int64_t>());
+}
+
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{corrupt_all};
+extern const Table table{corrupt_all, call};
 }
 
 }  // namespace sslops::random_token_corruption

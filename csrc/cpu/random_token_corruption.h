@@ -7,6 +7,12 @@ namespace sslops::random_token_corruption {
 
 struct Table {
   void (*corrupt)(const Tokens& tokens, const Odds& odds, const uint64_t* key, int64_t* corrupted, int64_t* labels);
+
+  // The same from Python: special in the shape of ids, or None; key []; the odds.
+  void (*call)(Tensor ids, Tensor special, Tensor key, int64_t mask_id, int64_t vocab_size, uint64_t chosen,
+               uint64_t masked, uint64_t masked_or_random, Tensor corrupted, Tensor labels);
+
+  static constexpr auto bound() { return std::tuple{Bound{"random_token_corruption", &Table::call}}; }
 };
 
 SSLOPS_DECLARE_TABLE

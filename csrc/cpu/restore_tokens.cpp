@@ -1,5 +1,6 @@
 #include "restore_tokens.h"
 
+#include "../common/huge_pages.h"
 #include "../common/parallel.h"
 #include "vec.h"
 
@@ -59,10 +60,21 @@ void reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* token
   for (int64_t j = 0; j < s.d; ++j) token[j] = rows ? static_cast<float>(parts[j]) : 0.f;
 }
 
+void call_forward(Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, int64_t kept, Tensor out) {
+  if (!out.numel) return;  // no addresses
+  on_huge_pages(out);
+  forward(array(visible), array(mask_token), array(positions), ids.as<int64_t>(), shape(ids, kept, out), array(out));
+}
+
+void call_reduce(Tensor grad, Tensor ids, int64_t kept, Tensor parts, Tensor positions, Tensor token) {
+  reduce(array(grad), ids.as<int64_t>(), shape(ids, kept, grad), parts.as<double>(), token.as<float>(),
+         positions.as<float>());
+}
+
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, reduce};
+extern const Table table{forward, reduce, call_forward, call_reduce};
 }
 
 }  // namespace sslops::restore_tokens

@@ -1,5 +1,6 @@
 #include <cassert>
 #include <cmath>
+#include <string>
 
 #include "gather_patches.h"
 #include "patches.cuh"
@@ -69,6 +70,40 @@ void cuda_backward(void* d_images, DType dtype, Patches p, const int64_t* ids, i
   if (p.images > 0)
     launch(add_up, p.images * patch_count(p), kThreads, stream, d_images, dtype, p, ids, k, layout, factors, grad,
            grad_dtype);
+}
+
+namespace {
+
+// Of factors [2, C], or None.
+Factors packed(const Tensor& factors) {
+  Factors f{bool(factors), {}, {}};
+  if (!f.used) return f;
+  const int64_t channels = factors.sizes[1];
+  if (channels > kMaxChannels)
+    throw std::invalid_argument("gather_patches: mean, std: wanted at most " + std::to_string(kMaxChannels) +
+                                " channels, got " + std::to_string(channels));
+  for (int64_t c = 0; c < channels; ++c) {
+    f.scale[c] = factors.as<float>()[c];
+    f.shift[c] = factors.as<float>()[channels + c];
+  }
+  return f;
+}
+
+}  // namespace
+
+const CudaTable& cuda_table() {
+  static constexpr CudaTable table{
+      [](Tensor images, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor out,
+         Stream stream) {
+        cuda_forward(images.data, images.dtype, patches_of(images, height, width), ids.as<int64_t>(), ids.sizes[1],
+                     Layout(hwc), packed(factors), out.data, out.dtype, stream.handle);
+      },
+      [](Tensor grad, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor d_images,
+         Stream stream) {
+        cuda_backward(d_images.data, d_images.dtype, patches_of(d_images, height, width), ids.as<int64_t>(),
+                      ids.sizes[1], Layout(hwc), packed(factors), grad.data, grad.dtype, stream.handle);
+      }};
+  return table;
 }
 
 }  // namespace sslops::gather_patches

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/bound.h"
 #include "../common/dtype.h"
 #include "../common/patches.h"
 
@@ -19,5 +20,20 @@ void cuda_forward(const void* images, DType dtype, Patches patches, const int64_
                   const Factors& factors, void* out, DType out_dtype, void* stream);
 void cuda_backward(void* d_images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
                    const Factors& factors, const void* grad, DType grad_dtype, void* stream);
+
+// What Python calls, on the stream it gives.
+struct CudaTable {
+  // factors: on the host, for at most kMaxChannels channels.
+  void (*forward)(Tensor images, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor out,
+                  Stream stream);
+  void (*backward)(Tensor grad, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor d_images,
+                   Stream stream);
+
+  static constexpr auto bound() {
+    return std::tuple{Bound{"cuda_gather_patches", &CudaTable::forward},
+                      Bound{"cuda_gather_patches_backward", &CudaTable::backward}};
+  }
+};
+const CudaTable& cuda_table();
 
 }  // namespace sslops::gather_patches

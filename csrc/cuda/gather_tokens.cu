@@ -94,4 +94,20 @@ void cuda_backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DT
   if (blocks > 0) launch(sum, blocks, kThreads, stream, grad, grad_dtype, ids, d, out, out_dtype);
 }
 
+const CudaTable& cuda_table() {
+  static constexpr CudaTable table{[](Tensor tokens, Tensor ids, Tensor out, Stream stream) {
+                                     cuda_forward(rows_of(tokens), ids_of(ids, tokens), out.sizes[2] * out.item_size,
+                                                  out.data, stream.handle);
+                                   },
+                                   [](Tensor grad, Tensor ids, Tensor d_tokens, Stream stream) {
+                                     cuda_scatter(grad.data, ids_of(ids, d_tokens), grad.sizes[2] * grad.item_size,
+                                                  rows_of(d_tokens), stream.handle);
+                                   },
+                                   [](Tensor grad, Tensor ids, Tensor d_tokens, Stream stream) {
+                                     cuda_backward(rows_of(grad), grad.dtype, ids_of(ids, d_tokens), grad.sizes[2],
+                                                   rows_of(d_tokens), d_tokens.dtype, stream.handle);
+                                   }};
+  return table;
+}
+
 }  // namespace sslops::gather_tokens

@@ -1,5 +1,6 @@
 // Rows picked by index on a CUDA device, and the gradient's way back: a warp for each row.
 #pragma once
+#include "../common/bound.h"
 #include "../common/gather_tokens.h"
 
 namespace sslops::gather_tokens {
@@ -12,5 +13,19 @@ void cuda_scatter(const char* grad, Ids ids, int64_t row, Rows out, void* stream
 
 // out[b, n] = the sum of grad[b, k] over the k with ids[b, k] = n, in their order, rounded once
 void cuda_backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType out_dtype, void* stream);
+
+// What Python calls, on the stream it gives.
+struct CudaTable {
+  void (*forward)(Tensor tokens, Tensor ids, Tensor out, Stream stream);
+  void (*scatter)(Tensor grad, Tensor ids, Tensor d_tokens, Stream stream);
+  void (*backward)(Tensor grad, Tensor ids, Tensor d_tokens, Stream stream);
+
+  static constexpr auto bound() {
+    return std::tuple{Bound{"cuda_gather_tokens", &CudaTable::forward},
+                      Bound{"cuda_gather_tokens_scatter", &CudaTable::scatter},
+                      Bound{"cuda_gather_tokens_backward", &CudaTable::backward}};
+  }
+};
+const CudaTable& cuda_table();
 
 }  // namespace sslops::gather_tokens

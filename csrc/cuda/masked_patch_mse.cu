@@ -111,4 +111,19 @@ void cuda_backward(Prediction pred, Target t, const float* mask, const float* gr
   if (patches > 0) launch(backward, patches, kThreads, stream, pred, t, mask, grad, inverse, d_pred);
 }
 
+const CudaTable& cuda_table() {
+  static constexpr CudaTable table{
+      [](Tensor pred, Tensor images, Tensor mask, int64_t height, int64_t width, bool normalized, double eps,
+         Tensor errors, Tensor loss, Tensor inverse, Stream stream) {
+        cuda_forward(prediction(pred), target(images, height, width, normalized, eps), mask.as<float>(),
+                     errors.as<float>(), loss.as<float>(), inverse.as<float>(), stream.handle);
+      },
+      [](Tensor pred, Tensor images, Tensor mask, int64_t height, int64_t width, bool normalized, double eps,
+         Tensor grad, Tensor inverse, Tensor d_pred, Stream stream) {
+        cuda_backward(prediction(pred), target(images, height, width, normalized, eps), mask.as<float>(),
+                      grad.as<float>(), inverse.as<float>(), d_pred.data, stream.handle);
+      }};
+  return table;
+}
+
 }  // namespace sslops::masked_patch_mse

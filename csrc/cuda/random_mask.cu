@@ -43,4 +43,13 @@ void cuda_draw(const Noise& noise, int64_t batch, const Mask& out, void* stream)
   launch(rank, blocks, kThreads, stream, noise, out);
 }
 
+const CudaTable& cuda_table() {
+  static constexpr CudaTable table{[](Tensor noise, int64_t num_prefix, Tensor ids_keep, Tensor ids_mask, Tensor mask,
+                                      Tensor ids_restore, Stream stream) {
+    cuda_draw(noise_of(noise, num_prefix, ids_restore), ids_restore.sizes[0],
+              mask_of(ids_keep, ids_mask, mask, ids_restore), stream.handle);
+  }};
+  return table;
+}
+
 }  // namespace sslops::random_mask

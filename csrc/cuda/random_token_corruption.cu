@@ -20,4 +20,14 @@ void cuda_corrupt(const Tokens& tokens, const Odds& odds, const uint64_t* key, i
   if (blocks > 0) launch(corrupt_one, blocks, kThreads, stream, tokens, odds, key, corrupted, labels);
 }
 
+const CudaTable& cuda_table() {
+  static constexpr CudaTable table{[](Tensor ids, Tensor special, Tensor key, int64_t mask_id, int64_t vocab_size,
+                                      uint64_t chosen, uint64_t masked, uint64_t masked_or_random, Tensor corrupted,
+                                      Tensor labels, Stream stream) {
+    cuda_corrupt(tokens_of(ids, special, mask_id, vocab_size), {chosen, masked, masked_or_random}, key.as<uint64_t>(),
+                 corrupted.as<int64_t>(), labels.as<int64_t>(), stream.handle);
+  }};
+  return table;
+}
+
 }  // namespace sslops::random_token_corruption

@@ -71,4 +71,17 @@ void cuda_reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* 
   if (blocks > 0) launch(reduce, blocks, kThreads, stream, grad, ids, s, parts, positions);
 }
 
+const CudaTable& cuda_table() {
+  static constexpr CudaTable table{
+      [](Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, int64_t kept, Tensor out, Stream stream) {
+        cuda_forward(array(visible), array(mask_token), array(positions), ids.as<int64_t>(), shape(ids, kept, out),
+                     array(out), stream.handle);
+      },
+      [](Tensor grad, Tensor ids, int64_t kept, Tensor parts, Tensor positions, Stream stream) {
+        cuda_reduce(array(grad), ids.as<int64_t>(), shape(ids, kept, grad), parts.as<double>(), positions.as<float>(),
+                    stream.handle);
+      }};
+  return table;
+}
+
 }  // namespace sslops::restore_tokens

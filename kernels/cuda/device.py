@@ -1,12 +1,8 @@
-"""Which devices this build has code for, and how a native function is launched on one."""
-
-from collections.abc import Callable
+"""Which devices this build has code for."""
 
 import torch
 
 from sslops import _C
-
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -20,14 +16,3 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         if built <= (major, minor) and (kind == "compute" or built[0] == major):  # PTX, or code for this generation
             return None
     return f"this build of sslops has code for {archs}, not for sm_{major}{minor}"
-
-
-def refuses_but_floats(device: torch.device, dtype: torch.dtype) -> str | None:
-    """As above, for kernels of float32, float16 and bfloat16."""
-    return refuses(device, dtype) if dtype in DTYPE_CODES else f"no {dtype} kernel: float32, float16 and bfloat16"
-
-
-def launch(device: torch.device, native: Callable[..., None], *arguments: object) -> None:
-    """native(*arguments, stream) on the device's current stream"""
-    with torch.cuda.device(device):
-        native(*arguments, torch.cuda.current_stream().cuda_stream)

@@ -1,106 +1,108 @@
 """Random masks, as masked autoencoders draw them: which tokens of each row are kept, and where the others go."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _check
-from .._library_old import register
+from .._check import Of
+from .._library import Out, register
 from .._random import RandomStream, draw_key, philox
-from ..backend import kernel, resolve
+from ..backend import check_name
 
 
-def reference(source: Tensor, batch: int, length: int, keep: int, num_prefix: int) -> tuple[Tensor, ...]:
-    """ids_keep [B, K], ids_mask [B, L-K], mask [B, L], ids_restore [B, L]; source: noise [B, L], or a key []"""
-    if source.dim() == 0:
-        blocks = (length + 3) // 4  # of four words, for each row
-        words = philox(source, RandomStream.RANDOM_MASK, 0, batch * blocks, source.device)
-        source = words.view(batch, 4 * blocks)[:, :length].to(torch.int32)
-    lowest = -float("inf") if source.is_floating_point() else torch.iinfo(torch.int32).min
-    noise = torch.cat([torch.full_like(source[:, :num_prefix], lowest), source[:, num_prefix:]], dim=1)
-    ids_shuffle = torch.argsort(noise, dim=1, stable=True)
-    ids_restore = torch.argsort(ids_shuffle, dim=1)
-    mask = (ids_restore >= keep).to(torch.float32)
-    return ids_shuffle[:, :keep].contiguous(), ids_shuffle[:, keep:].contiguous(), mask, ids_restore
-
-
-class _Arguments(NamedTuple):
-    source: Tensor
+class Arguments(NamedTuple):
+    noise: Annotated[Tensor, Of("...", (*_check.FLOAT_DTYPES, torch.int64))]  # [B, L], or a key [] int64 that draws it
     batch: int
     length: int
     keep: int
-    num_prefix: int
-    backend: str
+    num_prefix: int  # tokens that come first, whatever their noise
+    backend: str = ""
 
 
-def _forward(x: _Arguments) -> tuple[Tensor, ...]:
-    if x.source.dim() == 0:
-        _check.ids("random_mask", "[]", source=x.source)
-    else:
-        _check_noise("random_mask", x.source, x.batch, x.length)
-    if not 0 <= x.num_prefix <= x.length or not 0 <= x.keep <= x.length:
-        _check.bad_value("random_mask", "keep, num_prefix", f"counts up to {x.length}", (x.keep, x.num_prefix))
-    source = x.source.to(torch.float32).contiguous() if x.source.dim() else x.source
-    outputs = _forward_fake(x)
-    kernel(x.backend, "random_mask").forward(source, x.num_prefix, *outputs)
-    return outputs
+class Outputs(NamedTuple):
+    ids_keep: Out
+    ids_mask: Out
+    mask: Out
+    ids_restore: Out
 
 
-def _forward_fake(x: _Arguments) -> tuple[Tensor, ...]:
-    def ids(columns: int) -> Tensor:
-        return x.source.new_empty((x.batch, columns), dtype=torch.int64)
-
-    mask = x.source.new_empty((x.batch, x.length), dtype=torch.float32)
-    return ids(x.keep), ids(x.length - x.keep), mask, ids(x.length)
-
-
-register(
-    "random_mask",
-    _Arguments,
-    saved=("ids_mask", "mask", "ids_restore"),
-    forward=_forward,
-    forward_fake=_forward_fake,
-)
+def outputs(x: Arguments) -> Outputs:
+    return Outputs(
+        ids_keep=Out((x.batch, x.keep), torch.int64),
+        ids_mask=Out((x.batch, x.length - x.keep), torch.int64),
+        mask=Out((x.batch, x.length)),
+        ids_restore=Out((x.batch, x.length), torch.int64),
+    )
 
 
-def _check_sizes(op: str, batch: int, length: int, mask_ratio: float) -> None:
-    _check.count(op, "batch", batch, 0, 2**31 - 1)
-    _check.count(op, "length", length, 0, 2**31 - 1)
-    _check.fraction(op, mask_ratio=mask_ratio)
+def reference(x: Arguments) -> tuple[Tensor, ...]:
+    """ids_keep [B, K], ids_mask [B, L-K], mask [B, L], ids_restore [B, L]"""
+    noise = x.noise
+    if noise.dim() == 0:
+        blocks = (x.length + 3) // 4  # of four words, for each row
+        words = philox(noise, RandomStream.RANDOM_MASK, 0, x.batch * blocks, noise.device)
+        noise = words.view(x.batch, 4 * blocks)[:, : x.length].to(torch.int32)
+    lowest = -float("inf") if noise.is_floating_point() else torch.iinfo(torch.int32).min
+    first = torch.full_like(noise[:, : x.num_prefix], lowest)
+    ids_shuffle = torch.argsort(torch.cat([first, noise[:, x.num_prefix :]], dim=1), dim=1, stable=True)
+    ids_restore = torch.argsort(ids_shuffle, dim=1)
+    mask = (ids_restore >= x.keep).to(torch.float32)
+    return ids_shuffle[:, : x.keep].contiguous(), ids_shuffle[:, x.keep :].contiguous(), mask, ids_restore
 
 
-def _check_noise(op: str, noise: Tensor, batch: int, length: int) -> None:
-    _check.floats(op, "[B, L]", noise=noise)
-    if noise.shape != (batch, length):
-        _check.bad_value(op, "noise", f"shape {[batch, length]}", list(noise.shape))
+def _check_counts(x: Arguments) -> None:
+    op, key = "random_mask", x.noise.dim() == 0
+    if x.noise.is_floating_point() == key:
+        _check.bad_type(op, "noise", "an int64 key []" if key else "a floating-point tensor [B, L]", x.noise.dtype)
+    if not key and tuple(x.noise.shape) != (x.batch, x.length):
+        _check.bad_value(op, "noise", f"shape {[x.batch, x.length]}", list(x.noise.shape))
+    for name in ("batch", "length"):
+        _check.count(op, name, getattr(x, name), 0, 2**31 - 1)
+    for name in ("keep", "num_prefix"):
+        _check.count(op, name, getattr(x, name), 0, x.length)
 
 
-def _draw(
+_run = register("random_mask", Arguments, outputs, reference=reference, check=_check_counts)
+
+
+def _there(op: str, device: torch.device | str | None) -> torch.device:
+    """The device, or torch's default one"""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:  # no name of a device, or of none that is here
+        return _check.bad_value(op, "device", "a device that is there", f"{device!r}: {error}")
+
+
+def draw(
     op: str,
     batch: int,
     length: int,
-    keep: int,
-    num_prefix: int,
+    mask_ratio: float,
+    prefix: int,
     noise: Tensor | None,
     generator: torch.Generator | None,
     device: torch.device | str | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    if noise is not None:
-        _check_noise(op, noise, batch, length)
+    """What `outputs` says; of the tokens after `prefix` the share mask_ratio, a number, is masked. Errors name op."""
+    _check.count(op, "batch", batch, 0, 2**31 - 1)
+    _check.count(op, "length", length, 0, 2**31 - 1)
+    check_name(op, backend)
+    keep = prefix + int((length - prefix) * (1 - mask_ratio))
+    if noise is None:
+        noise = draw_key(op, generator, _there(op, device))
+    else:
+        _check.floats(op, "[B, L]", noise=noise)
+        if noise.shape != (batch, length):
+            _check.bad_value(op, "noise", f"shape {[batch, length]}", list(noise.shape))
         if generator is not None:
             _check.bad_value(op, "generator", "None beside noise", generator)
-        if device is not None and torch.device(device).type != noise.device.type:
+        if device is not None and _there(op, device).type != noise.device.type:
             _check.bad_value(op, "noise", f"a tensor on {device}", noise.device)
-        source = noise.detach()
-    else:
-        source = draw_key(op, generator, torch.empty(0, device=device).device)
-    backend = resolve("random_mask", source.device, source.dtype, backend)
-    if backend == "eager":
-        return reference(source, batch, length, keep, num_prefix)
-    outputs: tuple[Tensor, ...] = torch.ops.sslops.random_mask(source, batch, length, keep, num_prefix, backend)
-    return outputs
+    found: tuple[Tensor, ...] = _run(Arguments(noise.detach(), batch, length, keep, prefix), backend)
+    return found
 
 
 def random_mask(
@@ -139,9 +141,10 @@ def random_mask(
 
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
     """
-    _check_sizes("random_mask", batch, length, mask_ratio)
-    keep = int(length * (1 - mask_ratio))
-    ids_keep, _, mask, ids_restore = _draw("random_mask", batch, length, keep, 0, noise, generator, device, backend)
+    _check.fraction("random_mask", mask_ratio=mask_ratio)
+    ids_keep, _, mask, ids_restore = draw(
+        "random_mask", batch, length, mask_ratio, 0, noise, generator, device, backend
+    )
     return ids_keep, mask, ids_restore
 
 
@@ -161,11 +164,9 @@ def random_token_mask(
     L counts a class token at position 0: it is kept and comes first, so that K = 1 + int((L - 1) * (1 - mask_ratio)),
     unless mask_class_token makes it a token like any other. These are the index pairs of lightly's random_token_mask.
     """
-    _check_sizes("random_token_mask", batch, length, 0.0 if mask_ratio == 1 else mask_ratio)  # the class token is left
-    _check.flag("random_token_mask", "mask_class_token", mask_class_token)
+    op = "random_token_mask"
+    _check.probability(op, mask_ratio=mask_ratio)  # at 1 the class token is left
+    _check.flag(op, "mask_class_token", mask_class_token)
     prefix = 0 if mask_class_token or length == 0 else 1
-    keep = prefix + int((length - prefix) * (1 - mask_ratio))
-    ids_keep, ids_mask, _, _ = _draw(
-        "random_token_mask", batch, length, keep, prefix, noise, generator, device, backend
-    )
+    ids_keep, ids_mask, _, _ = draw(op, batch, length, mask_ratio, prefix, noise, generator, device, backend)
     return ids_keep, ids_mask

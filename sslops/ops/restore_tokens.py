@@ -1,120 +1,73 @@
 """What a decoder gets: the visible tokens back in their places, mask tokens in the others, positions added."""
 
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _check
-from .._library_old import register
-from ..backend import kernel, resolve
+from .._check import Of
+from .._library import Out, register
 
 
-def reference(
-    visible: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None, num_prefix: int
-) -> Tensor:
-    """[B, P + L, D]"""
-    prefix, tokens = visible[:, :num_prefix], visible[:, num_prefix:]
-    masked = mask_token.expand(len(tokens), ids_restore.shape[1] - tokens.shape[1], -1)
-    shuffled = torch.cat([tokens, masked], dim=1)
-    restored = shuffled.gather(1, ids_restore.unsqueeze(2).expand(-1, -1, visible.shape[2]))
-    out = torch.cat([prefix, restored], dim=1)
-    return out if pos_embed is None else out + pos_embed
-
-
-class _Arguments(NamedTuple):
-    visible: Tensor
-    mask_token: Tensor  # [D]
-    ids_restore: Tensor
-    pos_embed: Tensor | None  # [P + L, D]
+class Arguments(NamedTuple):
+    visible: Annotated[Tensor, Of("B P+K D")]
+    mask_token: Annotated[Tensor, Of("D")]
+    ids_restore: Annotated[Tensor, Of("B L", _check.ID_DTYPES, below=lambda x: x.ids_restore.shape[1])]
+    pos_embed: Annotated[Tensor | None, Of("P+L D")]
     num_prefix: int
-    pos_grad: bool  # pos_embed gets its gradient
-    backend: str
+    backend: str = ""
+    needs_grad: list[bool] = []  # noqa: RUF012
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result, as torch promotes them"""
+        dtype = torch.promote_types(self.visible.dtype, self.mask_token.dtype)
+        return dtype if self.pos_embed is None else torch.promote_types(dtype, self.pos_embed.dtype)
 
 
-def _dtype(visible: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> torch.dtype:
-    """Of the result, as torch promotes them"""
-    dtype = torch.promote_types(visible.dtype, mask_token.dtype)
-    return dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
+def outputs(x: Arguments) -> Out:
+    b, _, d = x.visible.shape
+    return Out((b, x.num_prefix + x.ids_restore.shape[1], d), x.dtype)
 
 
-def _check_all(
-    visible: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None, num_prefix: int
-) -> None:
-    op = "restore_tokens"
-    _check.floats(op, "[B, P + K, D]", visible=visible)
-    _check.ids(op, "[B, L]", ids_restore=ids_restore)
-    b, rows, d = visible.shape
-    _check.count(op, "num_prefix", num_prefix, 0, rows)
-    length = ids_restore.shape[1]
-    if len(ids_restore) != b or length < rows - num_prefix:
-        wanted = f"shape [{b}, L], L at least {rows - num_prefix}"
-        _check.bad_value(op, "ids_restore", wanted, list(ids_restore.shape))
-    _check.same_device(op, "visible", visible, ids_restore=ids_restore)
-    parts = {"mask_token": (mask_token, (d,)), "pos_embed": (pos_embed, (num_prefix + length, d))}
-    for name, (x, shape) in parts.items():
-        if x is None and name == "pos_embed":
-            continue
-        if not isinstance(x, Tensor):
-            _check.bad_type(op, name, "a tensor", type(x).__name__)
-        if x.dtype not in _check.FLOAT_DTYPES or x.layout != torch.strided:
-            _check.bad_type(op, name, "a dense floating-point tensor", f"{x.dtype}, {x.layout}")
-        if x.shape[-len(shape) :] != shape or x.numel() != torch.Size(shape).numel():
-            _check.bad_value(op, name, f"shape {list(shape)}, with ones in front or not", list(x.shape))
-        _check.same_device(op, "visible", visible, **{name: x})
+def reference(x: Arguments) -> Tensor:
+    """[B, P + L, D]"""
+    prefix, tokens = x.visible[:, : x.num_prefix], x.visible[:, x.num_prefix :]
+    masked = x.mask_token.expand(len(tokens), x.ids_restore.shape[1] - tokens.shape[1], -1)
+    shuffled = torch.cat([tokens, masked], dim=1)
+    restored = shuffled.gather(1, x.ids_restore.unsqueeze(2).expand(-1, -1, x.visible.shape[2]))
+    out = torch.cat([prefix, restored], dim=1)
+    return out if x.pos_embed is None else out + x.pos_embed
 
 
-def _checked(x: _Arguments) -> _Arguments:
-    _check_all(*x[:5])
-    _check.id_range("restore_tokens", x.ids_restore.shape[1], ids_restore=x.ids_restore)
-    if _dtype(x.visible, x.mask_token, x.pos_embed) == torch.float64:
-        _check.bad_type("restore_tokens", "pos_embed, mask_token", "no float64: for backend='eager'", "float64")
-    return x._replace(
-        visible=x.visible.contiguous(), mask_token=x.mask_token.reshape(-1).contiguous(),
-        ids_restore=x.ids_restore.contiguous(), pos_embed=None if x.pos_embed is None else x.pos_embed.contiguous(),
-    )  # fmt: skip
+def _check_rows(x: Arguments) -> None:
+    op, (_, rows, d), length = "restore_tokens", x.visible.shape, x.ids_restore.shape[1]
+    _check.count(op, "num_prefix", x.num_prefix, 0, rows)
+    if length < rows - x.num_prefix:
+        _check.bad_value(
+            op, "ids_restore", f"shape [B, L], L at least {rows - x.num_prefix}", list(x.ids_restore.shape)
+        )
+    if x.pos_embed is not None and len(x.pos_embed) != x.num_prefix + length:
+        _check.bad_value(op, "pos_embed", f"shape {[x.num_prefix + length, d]}", list(x.pos_embed.shape))
 
 
-def _forward(x: _Arguments) -> Tensor:
-    x = _checked(x)
-    out = _forward_fake(x)
-    kernel(x.backend, "restore_tokens").forward(*x[:5], out)
-    return out
-
-
-def _forward_fake(x: _Arguments) -> Tensor:
-    (b, _, d), rows = x.visible.shape, x.num_prefix + x.ids_restore.shape[1]
-    return x.visible.new_empty((b, rows, d), dtype=_dtype(x.visible, x.mask_token, x.pos_embed))
-
-
-def _backward(grad: Tensor, x: _Arguments) -> tuple[Tensor, ...]:
-    x = _checked(x)
-    wanted = _forward_fake(x)
-    if grad.shape != wanted.shape or grad.dtype != wanted.dtype or grad.device != wanted.device:
-        got = f"{grad.dtype} {list(grad.shape)}"
-        _check.bad_value("restore_tokens", "grad", f"{wanted.dtype} {list(wanted.shape)}", got)
-    outputs = _backward_fake(grad, x)
-    kernel(x.backend, "restore_tokens").backward(grad.contiguous(), x.ids_restore, x.num_prefix, *outputs)
-    return outputs
-
-
-def _backward_fake(grad: Tensor, x: _Arguments) -> tuple[Tensor, ...]:
-    """The positions' gradient has no elements if nobody wants it."""
-    positions = (
-        x.pos_embed.new_empty(x.pos_embed.shape) if x.pos_embed is not None and x.pos_grad else grad.new_empty(0)
-    )
-    return x.visible.new_empty(x.visible.shape), x.mask_token.new_empty(x.mask_token.shape), positions
-
-
-register(
+_run = register(
     "restore_tokens",
-    _Arguments,
+    Arguments,
+    outputs,
+    reference=reference,
+    check=_check_rows,
     gradients=("visible", "mask_token", "pos_embed"),
-    forward=_forward,
-    forward_fake=_forward_fake,
-    backward=_backward,
-    backward_fake=_backward_fake,
 )
+
+
+def _without_ones(x: Any, dimensions: int) -> Any:
+    """x less dimensions of size 1 in front, if that leaves as many as these"""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.dim() <= dimensions:
+        return x
+    shape = x.shape[-dimensions:]
+    return x.reshape(shape) if x.numel() == shape.numel() else x
 
 
 def restore_tokens(
@@ -132,8 +85,8 @@ def restore_tokens(
         visible: [B, P + K, D], P prefix tokens (MAE's class token: P = 1) before K visible ones; float32, float16,
             bfloat16 or float64.
         mask_token: D elements, [1, 1, D] or [D].
-        ids_restore: [B, L] int64 in [0, L), from `random_mask`. On a GPU they are not looked at: an id outside gives a
-            row of NaN (with device-side asserts compiled in, the kernel stops instead).
+        ids_restore: [B, L] int64 or int32 in [0, L), from `random_mask`. On a GPU they are not looked at: an id outside
+            gives a row of NaN (with device-side asserts compiled in, the kernel stops instead).
         pos_embed: [1, P + L, D] or [P + L, D], added to the result.
         num_prefix: P; these tokens stay in front.
         backend: "cpu", "cuda" or "eager"; the fastest that can run here if None (see `sslops.explain`).
@@ -149,14 +102,6 @@ def restore_tokens(
 
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
     """
-    _check_all(visible, mask_token, ids_restore, pos_embed, num_prefix)
-    backend = resolve("restore_tokens", visible.device, _dtype(visible, mask_token, pos_embed), backend)
-    d, rows = visible.shape[2], num_prefix + ids_restore.shape[1]
-    token, positions = mask_token.reshape(d), None if pos_embed is None else pos_embed.reshape(rows, d)
-    if backend == "eager":
-        if not torch.compiler.is_compiling():
-            _check.id_range("restore_tokens", ids_restore.shape[1], ids_restore=ids_restore)
-        return reference(visible, token, ids_restore, positions, num_prefix)
-    pos_grad = positions is not None and positions.requires_grad
-    out: Tensor = torch.ops.sslops.restore_tokens(visible, token, ids_restore, positions, num_prefix, pos_grad, backend)
+    token, positions = _without_ones(mask_token, 1), _without_ones(pos_embed, 2)
+    out: Tensor = _run(Arguments(visible, token, _check.ids64(ids_restore), positions, num_prefix), backend)
     return out

@@ -4,7 +4,9 @@
 #include <cstdio>
 #include <memory>
 #include <random>
+#include <vector>
 
+#include "contiguous.h"
 #include "cpu/gather_tokens.h"
 
 namespace sslops::gather_tokens {
@@ -77,7 +79,24 @@ int compare(const Shape& s, DType dtype, DType grad_dtype, std::mt19937& random)
   return wrong;
 }
 
+// What Python calls, with addresses only where there are elements.
+void call_without_elements(int64_t batch, int64_t rows, int64_t count, int64_t d) {
+  std::vector<float> values(batch * (rows + count) * d + 1);
+  std::vector<int64_t> numbers(batch * count + 1);
+  const Contiguous<3> tokens(DType::f32, 4, {batch, rows, d}, values.data());
+  const Contiguous<3> out(DType::f32, 4, {batch, count, d}, values.data() + batch * rows * d);
+  const Contiguous<2> ids(DType::i64, 8, {batch, count}, numbers.data());
+  portable::table.call_forward(tokens, ids, out);
+  portable::table.call_backward(out, ids, tokens);
+  cuda_table().forward(tokens, ids, out, {});
+  cuda_table().backward(out, ids, tokens, {});
+  cuda_table().scatter(out, ids, tokens, {});
+}
+
 int run() {
+  call_without_elements(0, 3, 2, 4);
+  call_without_elements(2, 3, 0, 4);
+  call_without_elements(2, 3, 2, 0);
   std::mt19937 random(0);
   int wrong = 0;
   for (DType dtype : {DType::f32, DType::bf16, DType::f16})

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "contiguous.h"
 #include "cpu/restore_tokens.h"
 
 namespace sslops::restore_tokens {
@@ -87,7 +88,28 @@ int compare(const Shape& s, DType visible_dtype, DType token_dtype, DType out_dt
   return wrong;
 }
 
+// What Python calls, with addresses only where there are elements.
+void call_without_elements(int64_t batch, int64_t prefix, int64_t length, int64_t d) {
+  std::vector<float> values((2 * batch + 2) * (prefix + length) * d + 2 * d + 1);
+  std::vector<double> sums((prefix + length) * d + 1);
+  std::vector<int64_t> numbers(batch * length + 1);
+  float* const rest = values.data() + 2 * batch * (prefix + length) * d;
+  const Contiguous<3> visible(DType::f32, 4, {batch, prefix + length, d}, values.data());
+  const Contiguous<3> out(DType::f32, 4, {batch, prefix + length, d}, values.data() + visible.tensor.numel);
+  const Contiguous<2> ids(DType::i64, 8, {batch, length}, numbers.data());
+  const Contiguous<2> positions(DType::f32, 4, {prefix + length, d}, rest);
+  const Contiguous<1> token(DType::f32, 4, {d}, rest + positions.tensor.numel);
+  const Contiguous<2> parts(DType::f64, 8, {prefix + length, d}, sums.data());
+  portable::table.call_forward(visible, token, positions, ids, length, out);
+  portable::table.call_reduce(out, ids, length, parts, positions, token);
+  cuda_table().forward(visible, token, positions, ids, length, out, {});
+  cuda_table().reduce(out, ids, length, parts, positions, {});
+}
+
 int run() {
+  call_without_elements(0, 1, 2, 4);
+  call_without_elements(2, 0, 0, 4);
+  call_without_elements(2, 1, 2, 0);
   std::mt19937 random(0);
   const DType f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
   int wrong = 0;

@@ -23,7 +23,7 @@ OPS = (
     "random_token_corruption",
     "restore_tokens",
 )
-DRIVERS = {"probe": [], **{op: [f"cpu/{op}.cpp", "common/parallel.cpp"] for op in OPS}}
+DRIVERS = {"probe": [], **{op: [f"cpu/{op}.cpp", "common/huge_pages.cpp", "common/parallel.cpp"] for op in OPS}}
 SANITIZERS = {
     "plain": "",
     "memory": "-fsanitize=address,undefined -fno-sanitize-recover=all",
