@@ -67,6 +67,7 @@ void call_forward(Tensor visible, Tensor mask_token, Tensor positions, Tensor id
 }
 
 void call_reduce(Tensor grad, Tensor ids, int64_t kept, Tensor parts, Tensor positions, Tensor token) {
+  if (!token.numel) return;
   reduce(array(grad), ids.as<int64_t>(), shape(ids, kept, grad), parts.as<double>(), token.as<float>(),
          positions.as<float>());
 }
