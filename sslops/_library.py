@@ -61,6 +61,8 @@ class Schema:
         self.text, self.count = ", ".join(parts), len(parts)
 
     def lower(self, x: Any) -> list[Any]:
+        if not self.numbers:
+            return list(x)
         values: list[Any] = []
         for name, value in zip(x._fields, x, strict=True):
             if name not in self.numbers:
@@ -72,6 +74,8 @@ class Schema:
         return values
 
     def lift(self, values: Sequence[Any]) -> Any:
+        if not self.numbers:
+            return self.arguments(*values)
         taken = iter(values)
         found = []
         for name in self.arguments._fields:
@@ -95,6 +99,8 @@ def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
         _require(name, x, dtype)
     if forward_ad._current_level >= 0:
         raise RuntimeError(f"{name}: fused kernels have no forward-mode derivative; use backend='eager'")
+    if not torch.is_autocast_enabled(device.type):
+        return run()
     with torch.autocast(device.type, enabled=False):
         return run()
 
@@ -110,7 +116,7 @@ def _is_spread(x: Any) -> bool:
 
 
 def _replaced(x: Any, **values: Any) -> Any:
-    return type(x)(*(values.get(name, value) for name, value in zip(x._fields, x, strict=True)))
+    return type(x)(*map(values.get, x._fields, x))
 
 
 def _wide(x: Any) -> torch.dtype:
