@@ -5,7 +5,7 @@ TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueErr
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import torch
@@ -17,12 +17,18 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Of(NamedTuple):
     """What a tensor argument must be."""
 
-    shape: str  # "N D": a name is the same number wherever it stands, or that of an integer argument; "": 0-d
+    shape: str  # "N D": a name is the same number wherever it stands, or that of an integer argument; "": 0-d; *: any
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     like: str = ""  # of the dtype of this argument
     strided: bool = False  # kernels take any strides; contiguous otherwise
     spread: bool = False  # with a group, the rank's part of a batch
     optional: bool = False  # found in the annotation: Tensor | None
+    each: bool = False  # a list of such tensors
+
+
+def first(x: Any) -> Any:
+    """The tensor that a backend is chosen by"""
+    return x[0][0] if isinstance(x[0], list) else x[0]
 
 
 def declared(arguments: type[Any]) -> dict[str, Of]:
@@ -41,10 +47,7 @@ def declared(arguments: type[Any]) -> dict[str, Of]:
 def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
     """That x's tensors are what they are declared to be, one another's in shape, dtype and device."""
     sizes: dict[str, int] = {}
-    for name, of in declared.items():
-        value = getattr(x, name)
-        if value is None and of.optional:
-            continue
+    for name, of, value in _each(x, declared):
         wanted = of.shape.split()
         text = f"[{', '.join(wanted)}]"
         if not isinstance(value, Tensor):
@@ -60,13 +63,23 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
             bad_value(op, name, f"shape {text}", list(value.shape))
         for dimension, size in zip(wanted, value.shape, strict=True):
             known = sizes.setdefault(dimension, getattr(x, dimension, size))
-            if known != size:
+            if known != size and dimension != "*":
                 shape = ", ".join(str(sizes.get(each, each)) for each in wanted)
                 bad_value(op, name, f"shape [{shape}]", list(value.shape))
-        if of.like and value.dtype != getattr(x, of.like).dtype:
-            bad_value(op, name, f"the dtype of {of.like}, {getattr(x, of.like).dtype}", value.dtype)
-        if value.device != x[0].device:
-            bad_value(op, name, f"the device of {x._fields[0]}, {x[0].device}", value.device)
+        if of.like and value.dtype != (like := getattr(x, of.like)).dtype:
+            bad_value(op, name, f"the dtype of {of.like}, {like.dtype}", value.dtype)
+        if value.device != first(x).device:
+            bad_value(op, name, f"the device of {x._fields[0]}, {first(x).device}", value.device)
+
+
+def _each(x: Any, declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:
+    """The tensors that are there, one by one"""
+    for name, of in declared.items():
+        value = getattr(x, name)
+        if of.each:
+            yield from ((f"{name}[{k}]" if len(value) > 1 else name, of, each) for k, each in enumerate(value))
+        elif value is not None or not of.optional:
+            yield name, of, value
 
 
 def output(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -181,8 +194,8 @@ def scalars(op: str, x: Any, names: Iterable[str]) -> dict[str, Any]:
             bad_type(op, name, "a floating-point tensor", value.dtype)
         if value.numel() != 1:
             bad_value(op, name, "a number or a tensor of one element", f"shape {list(value.shape)}")
-        if value.device != x[0].device:
-            bad_value(op, name, f"the embeddings' device, {x[0].device}", value.device)
+        if value.device != first(x).device:
+            bad_value(op, name, f"the embeddings' device, {first(x).device}", value.device)
         found[name] = value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
     return found
 
