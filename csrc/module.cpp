@@ -19,6 +19,7 @@
 #include "cpu/random_token_corruption.h"
 #include "cpu/relic.h"
 #include "cpu/restore_tokens.h"
+#include "cpu/sinkhorn.h"
 #include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
 #include "cuda/ema_update.h"
@@ -406,6 +407,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, cross_correlation::table);
   bind(m, nt_xent::table);
   bind(m, relic::table);
+  bind(m, sinkhorn::table);
   bind(m, vicreg::table);
   bind_ema_update(m);
   bind_random_mask(m);

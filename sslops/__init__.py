@@ -17,6 +17,7 @@ from .ops.random_mask import random_mask
 from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic, relic_multicrop
 from .ops.restore_tokens import restore_tokens
+from .ops.sinkhorn import sinkhorn
 from .ops.vicreg import vicreg
 from .queue import NegativeQueue
 
@@ -44,5 +45,6 @@ __all__ = [
     "relic",
     "relic_multicrop",
     "restore_tokens",
+    "sinkhorn",
     "vicreg",
 ]

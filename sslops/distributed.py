@@ -241,18 +241,25 @@ _define(
 )
 
 
+def _all_reduce(x: Tensor, group: str, how: str, op: str) -> Tensor:
+    if not op:
+        return all_reduce(x, group, how)
+    with agreed(op, group, [x]) as (own,):
+        return all_reduce(own, group, how)
+
+
 _define(
-    "all_reduce(Tensor x, str group, str how) -> Tensor",
-    lambda x, group, how: all_reduce(x, group, how),
-    lambda x, group, how: torch.empty_like(x),
+    "all_reduce(Tensor x, str group, str how, str op) -> Tensor",  # op: whose ranks must agree, or "": they do
+    _all_reduce,
+    lambda x, group, how, op: torch.empty_like(x),
     _keep,
-    lambda ctx, grad: (grad * size(ctx.rest[0]), None, None),  # of a sum
+    lambda ctx, grad: (grad * size(ctx.rest[0]), None, None, None),  # of a sum
 )
 
 
 def mean(x: Tensor, group: str) -> Tensor:
     """Of the ranks' x. A rank's gradient is that of its own x."""
-    return torch.ops.sslops.all_reduce(x, group, "sum") / size(group) if group else x
+    return torch.ops.sslops.all_reduce(x, group, "sum", "") / size(group) if group else x
 
 
 def gathered(op: str, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:

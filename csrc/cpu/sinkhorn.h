@@ -1,0 +1,22 @@
+// Sinkhorn's normalisation (arXiv 2006.09882, Section 3) in potentials: nothing of the size of the scores is written.
+#pragma once
+#include "../common/isa.h"
+#include "../common/tensor.h"
+
+namespace sslops::sinkhorn {
+
+struct Table {
+  // Of each column of scores [V, B, K]: top [V, K], a maximum of x = scores / temperature, and sums [V, K] of
+  // exp(x - top).
+  void (*columns)(Tensor scores, double temperature, Tensor top, Tensor sums);
+  // mass [V, K]: column sums of each row's softmax of x + b, b [V, K].
+  void (*mass)(Tensor scores, double temperature, Tensor b, Tensor mass);
+
+  static constexpr auto bound() {
+    return std::tuple{Bound{"sinkhorn_columns", &Table::columns}, Bound{"sinkhorn_mass", &Table::mass}};
+  }
+};
+
+SSLOPS_DECLARE_TABLE
+
+}  // namespace sslops::sinkhorn
