@@ -139,8 +139,6 @@ def test_empty_and_not_finite(backend):
     x = scores(40, 70)
     x[3, 2] = float("nan")
     assert sslops.sinkhorn(x, backend=backend).isnan().all()
-    first = sslops.sinkhorn(x, iterations=1, backend=backend)
-    assert first.isnan().nonzero().tolist() == [[2]]
 
 
 def test_mass_below_the_range_leaves_b():
@@ -148,8 +146,7 @@ def test_mass_below_the_range_leaves_b():
     x = torch.tensor([[0.0, -1000.0], [0.0, -1000.0]])
     for backend in ("cpu", "eager"):
         b = sslops.sinkhorn(x, temperature=1.0, start="probabilities", backend=backend)
-        assert b[1] == 0
-        assert b.isfinite().all()
+        torch.testing.assert_close(b[1] - b[0], 3 * torch.tensor(2.0).log())
 
 
 @each_target

@@ -16,7 +16,7 @@ struct Row {
   DType dtype;
 };
 
-// y [n, to whole vectors], -inf behind n; returns the maximum. bias may be null.
+// y [n, to whole vectors], the lowest number behind n; returns the maximum. bias may be null.
 template <DType kType, bool kBias>
 float scale_tile(const char* x, int64_t first, int64_t n, float inverse, const float* bias, float* y) {
   F top[4] = {splat(kLowest), splat(kLowest), splat(kLowest), splat(kLowest)};
@@ -24,7 +24,7 @@ float scale_tile(const char* x, int64_t first, int64_t n, float inverse, const f
     F v = load_as_float(x, kType, first + j, lanes) * inverse;
     if (kBias) v += load_lanes(bias + first + j, lanes, 0.f);
     if (lanes < kLanes) {
-      F padded = splat(-kInf);
+      F padded = splat(kLowest);
       std::memcpy(&padded, &v, lanes * sizeof(float));
       v = padded;
     }

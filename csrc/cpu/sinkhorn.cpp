@@ -32,7 +32,7 @@ int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 
 constexpr int64_t kColumns = 1024, kRows = 64;
 
-// kCount rows at once: e^(x - top) to the sums.
+// kCount rows at once: e^((x - top) / temperature) to the sums.
 template <DType kType, int kCount>
 SSLOPS_INLINE void add_rows(const Scores& x, int64_t view, int64_t i, int64_t first, int64_t n, const float* top,
                             float* sums) {
@@ -41,7 +41,7 @@ SSLOPS_INLINE void add_rows(const Scores& x, int64_t view, int64_t i, int64_t fi
     F total = load(sums + j);
     for (int r = 0; r < kCount; ++r) __builtin_prefetch(x.row(view, i + r + kRows).data + (first + j) * x.item);
     for (int r = 0; r < kCount; ++r)
-      total += exp_nonpositive(load_as_float(x.row(view, i + r).data, kType, first + j, lanes) * x.inverse - t);
+      total += exp_nonpositive((load_as_float(x.row(view, i + r).data, kType, first + j, lanes) - t) * x.inverse);
     store(sums + j, total);
   });
 }
@@ -56,7 +56,7 @@ void column_range(const Scores& x, int64_t view, int64_t first, int64_t n, float
     for (int64_t i = begin; i < end; ++i) {
       const char* const row = x.row(view, i).data;
       for_each_vector(n, [&](int64_t j, int lanes) {
-        store(raised + j, max(load_as_float(row, kType, first + j, lanes) * x.inverse, load(raised + j)));
+        store(raised + j, max(load_as_float(row, kType, first + j, lanes), load(raised + j)));
       });
     }
     int64_t i = begin;
@@ -64,7 +64,7 @@ void column_range(const Scores& x, int64_t view, int64_t first, int64_t n, float
     for (; i < end; ++i) add_rows<kType, 1>(x, view, i, first, n, raised, block);
     for (int64_t j = 0; j < n; j += kLanes) {
       const F to = load(raised + j), old = load(top + j);
-      store(sums + j, load(sums + j) * exp_nonpositive(old - to) + load(block + j));
+      store(sums + j, load(sums + j) * exp_nonpositive((old - to) * x.inverse) + load(block + j));
       store(top + j, to);
     }
   }

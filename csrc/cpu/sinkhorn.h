@@ -6,10 +6,9 @@
 namespace sslops::sinkhorn {
 
 struct Table {
-  // Of each column of scores [V, B, K]: top [V, K], a maximum of x = scores / temperature, and sums [V, K] of
-  // exp(x - top).
+  // Of each column of scores [V, B, K]: top [V, K], a maximum, and sums [V, K] of exp((score - top) / temperature).
   void (*columns)(Tensor scores, double temperature, Tensor top, Tensor sums);
-  // mass [V, K]: column sums of each row's softmax of x + b, b [V, K].
+  // mass [V, K]: column sums of each row's softmax of scores / temperature + b, b [V, K].
   void (*mass)(Tensor scores, double temperature, Tensor b, Tensor mass);
 
   static constexpr auto bound() {

@@ -50,7 +50,7 @@ def potentials(
     for k in range(x.iterations - x.balanced):
         sums = of_all(mass(x, b), "sum", first=k == 0 and not x.balanced)
         b = b - torch.where(sums == 0, 0.0, sums.log())
-    return b
+    return b - b.mean(1, keepdim=True)  # small numbers have small roundings
 
 
 def reference(x: Arguments) -> Tensor:
@@ -103,12 +103,12 @@ def sinkhorn(
         start: "scores" begins with the columns of exp(scores / temperature); "probabilities" with those of each row's
             softmax, as MSN does. There a prototype whose mass is 0 in the dtype keeps its b.
         group: None, or "world" or a ProcessGroup over whose ranks the batch lies; ranks may have different numbers of
-            rows. K floats travel in an iteration, and in the first one twice.
+            rows. K numbers travel in an iteration, and in the first one twice.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
-        b, [K] or [V, K] in float32 (float64 for float64 input); 0 for no rows; NaN where a score is NaN, for all
-        prototypes after the first iteration.
+        b, [K] or [V, K] in float32 (float64 for float64 input), up to a constant that cancels in the softmax: its mean
+        is 0. All 0 for no rows, and all NaN if a score is.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
