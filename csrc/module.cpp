@@ -15,10 +15,12 @@
 #include "cpu/info_nce.h"
 #include "cpu/masked_patch_mse.h"
 #include "cpu/nt_xent.h"
+#include "cpu/prototypes.h"
 #include "cpu/random_mask.h"
 #include "cpu/random_token_corruption.h"
 #include "cpu/relic.h"
 #include "cpu/restore_tokens.h"
+#include "cpu/sinkhorn.h"
 #include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
 #include "cuda/ema_update.h"
@@ -54,6 +56,25 @@ struct type_caster<Tensor> {
     value = read_tensor(reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(address.ptr())));
     return true;
   }
+};
+
+// A list of torch tensors.
+template <>
+struct type_caster<Tensors> {
+  PYBIND11_TYPE_CASTER(Tensors, const_name("list[Tensor]"));
+  bool load(handle source, bool convert) {
+    if (!isinstance<list>(source)) return false;
+    for (const handle each : reinterpret_borrow<list>(source)) {
+      make_caster<Tensor> one;
+      if (!one.load(each, convert)) return false;
+      held_.push_back(cast_op<Tensor>(one));
+    }
+    value = {held_.data(), static_cast<int64_t>(held_.size())};
+    return true;
+  }
+
+ private:
+  std::vector<Tensor> held_;
 };
 
 // A torch.dtype.
@@ -208,10 +229,12 @@ PYBIND11_MODULE(_C, m) {
   bind(m, info_nce::table);
   bind(m, masked_patch_mse::table);
   bind(m, nt_xent::table);
+  bind(m, prototypes::table);
   bind(m, random_mask::table);
   bind(m, random_token_corruption::table);
   bind(m, relic::table);
   bind(m, restore_tokens::table);
+  bind(m, sinkhorn::table);
   bind(m, vicreg::table);
   bind_ema_update(m);
 #ifdef SSLOPS_CUDA

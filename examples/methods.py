@@ -180,7 +180,14 @@ class MoCo(MomentumTarget):
         self.queue.enqueue(self.keys)  # after the loss: a key is no negative of its own query
 
 
-LARGE, SMALL = 2, 3  # RELICv2's crops
+LARGE, SMALL = 2, 3  # crops of each image
+
+
+def multicrop(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The large crops of all images, crop after crop, and the small ones."""
+    small = round(0.65 * images.shape[-1])  # enough for the encoder to give as many features as of a large crop
+    large_crops = augment(images.repeat(LARGE, 1, 1, 1))
+    return large_crops, augment(images.repeat(SMALL, 1, 1, 1), small, shown=(0.5, 0.85))
 
 
 def fused_relic(*crops: Tensor, **constants: float) -> Tensor:
@@ -213,13 +220,105 @@ class RELICv2(MomentumTarget):
     }
 
     def views(self, images: Tensor) -> tuple[Tensor, ...]:
-        small = round(0.65 * images.shape[-1])  # enough for the encoder to give as many features as of a large crop
-        large_crops = augment(images.repeat(LARGE, 1, 1, 1))
-        return large_crops, augment(images.repeat(SMALL, 1, 1, 1), small, shown=(0.5, 0.85))
+        return multicrop(images)
 
     def forward(self, large: Tensor, small: Tensor) -> tuple[Tensor, ...]:
         online = (*self.online(large).chunk(LARGE), *self.online(small).chunk(SMALL))
         return *online, *self.target(large).chunk(LARGE)
+
+
+class Prototypes(nn.Module):
+    """Cosines of embeddings `[N, D]` with K prototypes."""
+
+    def __init__(self, width: int, prototypes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(prototypes, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x) @ F.normalize(self.weight).T
+
+
+def fused_dino(large: Tensor, small: Tensor, teacher: Tensor, bias: Tensor) -> Tensor:
+    return sslops.dino([large, small], teacher, teacher_temp=TEACHER_TEMP, bias=bias)
+
+
+def cross_entropy_of_pairs(student: Tensor, q: Tensor) -> Tensor:
+    """Of all crops `[V, N, K]` with the assignments of the large ones `[T, N, K]`, but for equal crops."""
+    losses = -torch.einsum("vnk,tnk->vt", (student / 0.1).log_softmax(2), q) / student.shape[1]
+    return (losses.sum() - losses.diagonal().sum()) / (losses.numel() - min(losses.shape))
+
+
+def eager_dino(large: Tensor, small: Tensor, teacher: Tensor, bias: Tensor) -> Tensor:
+    return cross_entropy_of_pairs(torch.cat([large, small]), (teacher / TEACHER_TEMP + bias).softmax(2))
+
+
+TEACHER_TEMP = 0.04
+
+
+class DINO(MomentumTarget):
+    """The target's large crops are the teacher: its logits, centred, for the other crops of the online network."""
+
+    prototypes = 1024
+    steps, batch, momentum = 150, 512, 0.9
+    losses: ClassVar = {"sslops": fused_dino, "eager": eager_dino}
+
+    def __init__(self, side: int):
+        super().__init__(side)
+        for network in (self.online, self.target):
+            network.append(Prototypes(self.projection, self.prototypes))
+        self.target.load_state_dict(self.online.state_dict())
+        self.target.requires_grad_(False)
+        self.ema = sslops.EMA(self.target, self.online, self.momentum)
+        self.center = sslops.nn.PrototypeCenter(self.prototypes)
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return multicrop(images)
+
+    def forward(self, large: Tensor, small: Tensor) -> tuple[Tensor, ...]:
+        self.teacher = self.target(large).unflatten(0, (LARGE, -1))
+        student = (self.online(x).unflatten(0, (n, -1)) for x, n in ((large, LARGE), (small, SMALL)))
+        return *student, self.teacher, self.center.bias(TEACHER_TEMP)[None]
+
+    def update(self) -> None:
+        super().update()
+        self.center.update(self.teacher)
+
+
+def fused_swav(large: Tensor, small: Tensor) -> Tensor:
+    return sslops.swav([large, small])
+
+
+def eager_swav(large: Tensor, small: Tensor) -> Tensor:
+    """With the assignments as a matrix, as SwAV's own code has it."""
+    assignments = []
+    for scores in large.detach():
+        q = (scores / 0.05).exp()
+        for _ in range(3):
+            q = q / q.sum(dim=0)
+            q = q / q.sum(dim=1, keepdim=True)
+        assignments.append(q)
+    return cross_entropy_of_pairs(torch.cat([large, small]), torch.stack(assignments))
+
+
+class SwAV(Method):
+    """One network for all crops; the large ones are assigned to prototypes in balance."""
+
+    hidden, projection, prototypes = 256, 128, 512
+    steps, batch = 150, 512
+    losses: ClassVar = {"sslops": fused_swav, "eager": eager_swav}
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.encoder, features = conv_encoder(side)
+        self.head = mlp(features, self.hidden, self.projection)
+        self.last = Prototypes(self.projection, self.prototypes)
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return multicrop(images)
+
+    def forward(self, large: Tensor, small: Tensor) -> tuple[Tensor, ...]:
+        crops = ((large, LARGE), (small, SMALL))
+        return tuple(self.last(self.head(self.encoder(x))).unflatten(0, (n, -1)) for x, n in crops)
 
 
 def standard(images: Tensor) -> Tensor:
@@ -298,5 +397,7 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
     "moco": MoCo,
     "relicv2": RELICv2,
+    "dino": DINO,
+    "swav": SwAV,
     "mae": MAE,
 }

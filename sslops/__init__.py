@@ -7,9 +7,11 @@ from .ema import EMA, cosine_momentum, ema_avg_fn
 from .masking import random_masking
 from .ops.barlow_twins import barlow_twins
 from .ops.cross_correlation import cross_correlation
+from .ops.dino import dino
 from .ops.ema_update import ema_update_
 from .ops.gather_patches import gather_patches
 from .ops.gather_tokens import gather_tokens
+from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_patch_mse import masked_patch_mse
 from .ops.nt_xent import nt_xent
@@ -17,7 +19,9 @@ from .ops.random_mask import random_mask
 from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic, relic_multicrop
 from .ops.restore_tokens import restore_tokens
+from .ops.sinkhorn import sinkhorn
 from .ops.vicreg import vicreg
+from .prototypes import swav
 from .queue import NegativeQueue
 
 __version__ = "0.1.0"
@@ -27,11 +31,13 @@ __all__ = [
     "barlow_twins",
     "cosine_momentum",
     "cross_correlation",
+    "dino",
     "ema_avg_fn",
     "ema_update_",
     "explain",
     "gather_patches",
     "gather_tokens",
+    "ibot",
     "info_nce",
     "masked_patch_mse",
     "nn",
@@ -44,5 +50,7 @@ __all__ = [
     "relic",
     "relic_multicrop",
     "restore_tokens",
+    "sinkhorn",
+    "swav",
     "vicreg",
 ]

@@ -5,7 +5,7 @@ TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueErr
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import torch
@@ -18,8 +18,8 @@ ID_DTYPES = (torch.int64,)
 class Of(NamedTuple):
     """What a tensor argument must be."""
 
-    # "N D": a name is the same number wherever it stands, or that of an integer argument; "": 0-d; "...": any, and
-    # one another's
+    # "N D": a name is the same number wherever it stands, or that of an integer argument; "*" is any; "": 0-d;
+    # "...": any dimensions, and one another's
     shape: str
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     like: str = ""  # of the dtype of this argument
@@ -27,6 +27,12 @@ class Of(NamedTuple):
     spread: bool = False  # with a group, the rank's part of a batch
     optional: bool = False  # found in the annotation: Tensor | None
     below: Callable[[Any], int] | None = None  # indices in [0, below(the arguments))
+    each: bool = False  # a list of such tensors
+
+
+def first(x: Any) -> Any:
+    """The tensor that a backend is chosen by"""
+    return x[0][0] if isinstance(x[0], list) else x[0]
 
 
 def declared(arguments: type[Any]) -> dict[str, Of]:
@@ -46,10 +52,7 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
     """That x's tensors are what they are declared to be, one another's in shape, dtype and device."""
     sizes: dict[str, int] = {}
     whole: list[int] | None = None  # the shape of "..."
-    for name, of in declared.items():
-        value = getattr(x, name)
-        if value is None and of.optional:
-            continue
+    for name, of, value in _each(x, declared):
         wanted = of.shape.split()
         text = f"[{', '.join(wanted)}]"
         if not isinstance(value, Tensor):
@@ -69,13 +72,23 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
             bad_value(op, name, f"shape {text}", list(value.shape))
         for dimension, size in zip(wanted, value.shape, strict=False):
             known = sizes.setdefault(dimension, getattr(x, dimension, size))
-            if known != size:
+            if known != size and dimension != "*":
                 shape = ", ".join(str(sizes.get(each, each)) for each in wanted)
                 bad_value(op, name, f"shape [{shape}]", list(value.shape))
-        if of.like and value.dtype != getattr(x, of.like).dtype:
-            bad_value(op, name, f"the dtype of {of.like}, {getattr(x, of.like).dtype}", value.dtype)
-        if value.device != x[0].device:
-            bad_value(op, name, f"the device of {x._fields[0]}, {x[0].device}", value.device)
+        if of.like and value.dtype != (like := getattr(x, of.like)).dtype:
+            bad_value(op, name, f"the dtype of {of.like}, {like.dtype}", value.dtype)
+        if value.device != first(x).device:
+            bad_value(op, name, f"the device of {x._fields[0]}, {first(x).device}", value.device)
+
+
+def _each(x: Any, declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:
+    """The tensors that are there, one by one"""
+    for name, of in declared.items():
+        value = getattr(x, name)
+        if of.each:
+            yield from ((f"{name}[{k}]" if len(value) > 1 else name, of, each) for k, each in enumerate(value))
+        elif value is not None or not of.optional:
+            yield name, of, value
 
 
 def indices(op: str, x: Any, declared: Mapping[str, Of]) -> None:
@@ -202,8 +215,8 @@ def scalars(op: str, x: Any, names: Iterable[str]) -> dict[str, Any]:
             bad_type(op, name, "a floating-point tensor", value.dtype)
         if value.numel() != 1:
             bad_value(op, name, "a number or a tensor of one element", f"shape {list(value.shape)}")
-        if value.device != x[0].device:
-            bad_value(op, name, f"the embeddings' device, {x[0].device}", value.device)
+        if value.device != first(x).device:
+            bad_value(op, name, f"the embeddings' device, {first(x).device}", value.device)
         found[name] = value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
     return found
 

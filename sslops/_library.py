@@ -5,7 +5,7 @@ kernels and fakes take it, and torch's schema is derived from its fields.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -16,12 +16,13 @@ from . import _check, distributed
 from ._precision import compute_dtype
 from .backend import BACKENDS, is_distributed, kernel, refusal, resolve
 
-__all__ = ["Out", "Schema", "register"]
+__all__ = ["LIBRARY", "Out", "Schema", "register"]
 
-_LIBRARY = torch.library.Library("sslops", "FRAGMENT")
+LIBRARY = torch.library.Library("sslops", "FRAGMENT")
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
     torch.dtype: "ScalarType",
     bool: "bool",
     float: "float",
@@ -49,6 +50,7 @@ class Schema:
     def __init__(self, arguments: type[Any]) -> None:
         hints = get_type_hints(arguments)
         self.arguments, self.numbers = arguments, {name for name, kind in hints.items() if kind == float | Tensor}
+        self.lists = {name for name, kind in hints.items() if kind == list[Tensor]}
         self.names: list[str] = []  # as the schema has them
         parts = []
         for name, kind in hints.items():
@@ -94,8 +96,9 @@ def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
     """
     if x.backend not in BACKENDS or x.backend == "eager":
         _check.bad_value(name, "backend", "a backend with kernels", repr(x.backend))
-    device = x[0].device
-    for dtype in (x[0].dtype, getattr(x, "operand_dtype", x[0].dtype)):
+    first = _check.first(x)
+    device = first.device
+    for dtype in (first.dtype, getattr(x, "operand_dtype", first.dtype)):
         _require(name, x, dtype)
     if forward_ad._current_level >= 0:
         raise RuntimeError(f"{name}: fused kernels have no forward-mode derivative; use backend='eager'")
@@ -106,7 +109,7 @@ def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
 
 
 def _require(name: str, x: Any, dtype: torch.dtype) -> None:
-    reason = refusal(x.backend, name, x[0].device, dtype, _is_spread(x))
+    reason = refusal(x.backend, name, _check.first(x).device, dtype, _is_spread(x))
     if reason is not None:
         raise RuntimeError(f"{name}: backend {x.backend!r} cannot run here: {reason}")
 
@@ -121,11 +124,16 @@ def _replaced(x: Any, **values: Any) -> Any:
 
 def _wide(x: Any) -> torch.dtype:
     """The dtype that a backend is chosen by: float64 if any is"""
-    dtypes = [value if isinstance(value, torch.dtype) else value.dtype for value in x if isinstance(value, _DTYPED)]
-    return torch.float64 if torch.float64 in dtypes else x[0].dtype
+    dtypes = [value.dtype for value in _tensors(x)] + [value for value in x if isinstance(value, torch.dtype)]
+    return torch.float64 if torch.float64 in dtypes else _check.first(x).dtype
 
 
-_DTYPED = (Tensor, torch.dtype)
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those in lists too"""
+    found = []
+    for value in values:
+        found += [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)]
+    return found
 
 
 def register(
@@ -146,7 +154,8 @@ def register(
     `name(arguments) -> outputs` and `name_backward(grad, arguments, *saved) -> gradients`.
 
     arguments: a NamedTuple. Its first field is the tensor a backend is chosen by; tensors say what they must be
-    (`Annotated[Tensor, Of("N D")]`), which is checked in ordinary calls and in direct ones of torch.ops.sslops.
+    (`Annotated[Tensor, Of("N D")]`, or list[Tensor]), which is checked in ordinary calls and in direct ones of
+    torch.ops.sslops.
     Fields with a default are filled in here: `backend`, `operand_dtype` (what autocast makes of the first tensor) and
     `needs_grad: list[bool]`, for each of `gradients` whether it will be wanted (if there is no such field, all are).
     With a field `group`, the name of a process group or "", tensors that are `spread` are the
@@ -156,11 +165,13 @@ def register(
     kept for backward and have no gradient. What forward does not return must be empty.
     reference(x): the eager form, of the same outputs as far as the public function uses them.
     check(x): what the declarations do not say.
-    gradients: the arguments that have one, of the argument's own shape and dtype; [0] where it is not wanted.
+    gradients: the arguments that have one, of the argument's own shape and dtype; [0] where it is not wanted. A list's
+    is a list.
     forward(x), backward(grad, x, *saved): the kernel's, or what is to be done around it. Differentiating backward
     raises: that is for backend="eager".
     kept(x): the arguments as backward gets them, those tensors None that it does not need.
-    unit: the output that backward does not get: the gradient itself where grad is 1, or empty. In eager mode on the CPU
+    unit: the output that backward does not get: the gradient itself where grad is 1 (a list's in one piece, along the
+    first dimension), or empty. In eager mode on the CPU
     it is handed out once, scaled in place (half precision only under 1): from there on it is the caller's. Hooks on
     saved tensors do not see it.
     """
@@ -179,12 +190,14 @@ def register(
         found = outputs(x)
         return (found,) if isinstance(found, Out) else found
 
-    def gradient_specs(x: Any) -> list[Out]:
+    def gradient_specs(x: Any) -> list[Out | list[Out]]:
         wanted = getattr(x, "needs_grad", [True] * len(gradients))
-        found = []
+        found: list[Out | list[Out]] = []
         for field, want in zip(gradients, wanted, strict=True):
             value = getattr(x, field)
-            if isinstance(value, Tensor):
+            if field in schema.lists:
+                found.append([Out(tuple(each.shape), each.dtype) for each in value])
+            elif isinstance(value, Tensor):
                 found.append(Out(tuple(value.shape) if want else (0,), value.dtype))
             else:  # a number, or None
                 found.append(Out(() if field in schema.numbers and want else (0,)))
@@ -195,7 +208,7 @@ def register(
         _check.tensors(name, x, declared)
         for field in schema.numbers:
             if isinstance(value := getattr(x, field), Tensor):
-                _check.output(name, field, value, (), torch.float32, x[0].device)
+                _check.output(name, field, value, (), torch.float32, _check.first(x).device)
         check(x)
         if len(getattr(x, "needs_grad", gradients)) != len(gradients):
             _check.bad_value(name, "needs_grad", f"{len(gradients)} flags", x.needs_grad)
@@ -205,7 +218,7 @@ def register(
 
     def dense(x: Any) -> Any:
         fields = [field for field, of in declared.items() if not of.strided and getattr(x, field) is not None]
-        return _replaced(x, **{field: getattr(x, field).contiguous() for field in fields})
+        return _replaced(x, **{field: _contiguous(getattr(x, field)) for field in fields})
 
     def on_all_ranks(x: Any) -> Any:
         with distributed.agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
@@ -240,7 +253,7 @@ def register(
                 _check.bad_type(name, field, "a floating-point tensor, to have a gradient", value.dtype)
         wanted = dict(zip(("grad", *names[1:]), specs(x), strict=True))
         for field, value in zip(("grad", *of_forward), (grad, *saved), strict=True):
-            _check.output(name, field, value, wanted[field].shape, wanted[field].dtype, x[0].device)
+            _check.output(name, field, value, wanted[field].shape, wanted[field].dtype, _check.first(x).device)
         return run_back(grad, *values)
 
     def backward_fake(grad: Tensor, *values: Any) -> Any:
@@ -260,7 +273,7 @@ def register(
         group = getattr(x, "group", "")
         # What is not the same of the gathered batch needs a distributed form.
         needed = "" if getattr(x, "synced", True) else group
-        filled["backend"] = resolve(name, x[0].device, _wide(x), backend, needed)
+        filled["backend"] = resolve(name, _check.first(x).device, _wide(x), backend, needed)
         if "operand_dtype" in x._fields:
             filled["operand_dtype"] = compute_dtype(x[0])
         if group and not is_distributed(filled["backend"], name):
@@ -270,7 +283,7 @@ def register(
         if "needs_grad" in x._fields:
             values = (filled.get(field, getattr(x, field)) for field in gradients)
             filled["needs_grad"] = [
-                torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad for value in values
+                torch.is_grad_enabled() and any(each.requires_grad for each in _tensors([value])) for value in values
             ]
         traced = _is_traced()
         if not traced:
@@ -281,14 +294,14 @@ def register(
             if isinstance(filled[field], Tensor):
                 filled[field] = filled[field].float()
         x = _replaced(x, **filled)
-        if traced:
+        if traced or schema.lists:  # whose gradients torch.library sees to
             return op(*schema.lower(x))
         return direct(*schema.lower(x)) if gradients and torch.is_grad_enabled() else run(x)
 
     if not gradients:
         return call
     inputs = ", ".join(["Tensor grad", schema.text, *(f"Tensor {each}" for each in of_forward)])
-    results = ", ".join(["Tensor"] * len(gradients))
+    results = ", ".join("Tensor[]" if field in schema.lists else "Tensor" for field in gradients)
     _define(f"{name}_backward", f"({inputs}) -> ({results})", backward_implementation, backward_fake)
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
@@ -298,13 +311,16 @@ def register(
         ctx.mark_non_differentiable(*extra.values())
         ctx.unit = extra.pop(unit, None) if unit else None
         ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
-        ctx.is_tensor = [isinstance(value, Tensor) for value in values]
-        ctx.rest = [None if isinstance(value, Tensor) else value for value in values]
-        ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)), *extra.values())
+        ctx.counts = [len(_tensors([value])) for value in values]
+        ctx.rest = [None if count else value for value, count in zip(values, ctx.counts, strict=True)]
+        ctx.save_for_backward(*_tensors(values), *extra.values())
 
-    def differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)
-        values = [next(tensors) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
+        values = [
+            [next(tensors) for _ in range(count)] if n in schema.lists else next(tensors) if count else value
+            for n, count, value in zip(schema.names, ctx.counts, ctx.rest, strict=True)
+        ]
         ready, ctx.unit = ctx.unit, None
         # vmap's have another key, and no value that can be read
         plain = type(grad) is Tensor and torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.CPU)
@@ -314,18 +330,26 @@ def register(
         scales = factor is not None and math.isfinite(factor) and ready.dtype == torch.float32
         if ready is not None and (factor == 1 or scales):
             results = ready if factor == 1 else ready.mul_(grad)
+            if gradients[0] in schema.lists:
+                results = list(ready.split([len(each) for each in values[schema.names.index(gradients[0])]]))
         else:
             del ready  # its memory is of use to the kernel
             through = backward_op if torch.is_grad_enabled() or _is_traced() else run_back
             results = through(grad, *values, *tensors)
         found = dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
-        return tuple(found[n] if n in found and t else None for n, t in zip(schema.names, ctx.is_tensor, strict=True))
+        nothing = [
+            [None] * count if n in schema.lists else None for n, count in zip(schema.names, ctx.counts, strict=True)
+        ]
+        return tuple(
+            found[n] if n in found and count else none
+            for n, count, none in zip(schema.names, ctx.counts, nothing, strict=True)
+        )
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"{name}: fused kernels have no second derivative; use backend='eager'")
 
-    torch.library.register_autograd(f"sslops::{name}", differentiate, setup_context=setup_context, lib=_LIBRARY)
-    torch.library.register_autograd(f"sslops::{name}_backward", refuse, lib=_LIBRARY)
+    torch.library.register_autograd(f"sslops::{name}", differentiate, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"sslops::{name}_backward", refuse, lib=LIBRARY)
 
     # Where nothing traces: the same functions without torch.library around them, a third of a small batch's time.
     class Direct(torch.autograd.Function):
@@ -351,8 +375,13 @@ def _is_traced() -> bool:
     )
 
 
-def _empties(x: Any, specs: Sequence[Out]) -> tuple[Tensor, ...]:
-    return tuple(x[0].new_empty(out.shape, dtype=out.dtype) for out in specs)
+def _contiguous(value: Any) -> Any:
+    return [each.contiguous() for each in value] if isinstance(value, list) else value.contiguous()
+
+
+def _empties(x: Any, specs: Sequence[Any]) -> tuple[Any, ...]:
+    new_empty = _check.first(x).new_empty
+    return tuple(list(_empties(x, s)) if isinstance(s, list) else new_empty(s.shape, dtype=s.dtype) for s in specs)
 
 
 def _bare(values: tuple[Tensor, ...]) -> Any:
@@ -360,6 +389,6 @@ def _bare(values: tuple[Tensor, ...]) -> Any:
 
 
 def _define(op: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sslops::{op}", fake, lib=_LIBRARY)
+    LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sslops::{op}", fake, lib=LIBRARY)

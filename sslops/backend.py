@@ -8,7 +8,6 @@ reference in `sslops/ops/<op>.py`, runs everywhere and comes last.
 import functools
 import importlib
 import importlib.util
-import inspect
 import os
 import pkgutil
 from types import ModuleType
@@ -54,18 +53,9 @@ def kernel(backend: str, op: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-@functools.cache
-def _parameters(backend: str, op: str) -> frozenset[str]:
-    return frozenset(inspect.signature(kernel(backend, op).forward).parameters)
-
-
 def is_distributed(backend: str, op: str) -> bool:
     """Whether it takes a batch that lies spread over ranks as it is. The others take the gathered batch."""
-    if backend == "eager":
-        return False
-    return getattr(kernel(backend, op), "DISTRIBUTED", None) or not _parameters(backend, op).isdisjoint(
-        {"first", "group", "own"}
-    )
+    return backend != "eager" and getattr(kernel(backend, op), "DISTRIBUTED", False)
 
 
 @functools.cache

@@ -23,10 +23,12 @@ __all__ = [
     "Part",
     "agreed",
     "all_gather",
+    "all_reduce",
     "gather_views",
     "gathered",
     "gathered_arguments",
     "gathered_ids",
+    "mean",
     "name",
     "own_rows",
     "part",
@@ -107,6 +109,13 @@ def all_gather(x: Tensor, group: str, dim: int = 0) -> Tensor:
 def gather_views(views: list[Tensor], group: str) -> Tensor:
     """[V, N, D] from the ranks' V views [B, D]"""
     return all_gather(torch.stack(views), group, 1)
+
+
+def all_reduce(x: Tensor, group: str, how: str) -> Tensor:
+    """The sum of the ranks' x, or their maximum"""
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how], group=resolved(group))
+    return out
 
 
 def reduce_scatter(x: Tensor, group: str, dim: int) -> Tensor:
@@ -230,6 +239,27 @@ _define(
     _keep,
     lambda ctx, grad: (torch.ops.sslops.all_gather(grad, *ctx.rest), None, None, None),
 )
+
+
+def _all_reduce(x: Tensor, group: str, how: str, op: str) -> Tensor:
+    if not op:
+        return all_reduce(x, group, how)
+    with agreed(op, group, [x]) as (own,):
+        return all_reduce(own, group, how)
+
+
+_define(
+    "all_reduce(Tensor x, str group, str how, str op) -> Tensor",  # op: whose ranks must agree, or "": they do
+    _all_reduce,
+    lambda x, group, how, op: torch.empty_like(x),
+    _keep,
+    lambda ctx, grad: (grad * size(ctx.rest[0]), None, None, None),  # of a sum
+)
+
+
+def mean(x: Tensor, group: str) -> Tensor:
+    """Of the ranks' x. A rank's gradient is that of its own x."""
+    return torch.ops.sslops.all_reduce(x, group, "sum", "") / size(group) if group else x
 
 
 def gathered(op: str, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:

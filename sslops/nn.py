@@ -1,7 +1,7 @@
 """The losses as modules, and what else training code has as modules."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -13,21 +13,28 @@ from ._check import Of
 from ._precision import compute_dtype
 from .ema import EMA
 from .ops.barlow_twins import barlow_twins
+from .ops.dino import dino
 from .ops.gather_patches import gather_patches
+from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_patch_mse import masked_patch_mse
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
 from .ops.vicreg import vicreg
+from .prototypes import PrototypeCenter, swav
 
 __all__ = [
     "EMA",
     "BarlowTwinsLoss",
+    "DINOLoss",
+    "IBOTLoss",
     "InfoNCELoss",
     "MaskedPatchEmbed",
     "MaskedPatchMSE",
     "NTXentLoss",
+    "PrototypeCenter",
     "RELICLoss",
+    "SwAVLoss",
     "VICRegLoss",
 ]
 
@@ -48,7 +55,8 @@ class _Loss(nn.Module):
                 own = list(inspect.signature(cls.__init__).parameters.values())
                 cls.__signature__ = inspect.Signature(own[1:])
             return
-        tensors = (Tensor, Tensor | None)
+        crops = Tensor | Sequence[Tensor]
+        tensors = (Tensor, Tensor | None, crops, crops | None)
         parameters = inspect.signature(op).parameters.values()
         options = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters if p.annotation not in tensors]
         cls._op, cls._signature = staticmethod(op), inspect.Signature(options)
@@ -65,7 +73,7 @@ class _Loss(nn.Module):
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
 
-    def forward(self, *tensors: Tensor, **named: Tensor) -> Any:
+    def forward(self, *tensors: Any, **named: Any) -> Any:
         return self._op(*tensors, **named, **self._options())
 
     def extra_repr(self) -> str:
@@ -80,6 +88,14 @@ class BarlowTwinsLoss(_Loss, op=barlow_twins):
     """Barlow Twins' loss of two views, (z_a [N, D], z_b [N, D]) -> []: see `sslops.barlow_twins`."""
 
 
+class DINOLoss(_Loss, op=dino):
+    """DINO's loss, (student [V, B, K], teacher [T, B, K], bias=[K]) -> [] or [B]: see `sslops.dino`."""
+
+
+class IBOTLoss(_Loss, op=ibot):
+    """iBOT's loss, (student [R, K], teacher [R, K], bias=[K], weights=[R]) -> [] or [R]: see `sslops.ibot`."""
+
+
 class InfoNCELoss(_Loss, op=info_nce):
     """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D]) -> [] or [B]: see `sslops.info_nce`."""
 
@@ -90,6 +106,10 @@ class MaskedPatchMSE(_Loss, op=masked_patch_mse):
 
 class RELICLoss(_Loss, op=relic):
     """RELIC's loss of a view from the online network and one from the target's, [B, D] each: see `sslops.relic`."""
+
+
+class SwAVLoss(_Loss, op=swav):
+    """SwAV's loss, (scores [V, B, K], queue=[assign, Q, K]) -> [] or [B]: see `sslops.swav`."""
 
 
 class VICRegLoss(_Loss, op=vicreg):

@@ -298,6 +298,107 @@ def test_autocast(name, options, shape, dtype):
     assert losses[1] <= 2 * losses[0] + 1e-3 * abs(float(exact))
 
 
+# ---- prototypes: what forward takes, as lists that run() can make leaves of ----
+
+
+def units(*shape):
+    return nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def prototype_inputs(name, k=30):
+    """Tensors, then how forward has them"""
+    if name == "DINOLoss":
+        teacher, student = torch.randn(2, 6, k) * 0.3, torch.randn(5, 6, k) * 0.3
+        return [student], lambda student: ([t.to(student) for t in teacher], list(student))
+    if name == "IBOTPatchLoss":
+        mask = torch.rand(4, 3, 3) < 0.4
+        mask[1] = False
+        student, teacher = torch.randn(2, int(mask.sum()), k) * 0.2
+        return [student], lambda student: (teacher.to(student), student, mask)
+    prototypes = units(k, 8)
+    if name == "SwaVLoss":
+        crops, queue = units(5, 6, 8) @ prototypes.t(), units(2, 9, 8) @ prototypes.t()
+        return [crops], lambda crops: (list(crops[:2]), list(crops[2:]), [x.to(crops) for x in queue])
+    anchors, targets = units(12, 8) * 3, units(6, 8)
+    return [anchors, prototypes * 2], lambda anchors, prototypes: (anchors, targets.to(anchors), prototypes)
+
+
+PROTOTYPES = [
+    ("DINOLoss", {"output_dim": 30}, {}),
+    ("DINOLoss", {"output_dim": 30, "student_temp": 0.2, "center_momentum": 0.5}, {"teacher_temp": 0.06}),
+    ("DINOLoss", {"output_dim": 30, "warmup_teacher_temp": 0.03, "warmup_teacher_temp_epochs": 5}, {"epoch": 2}),
+    ("DINOLoss", {"output_dim": 30, "teacher_temp": 0.07}, {"epoch": 40}),
+    ("IBOTPatchLoss", {"output_dim": 30}, {}),
+    ("IBOTPatchLoss", {"output_dim": 30, "center_momentum": 0.5}, {"teacher_temp": 0.06}),
+    ("SwaVLoss", {}, {}),
+    ("SwaVLoss", {"temperature": 0.2, "sinkhorn_iterations": 5, "sinkhorn_epsilon": 0.07}, {}),
+    ("MSNLoss", {}, {}),
+    ("MSNLoss", {"temperature": 0.2, "sinkhorn_iterations": 0, "regularization_weight": 0.0}, {}),
+    ("MSNLoss", {"sinkhorn_iterations": 1}, {"target_sharpen_temperature": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "call"), PROTOTYPES)
+def test_prototypes(name, options, call):
+    """Three steps, so that a centre has moved; at most twice lightly's own error, and the same buffers."""
+    modules = [*both(name, options), both(name, options, torch.float64)[0]]
+    for _ in range(3):
+        inputs, arguments = prototype_inputs(name)
+
+        def forward(module, arguments=arguments):
+            return lambda *x: module(*arguments(*x), **call)  # noqa: B023
+
+        def answers(draw, forward=forward):
+            pairs = zip(modules, DTYPES, strict=True)
+            theirs, mine, truth = (
+                run(forward(copy.deepcopy(module)), [x.to(dtype) for x in draw]) for module, dtype in pairs
+            )
+            return mine, theirs, truth
+
+        oracle.assert_promise(("loss", "gradient 0", "gradient 1")[: 1 + len(inputs)], answers, inputs, torch.float32)
+        for module, dtype in zip(modules, DTYPES, strict=True):
+            forward(module)(*(x.to(dtype) for x in inputs))
+    theirs, mine = (module.state_dict() for module in modules[:2])
+    assert theirs.keys() == mine.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key], value)
+
+
+def test_dino_of_one_crop_is_refused():
+    for module in both("DINOLoss", {"output_dim": 30}):
+        with pytest.raises(ValueError, match=r"at least two views|a crop to pair"):
+            module([torch.randn(2, 30)], [torch.randn(2, 30)])
+
+
+@pytest.mark.parametrize("name", ["DINOLoss", "IBOTPatchLoss", "SwaVLoss", "MSNLoss"])
+def test_prototypes_compile(name):
+    module = getattr(ours, name)(**({"output_dim": 30} if name in ("DINOLoss", "IBOTPatchLoss") else {}))
+    inputs, arguments = prototype_inputs(name)
+    torch._dynamo.reset()
+    if name == "IBOTPatchLoss":  # its mask selects on the host
+        return
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    for plain, other in zip(*(run(lambda *x, m=m: m(*arguments(*x)), inputs) for m in (module, compiled)), strict=True):
+        torch.testing.assert_close(other, plain)
+
+
+@pytest.mark.parametrize(("name", "options"), [("DINOLoss", {"output_dim": 3}), ("Center", {"size": (1, 3)})])
+def test_center_modes(name, options):
+    for make in (original(name), getattr(ours, name)):
+        with pytest.raises(ValueError, match=r"Unknown mode .median.\. Valid modes are"):
+            make(**options, **{"mode" if name == "Center" else "center_mode": "median"})
+
+
+def test_center():
+    theirs, mine = both("Center", {"size": (1, 1, 30), "momentum": 0.7})
+    for rows in (4, 7):
+        x = torch.randn(2, rows, 30)
+        theirs.update(x)
+        mine.update(x)
+    torch.testing.assert_close(mine.value, theirs.value)
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+
+
 def bindings():
     modules = {path: module for path, module in list(importlib.sys.modules.items()) if path.split(".")[0] == "lightly"}
     return {(path, name): id(value) for path, module in modules.items() for name, value in vars(module).items()}

@@ -164,6 +164,49 @@ def test_mae(norm_pix_loss):
     assert_same(mine, their, [pred], mask, 8, norm_pix_loss)
 
 
+DINO = {"num_prototypes": 30, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 4,
+        "num_epochs": 10}  # fmt: skip
+
+
+@pytest.mark.parametrize("epoch", [0, 2, 7])
+@pytest.mark.parametrize("crops", [2, 4])
+def test_dino(epoch, crops):
+    their = theirs("losses/dino", "DINOLoss")
+    assert sslops.compat._parameters(ours.DINOLoss) == sslops.compat._parameters(their)
+    modules = [make(**DINO, num_large_crops=crops) for make in (ours.DINOLoss, their, their)]
+    modules[2].double()
+    for _ in range(3):
+        student, teacher = torch.randn(crops * 6, 30) * 0.3, torch.randn(12, 30) * 0.3
+        dtypes = (torch.float32, torch.float32, torch.float64)
+        for module in modules:
+            module.epoch = epoch
+
+        def answers(draw, teacher=teacher, dtypes=dtypes):
+            pairs = zip(modules, dtypes, strict=True)
+            return [run(copy.deepcopy(module), draw, teacher, dtype=dtype) for module, dtype in pairs]
+
+        oracle.assert_promise(("loss", "gradient"), answers, [student], torch.float32)
+        for module, dtype in zip(modules, dtypes, strict=True):
+            module(student.to(dtype), teacher.to(dtype))
+    torch.testing.assert_close(modules[0].center, modules[1].center)
+    assert modules[0].state_dict().keys() == modules[1].state_dict().keys()
+
+
+def test_swav():
+    crops = [F.normalize(torch.randn(6, 8)) @ F.normalize(torch.randn(30, 8)).t() for _ in range(3)]
+    their = theirs("utils/sinkhorn_knopp", "SinkhornKnopp")
+    assert sslops.compat._parameters(ours.SinkhornKnopp) == sslops.compat._parameters(their)
+    mine, other = ([make(4, 0.07)(x) for x in crops] for make in (ours.SinkhornKnopp, their))
+    torch.testing.assert_close(mine, other)
+    func = theirs("losses/swav", "swav_loss_func")
+    assert sslops.compat._parameters(ours.swav_loss_func) == sslops.compat._parameters(func)
+
+    def of(loss):
+        return lambda *preds: loss(list(preds), [a.to(preds[0]) for a in other], 0.2)
+
+    assert_same(of(ours.swav_loss_func), of(func), crops)
+
+
 def test_momentum_updater():
     updaters = [make(0.9, 1.0) for make in (theirs("utils/momentum", "MomentumUpdater"), ours.MomentumUpdater)]
     online = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))

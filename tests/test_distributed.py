@@ -358,6 +358,119 @@ def chosen_route(rank, world, inputs):
     return taken
 
 
+# ---- prototypes: each rank keeps its logits, what travels is K floats ----
+
+
+def crops(views: int, rows: int, k: int) -> Tensor:
+    return 0.5 * torch.randn(views, rows, k, generator=torch.Generator().manual_seed(views * rows + k))
+
+
+def uneven(rows: int, rank: int, world: int) -> slice:
+    """More rows on later ranks: a third and two, or of four ranks none on the first"""
+    rise = 1 if world == 2 else -1
+    first, end = (rows * k * (k + rise) // (world * (world + rise)) for k in (rank, rank + 1))
+    return slice(first, end)
+
+
+def potentials(rank, world, scores, options):
+    return sslops.sinkhorn(scores[:, uneven(scores.shape[1], rank, world)], group="world", **options)
+
+
+@each_backend
+@pytest.mark.parametrize("scale", [0.1, 20.0])
+@pytest.mark.parametrize("start", ["scores", "probabilities"])
+def test_sinkhorn(ranks, backend, scale, start):
+    scores = scale * crops(2, 60, 300)
+    options = {"start": start, "temperature": 0.05 if start == "scores" else scale}
+
+    def answers(draw):
+        first, *others = ranks(potentials, draw[0], options | {"backend": backend})
+        assert all(torch.equal(first, b) for b in others)
+        return [[first], *([sslops.sinkhorn(x, backend="eager", **options)] for x in (draw[0], draw[0].double()))]
+
+    oracle.assert_promise(["b"], answers, [scores], torch.float32)
+
+
+def other_prototypes(rank, world):
+    with pytest.raises(ValueError, match="sinkhorn: group"):
+        sslops.sinkhorn(torch.zeros(3, 4 + rank), group="world")
+    return float(sslops.sinkhorn(torch.zeros(3, 4), group="world").sum())
+
+
+def test_sinkhorn_of_other_prototypes_is_refused(two):
+    assert len(set(two(other_prototypes))) == 1
+
+
+def of_own_crops(rank, world, op, student, teacher, options, per_row):
+    rows = uneven(student.shape[-2], rank, world)
+    options = {name: x[rows] if name in per_row else x for name, x in options.items()}
+    own = student[..., rows, :].clone().requires_grad_()
+    loss, found = op(own, teacher[..., rows, :], group="world", return_metrics=True, **options)
+    if loss.dim():
+        return loss.detach(), torch.zeros_like(own), found
+    (grad,) = torch.autograd.grad(loss * 0.7, own)
+    return loss.detach(), grad, found
+
+
+def check_prototypes(ranks, op, student, teacher, per_row=(), **options):
+    whole = student.clone().requires_grad_()
+    expected, metrics = op(whole, teacher, return_metrics=True, **options)
+    answers = ranks(of_own_crops, op, student, teacher, options, per_row)
+    if expected.dim():
+        torch.testing.assert_close(torch.cat([loss for loss, *_ in answers]), expected)
+    else:
+        (grad,) = torch.autograd.grad(expected * 0.7, whole)
+        torch.testing.assert_close(torch.cat([g for _, g, _ in answers], -2) / ranks.world, grad)
+        assert all(torch.equal(loss, answers[0][0]) for loss, *_ in answers)
+        torch.testing.assert_close(answers[0][0], expected)
+    for *_, found in answers:
+        torch.testing.assert_close(found, metrics)
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_dino(ranks, backend, reduction):
+    student, teacher = crops(5, 24, 70), crops(2, 24, 70)
+    bias = sslops.sinkhorn(teacher)
+    check_prototypes(ranks, sslops.dino, student, teacher, bias=bias, reduction=reduction, backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_ibot(ranks, backend, reduction, weighted):
+    student, teacher = crops(2, 60, 70)
+    options = {"weights": torch.rand(60, generator=torch.Generator().manual_seed(0))} if weighted else {}
+    check_prototypes(ranks, sslops.ibot, student, teacher, options, reduction=reduction, backend=backend, **options)
+
+
+def swav(student, teacher, **options):
+    return sslops.swav(student, **options)
+
+
+@each_backend
+def test_swav(ranks, backend):
+    student = crops(4, 24, 70)
+    check_prototypes(ranks, swav, student, student[:2], backend=backend)
+
+
+def centered(rank, world, batches):
+    center = sslops.nn.PrototypeCenter(batches[0].shape[-1])
+    for batch in batches:
+        center.update(batch[:, uneven(batch.shape[1], rank, world)], group="world")
+    return center.center
+
+
+def test_center(ranks):
+    """The mean over all rows, however many each rank has."""
+    batches = [crops(2, rows, 30) for rows in (24, 10, 60)]
+    center = sslops.nn.PrototypeCenter(30)
+    for batch in batches:
+        center.update(batch)
+    for found in ranks(centered, batches):
+        torch.testing.assert_close(found, center.center)
+
+
 # ---- training ----
 
 

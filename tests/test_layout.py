@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[1]
 SHARED = {
     "csrc/cpu/bf16_gemm.cpp",
     "csrc/cpu/columns.cpp",
+    "csrc/cpu/prototypes.cpp",
     "csrc/cuda/probe.cu",
     "kernels/cpu/columns.py",
     "kernels/cpu/memory.py",
+    "kernels/cpu/prototypes.py",
     "kernels/cpu/tiles.py",
     "kernels/cuda/device.py",
     "kernels/native/call.py",

@@ -24,6 +24,12 @@ struct Tensor {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// A list of them.
+struct Tensors {
+  const Tensor* data;
+  int64_t count;
+};
+
 // impl: the tensor's `_cdata` in Python. Throws std::runtime_error where libtorch lacks the interface.
 Tensor read_tensor(uintptr_t impl);
 

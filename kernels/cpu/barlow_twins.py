@@ -15,9 +15,8 @@ from torch import Tensor
 
 from sslops import _C
 
-from .columns import FLOAT64, LARGEST_DIAGONAL_SHARE, all_reduce, moments_of, normalize_backward, operand, panels
-from .memory import empty
-from .tiles import FLOAT32, refuses  # noqa: F401
+from .columns import LARGEST_DIAGONAL_SHARE, all_reduce, moments_of, normalize_backward, operand, panels
+from .memory import FLOAT32, FLOAT64, empty, refuses  # noqa: F401
 
 if TYPE_CHECKING:
     from sslops.distributed import Part
@@ -47,7 +46,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
 
 def backward(grad: Tensor, x: Arguments, c: Tensor, kept: Tensor, part: Part | None = None) -> tuple[Tensor, ...]:
     own, across = _own(x, part), part if x.synced else None
-    g = kept
+    g: Tensor | None = kept
     if x.route == "gram":
         total = torch.tensor(_C.columns_inner(*kept) / len(x.z_a) ** 2, **FLOAT64)
         if _by_gram(float(all_reduce(total, part)), float(c.double().square().sum())):
@@ -61,6 +60,7 @@ def backward(grad: Tensor, x: Arguments, c: Tensor, kept: Tensor, part: Part | N
         else:
             g = empty(2, *own.z_a.shape)
             _panels(own, torch.empty_like(c), g, part)
+    assert g is not None
     return tuple(
         normalize_backward(float(grad), z, x.eps, each, across) if wanted else z.new_empty(0)
         for z, each, wanted in zip((own.z_a, own.z_b), g, x.needs_grad, strict=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .memory import empty
+from .memory import FLOAT64, empty
 
 if TYPE_CHECKING:
     from sslops.distributed import Part
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 PANEL = 1024  # rows of a [D, D] matrix that are summed over the ranks at a time
 # Of a matrix's squares: above it the off-diagonal part, a difference on the gram route, loses more than a digit.
 LARGEST_DIAGONAL_SHARE = 0.9
-FLOAT64 = {"dtype": torch.float64, "device": "cpu"}
 
 
 def panels(d: int) -> Iterator[tuple[int, int]]:

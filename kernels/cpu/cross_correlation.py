@@ -9,8 +9,7 @@ from torch import Tensor
 from sslops import _C
 
 from .columns import all_reduce, moments_of, normalize_backward
-from .memory import empty
-from .tiles import refuses  # noqa: F401
+from .memory import empty, refuses  # noqa: F401
 
 if TYPE_CHECKING:
     from sslops.distributed import Part

@@ -1,11 +1,26 @@
-"""Large CPU tensors on huge pages: the first touch of a fresh one costs a sixth of what it does on 4 KB pages."""
+"""What the CPU kernels take, and the memory they make: large tensors on huge pages, whose first touch costs a sixth of
+what it does on 4 KB pages.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sslops import _C
 
+# Not what the user may have set as defaults: the native core reads these through pointers.
+FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
 WORTH_IT = 4 << 20  # bytes: smaller ones come from memory that malloc has kept, or cost little
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the CPU kernels cannot take such tensors; None if they can."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no {dtype} kernel: float32, float16 and bfloat16"
+    return None
 
 
 def on_huge_pages(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .tiles import FLOAT32, refuses  # noqa: F401
+from .memory import FLOAT32, refuses  # noqa: F401
 
 if TYPE_CHECKING:
     from sslops.ops.relic import Arguments

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from sslops import _C
 
-from .columns import FLOAT64, LARGEST_DIAGONAL_SHARE, all_reduce, moments_of, operand, panels
-from .memory import empty
-from .tiles import FLOAT32, refuses  # noqa: F401
+from .columns import LARGEST_DIAGONAL_SHARE, all_reduce, moments_of, operand, panels
+from .memory import FLOAT32, FLOAT64, empty, refuses  # noqa: F401
 
 if TYPE_CHECKING:
     from sslops.distributed import Part
@@ -63,6 +62,7 @@ def backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor, part: Pa
         if not wanted:
             gradients.append((views[k] if k < len(views) else grad).new_empty(0))
             continue
+        t: Tensor | None
         z, t, gram, of_all = own[k], kept[k], None, None
         if x.route == "gram":
             if _off_diagonal(_C.columns_inner(kept[k], kept[k]), moments[k], part) is not None:

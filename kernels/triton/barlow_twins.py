@@ -68,7 +68,8 @@ def forward(x: Arguments) -> tuple[Tensor, Tensor, Tensor]:
                 kept = dots.new_empty((2, n, d), dtype=torch.float32)
             scale = _scale(x.lambd, n)
             products = () if kept is None else tuple(kept)
-            squares = off_diagonal.panels(*operands, n, d, products=products, weight=scale * x.lambd, corner=scale)
+            a, b = operands
+            squares = off_diagonal.panels(a, b, n, d, products=products, weight=scale * x.lambd, corner=scale)
         share = squares.new_zeros(d, dtype=torch.float32)
         terms = squares.new_empty(triton.cdiv(d, BLOCK))
         _diagonal[len(terms),](

@@ -2,13 +2,15 @@
 
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
 shapes and values that no loss is meant for (a negative temperature, a momentum above 1, two views of different dtypes)
-raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy. update_momentum takes no DTensors and no two
+raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy. DINOLoss, IBOTPatchLoss
+and MSNLoss give the teacher no gradient. update_momentum takes no DTensors and no two
 models that share memory: for fully_shard there is `sslops.EMA`.
 gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
 own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
 each rank normalised by itself. The ops' `group=` takes one batch that is spread over the ranks.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +22,13 @@ from ..backend import resolve
 from ..ops import random_mask
 from ..ops.barlow_twins import barlow_twins
 from ..ops.cross_correlation import cross_correlation
+from ..ops.dino import dino
 from ..ops.ema_update import ema_update_
 from ..ops.gather_tokens import gather_tokens
+from ..ops.ibot import ibot
 from ..ops.info_nce import info_nce
 from ..ops.nt_xent import nt_xent
+from ..ops.sinkhorn import sinkhorn
 from ..ops.vicreg import vicreg
 
 
@@ -148,6 +153,195 @@ class VICRegLoss(nn.Module):
         return vicreg_of_own_invariance(z_a, z_b, *weights, self.eps, _group(self))
 
 
+class Center(nn.Module):
+    center: Tensor
+
+    def __init__(self, size: tuple[int, ...], mode: str = "mean", momentum: float = 0.9) -> None:
+        super().__init__()
+        _check_center_mode(mode)
+        self.size = size
+        self.dim = tuple(i for i, s in enumerate(size) if s == 1)
+        self.register_buffer("center", torch.zeros(self.size))
+        self.momentum = momentum
+
+    @property
+    def value(self) -> Tensor:
+        return self.center
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        self.center = _moved(self.center, x.mean(self.dim, keepdim=True), self.momentum)
+
+
+def _moved(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
+    """By the mean of the ranks' means, wherever there are ranks"""
+    mean = distributed.mean(mean, distributed.name("Center", world()))
+    return center * momentum + mean * (1 - momentum)
+
+
+def _check_center_mode(mode: str) -> None:
+    if mode != "mean":
+        raise ValueError(f"Unknown mode '{mode}'. Valid modes are ['mean'].")
+
+
+class DINOLoss(nn.Module):
+    center: Tensor
+
+    def __init__(
+        self,
+        output_dim: int = 65536,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 30,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        center_mode: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_center_mode(center_mode)
+        self.teacher_temp, self.student_temp = teacher_temp, student_temp
+        self.register_buffer("center", torch.zeros(1, 1, output_dim))
+        self.center_momentum = center_momentum
+        self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
+        self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+
+    def forward(
+        self,
+        teacher_out: list[Tensor],
+        student_out: list[Tensor],
+        teacher_temp: float | None = None,
+        epoch: int | None = None,
+    ) -> Tensor:
+        """teacher_out, student_out: lists of [B, K], equal views first in both."""
+        temperature = self.teacher_temp if teacher_temp is None else teacher_temp
+        if teacher_temp is None and epoch is not None and epoch < self.warmup_teacher_temp_epochs:
+            temperature = float(self.teacher_temp_schedule[epoch])
+        bias = (-self.center / temperature).flatten()
+        loss: Tensor = dino(
+            student_out, teacher_out, student_temp=self.student_temp, teacher_temp=temperature, bias=bias
+        )
+        self.update_center(teacher_out)
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher_out: Tensor | Sequence[Tensor]) -> None:
+        """teacher_out: [T, B, K] or a list, as forward has it"""
+        mean = torch.stack([x.flatten(0, -2).mean(0, dtype=torch.float32) for x in teacher_out]).mean(0)
+        self.center.data = _moved(self.center, mean.to(self.center).expand_as(self.center), self.center_momentum)
+
+
+class IBOTPatchLoss(nn.Module):
+    def __init__(
+        self,
+        output_dim: int = 65536,
+        teacher_temp: float = 0.04,
+        student_temp: float = 0.1,
+        center_mode: str = "mean",
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.teacher_temp, self.student_temp = teacher_temp, student_temp
+        self.center = Center(size=(1, output_dim), mode=center_mode, momentum=center_momentum)
+
+    def forward(
+        self, teacher_out: Tensor, student_out: Tensor, mask: Tensor, teacher_temp: float | None = None
+    ) -> Tensor:
+        """teacher_out, student_out: [masked tokens, K]; mask: [B, H, W], True for these."""
+        temperature = self.teacher_temp if teacher_temp is None else teacher_temp
+        count = mask.sum((1, 2), keepdim=True).clamp(min=1)
+        weights = (1 / (count * len(mask))).expand_as(mask)[mask]
+        loss: Tensor = ibot(
+            student_out, teacher_out, weights=weights, student_temp=self.student_temp, teacher_temp=temperature,
+            bias=(-self.center.value / temperature)[0], reduction="sum",
+        )  # fmt: skip
+        self.center.update(teacher_out)
+        return loss
+
+
+class SwaVLoss(nn.Module):
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        sinkhorn_epsilon: float = 0.05,
+        sinkhorn_gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_gather(sinkhorn_gather_distributed, "sinkhorn_gather_distributed")
+        self.temperature = temperature
+        self.sinkhorn_iterations, self.sinkhorn_epsilon = sinkhorn_iterations, sinkhorn_epsilon
+        self.sinkhorn_gather_distributed = sinkhorn_gather_distributed
+
+    def forward(
+        self,
+        high_resolution_outputs: list[Tensor],
+        low_resolution_outputs: list[Tensor],
+        queue_outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Lists of scores [B, K], the queue's [Q, K]; a loss of shape [1]."""
+        views = []
+        for k, view in enumerate(high_resolution_outputs):
+            rows = view if queue_outputs is None else torch.cat([view, queue_outputs[k]])
+            views.append(
+                sinkhorn(
+                    rows.detach(), temperature=self.sinkhorn_epsilon, iterations=self.sinkhorn_iterations,
+                    group=world() if self.sinkhorn_gather_distributed else None,
+                )
+            )  # fmt: skip
+        loss: Tensor = dino(
+            [*high_resolution_outputs, *low_resolution_outputs], high_resolution_outputs,
+            student_temp=self.temperature, teacher_temp=self.sinkhorn_epsilon, bias=torch.stack(views),
+        )  # fmt: skip
+        return loss.reshape(1)
+
+
+class MSNLoss(nn.Module):
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        regularization_weight: float = 1.0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be in (0, inf) but is {temperature}.")
+        if sinkhorn_iterations < 0:
+            raise ValueError(f"sinkhorn_iterations must be >= 0 but is {sinkhorn_iterations}.")
+        _check_gather(gather_distributed)
+        self.temperature, self.sinkhorn_iterations = temperature, sinkhorn_iterations
+        self.regularization_weight = regularization_weight
+        self.gather_distributed = gather_distributed
+
+    def forward(
+        self, anchors: Tensor, targets: Tensor, prototypes: Tensor, target_sharpen_temperature: float = 0.25
+    ) -> Tensor:
+        """anchors: [V * N, D], view after view; targets: [N, D]; prototypes: [K, D]."""
+        anchors, targets, prototypes = (F.normalize(x, dim=1) for x in (anchors, targets, prototypes))
+        scores, temperature = anchors @ prototypes.t(), self.temperature * target_sharpen_temperature
+        bias = None
+        with torch.no_grad():
+            target_scores = targets @ prototypes.t()
+            if self.sinkhorn_iterations > 0:
+                bias = sinkhorn(
+                    target_scores, temperature=temperature, iterations=self.sinkhorn_iterations, start="probabilities",
+                    group=_group(self),
+                )  # fmt: skip
+        views = scores.view(-1, *target_scores.shape)
+        loss: Tensor = dino(
+            views, target_scores[None], student_temp=self.temperature, teacher_temp=temperature, bias=bias,
+            same_view=True,
+        )  # fmt: skip
+        if self.regularization_weight > 0:
+            loss = loss + self.regularization_weight * self.regularization_loss(
+                (scores.to(loss.dtype) / self.temperature).softmax(1).mean(0)
+            )
+        return loss
+
+    def regularization_loss(self, mean_anchor_probs: Tensor) -> Tensor:
+        return -torch.special.entr(mean_anchor_probs).sum() + math.log(len(mean_anchor_probs))
+
+
 class NegativeCosineSimilarity(nn.Module):
     def __init__(self, dim: int = 1, eps: float = 1e-8) -> None:
         super().__init__()
@@ -227,10 +421,10 @@ def _group(module: nn.Module) -> str | None:
     return world() if module.gather_distributed else None
 
 
-def _check_gather(gather_distributed: bool) -> None:
+def _check_gather(gather_distributed: bool, name: str = "gather_distributed") -> None:
     if gather_distributed and not torch.distributed.is_available():
         raise ValueError(
-            "gather_distributed is True but torch.distributed is not available. Please set gather_distributed=False "
+            f"{name} is True but torch.distributed is not available. Please set gather_distributed=False "
             "or install a torch version with distributed support."
         )
 
@@ -239,6 +433,11 @@ REPLACED = {
     "lightly.loss.ntx_ent_loss": (NTXentLoss,),
     "lightly.loss.barlow_twins_loss": (BarlowTwinsLoss,),
     "lightly.loss.vicreg_loss": (VICRegLoss,),
+    "lightly.loss.dino_loss": (DINOLoss,),
+    "lightly.loss.ibot_loss": (IBOTPatchLoss,),
+    "lightly.loss.swav_loss": (SwaVLoss,),
+    "lightly.loss.msn_loss": (MSNLoss,),
+    "lightly.models.modules.center": (Center,),
     "lightly.loss.negative_cosine_similarity": (NegativeCosineSimilarity,),
     "lightly.models.modules.memory_bank": (MemoryBankModule,),
     "lightly.models.utils": (

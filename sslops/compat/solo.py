@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from .. import _check, distributed
 from ..ops.barlow_twins import barlow_twins
+from ..ops.dino import dino
 from ..ops.ema_update import ema_update_
 from ..ops.info_nce import info_nce
 from ..ops.masked_patch_mse import masked_patch_mse
 from ..ops.nt_xent import nt_xent
+from ..ops.sinkhorn import sinkhorn
 from .lightly import barlow_twins_of_average, vicreg_of_own_invariance, world
 
 
@@ -105,6 +107,65 @@ def mae_loss_func(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int, nor
     return masked_patch_mse(pred, imgs, mask, patch_size, norm_pix=norm_pix_loss)
 
 
+class DINOLoss(nn.Module):
+    center: Tensor
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: float,
+        num_epochs: int,
+        student_temp: float = 0.1,
+        num_large_crops: int = 2,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.epoch = 0
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.num_large_crops = num_large_crops
+        self.register_buffer("center", torch.zeros(1, num_prototypes))
+        warmup = int(warmup_teacher_temp_epochs)
+        rise = torch.linspace(warmup_teacher_temp, teacher_temp, warmup, dtype=torch.float64)
+        self.teacher_temp_schedule = [*rise.tolist(), *[float(teacher_temp)] * (num_epochs - warmup)]
+
+    def forward(self, student_output: Tensor, teacher_output: Tensor) -> Tensor:
+        """student_output: [num_large_crops * N, K], crop after crop; teacher_output: [2 * N, K]."""
+        temperature = self.teacher_temp_schedule[self.epoch]
+        student, teacher = student_output.unflatten(0, (self.num_large_crops, -1)), teacher_output.unflatten(0, (2, -1))
+        loss: Tensor = dino(
+            student, teacher, student_temp=self.student_temp, teacher_temp=temperature,
+            bias=(-self.center / temperature)[0],
+        )  # fmt: skip
+        self.update_center(teacher_output)
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        mean = distributed.mean(teacher_output.mean(0, keepdim=True), distributed.name("DINOLoss", world()))
+        self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
+
+
+class SinkhornKnopp(nn.Module):
+    """The assignment itself, for those who want it: `sinkhorn` and `dino` do without."""
+
+    def __init__(self, num_iters: int = 3, epsilon: float = 0.05, world_size: int = 1) -> None:
+        super().__init__()
+        self.num_iters, self.epsilon, self.world_size = num_iters, epsilon, world_size
+
+    @torch.no_grad()
+    def forward(self, Q: Tensor) -> Tensor:
+        b = sinkhorn(Q, temperature=self.epsilon, iterations=self.num_iters, group=world())
+        return (Q / self.epsilon + b).softmax(1)
+
+
+def swav_loss_func(preds: list[Tensor], assignments: list[Tensor], temperature: float = 0.1) -> Tensor:
+    """preds: a list of [N, K]; assignments: as many [N, K] whose rows' sums are 1."""
+    loss: Tensor = dino(preds, [a.log() for a in assignments], student_temp=temperature, teacher_temp=1.0)
+    return loss
+
+
 class MomentumUpdater:
     def __init__(self, base_tau: float = 0.996, final_tau: float = 1.0) -> None:
         assert 0 <= base_tau <= 1
@@ -130,5 +191,8 @@ REPLACED = {
     "solo.losses.vicreg": (vicreg_loss_func,),
     "solo.losses.byol": (byol_loss_func,),
     "solo.losses.mae": (mae_loss_func,),
+    "solo.losses.dino": (DINOLoss,),
+    "solo.losses.swav": (swav_loss_func,),
+    "solo.utils.sinkhorn_knopp": (SinkhornKnopp,),
     "solo.utils.momentum": (MomentumUpdater,),
 }

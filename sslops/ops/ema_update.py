@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import _C, _check
-from .._library_old import _LIBRARY
+from .._library import LIBRARY
 from .._random import RandomStream, philox
 from ..backend import kernel, resolve
 
@@ -265,13 +265,13 @@ def _impl(
     )  # fmt: skip
 
 
-_LIBRARY.define(
+LIBRARY.define(
     "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor? momentum, float momentum_value, "
     "Tensor? seed, int? seed_value, str backend) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_LIBRARY.impl("ema_update_", _impl, "CompositeExplicitAutograd")
-torch.library.register_fake("sslops::ema_update_", lambda *arguments: None, lib=_LIBRARY)
+LIBRARY.impl("ema_update_", _impl, "CompositeExplicitAutograd")
+torch.library.register_fake("sslops::ema_update_", lambda *arguments: None, lib=LIBRARY)
 
 
 def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:

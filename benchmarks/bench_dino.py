@@ -1,0 +1,124 @@
+"""DINO's cross entropy from logits beside eager forms, torch.compile and lightly. Shapes: V x B x K, two teachers."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _compare import Variant, cases, peak_memory, record, record_memory, settings
+from peers import lightly_loss
+
+import sslops
+
+STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
+CASES = {
+    "cpu": [
+        *cases("10x32x65536 10x128x4096 2x128x4096 10x4x262144", "float32", "both"),
+        *cases("10x32x65536", "bfloat16", "both"),
+        *cases("10x32x65536", "float32", "memory"),
+    ],
+    "cuda": cases("10x64x65536 10x128x4096", "bfloat16", "both"),
+    "small": cases("3x2x40 10x5x3000", "float32 bfloat16", "both"),
+}
+Crops = list[torch.Tensor]
+
+
+def targets(teacher: Crops, center: torch.Tensor) -> torch.Tensor:
+    return F.softmax((torch.stack(teacher).float() - center) / TEACHER_TEMP, dim=-1)
+
+
+def pair_by_pair(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.Tensor:
+    """As DINO's and DINOv2's code have it, with each crop's log_softmax taken once"""
+    logs = [F.log_softmax(s.float() / STUDENT_TEMP, dim=-1) for s in student]
+    losses = [
+        -(q * log).sum(-1).mean()
+        for t, q in enumerate(targets(teacher, center))
+        for v, log in enumerate(logs)
+        if v != t
+    ]
+    return torch.stack(losses).mean()
+
+
+def einsum(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.Tensor:
+    """As DINOv3's has it, but the diagonal left out by a product: Inductor cannot differentiate its diagonal_scatter"""
+    logs = F.log_softmax(torch.stack(student).float() / STUDENT_TEMP, dim=-1)
+    losses = -torch.einsum("vbk,tbk->vt", logs, targets(teacher, center))
+    others = 1 - torch.eye(*losses.shape, device=losses.device)
+    return (losses * others).sum() / (others.sum() * logs.shape[1])
+
+
+def by_linearity(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.Tensor:
+    """The fewest passes over the logits that we found: the teachers summed first, logsumexp and one product a crop"""
+    q = targets(teacher, center)
+    everyone, total = q.sum(0), 0
+    for v, s in enumerate(student):
+        y, of = s.float() / STUDENT_TEMP, everyone - q[v] if v < len(q) else everyone
+        total = total + (y.logsumexp(-1) * (len(q) - (v < len(q)))).sum() - (of * y).sum()
+    return total / (len(q) * (len(student) - 1) * len(student[0]))
+
+
+def fused(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.Tensor:
+    bias = (-center / TEACHER_TEMP).flatten()
+    return sslops.dino(student, teacher, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, bias=bias)
+
+
+def losses(k: int) -> dict[str, Callable]:
+    found = {
+        "sslops": fused,
+        "dinov2": pair_by_pair,
+        "dinov3": einsum,
+        "linearity": by_linearity,
+        "compile": torch.compile(pair_by_pair, dynamic=False),
+        "dinov3 compile": torch.compile(einsum, dynamic=False),
+        "linearity compile": torch.compile(by_linearity, dynamic=False),
+    }
+    if theirs := lightly_loss("DINOLoss", output_dim=k):
+        found["lightly"] = lambda student, teacher, center: theirs(teacher, student)
+    return found
+
+
+def crops(v: int, b: int, k: int, dtype: torch.dtype, device: str) -> tuple[Crops, Crops, torch.Tensor]:
+    """Logits as a head of unit rows and prototypes gives them; leaves"""
+    student, teacher = (
+        [F.normalize(torch.randn(b, 64, device=device)) @ prototypes for _ in range(n)]
+        for prototypes in [F.normalize(torch.randn(64, k, device=device), dim=0)]
+        for n in (v, 2)
+    )
+    return (
+        [s.to(dtype).requires_grad_() for s in student],
+        [t.to(dtype) for t in teacher],
+        0.01 * torch.randn(1, 1, k, device=device),
+    )
+
+
+def variant(loss: Callable, student: Crops, *rest: object) -> Variant:
+    def step() -> None:
+        for s in student:
+            s.grad = None
+        loss(student, *rest).backward()
+
+    return step
+
+
+@pytest.mark.usefixtures("threads")
+def test_time(benchmark, device, case):
+    (v, b, k), dtype, _ = case
+    student, *rest = crops(v, b, k, dtype, device)
+    torch._dynamo.reset()
+    variants = {name: variant(loss, student, *rest) for name, loss in losses(k).items()}
+    variants["copy"] = lambda: [s.detach().clone() for s in student]
+    total = 3 * v * b * k * student[0].element_size()
+    record(benchmark, variants, limit="copy", v=v, b=b, k=k, dtype=dtype, bytes=total)
+
+
+def test_memory(benchmark, device, case):
+    (v, b, k), dtype, _ = case
+    setup = f"""
+import torch
+from bench_dino import crops, losses, variant
+step = variant(losses({k})[{{!r}}], *crops({v}, {b}, {k}, {dtype}, "cpu"))
+"""
+    names = [n for n in ("sslops", "dinov2", "dinov3", "linearity compile", "lightly") if n in losses(k)]
+    names = names[:1] if settings.only_ours else names
+    peak_mb = {name: peak_memory(setup.format(name), "step()") for name in names}
+    record_memory(benchmark, peak_mb, v=v, b=b, k=k, dtype=dtype)

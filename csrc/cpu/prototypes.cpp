@@ -1,0 +1,418 @@
+#include "prototypes.h"
+
+#include "../common/parallel.h"
+#include "logits.h"
+#include "tiles.h"
+
+namespace sslops::prototypes {
+namespace {
+
+// The views of a list of [V_i, B, K].
+struct Crops {
+  int64_t views = 0, item;
+  DType dtype;
+  Buffer<char*> base;
+
+  explicit Crops(Tensors list) : item(list.count ? list.data[0].item_size : 0), base(views_of(list)) {
+    dtype = list.count ? list.data[0].dtype : DType::f32;
+    for (int64_t i = 0; i < list.count; ++i)
+      for (int64_t v = 0; v < list.data[i].sizes[0]; ++v)
+        base[views++] = list.data[i].data + v * list.data[i].sizes[1] * list.data[i].sizes[2] * item;
+  }
+  // Row b of view v.
+  char* row(int64_t v, int64_t b, int64_t k) const { return base[v] + b * k * item; }
+
+ private:
+  static int64_t views_of(Tensors list) {
+    int64_t views = 0;
+    for (int64_t i = 0; i < list.count; ++i) views += list.data[i].sizes[0];
+    return views;
+  }
+};
+
+// 1 / temperature as a float and what it lacks; NaN if that is not positive.
+struct Inverse {
+  float high, low;
+
+  explicit Inverse(double temperature)
+      : high(temperature > 0. ? Scale(temperature, false).inverse : __builtin_nanf("")),
+        low(static_cast<float>(1. / temperature - high)) {}
+};
+
+struct Batch {
+  const Crops student, teacher;
+  const int64_t n, k, tiles;
+  const Inverse student_inverse, teacher_inverse;
+  const Tensor bias, weights, index;
+  const bool same_view;
+  const float each;  // what an example counts, beside its weight
+  int64_t pairs = 0;
+
+  Batch(Tensors student_list, Tensors teacher_list, double student_temp, double teacher_temp, Tensor bias,
+        Tensor weights, Tensor index, bool same_view, bool mean)
+      : student(student_list),
+        teacher(teacher_list),
+        n(student_list.data[0].sizes[1]),
+        k(student_list.data[0].sizes[2]),
+        tiles(tiles_of(k)),
+        student_inverse(student_temp),
+        teacher_inverse(teacher_temp),
+        bias(bias),
+        weights(weights),
+        index(index),
+        same_view(same_view),
+        each(mean ? 1.f / static_cast<float>(n) : 1.f) {
+    for (int64_t v = 0; v < student.views; ++v) pairs += teachers_of(v);
+  }
+
+  int64_t teachers_of(int64_t v) const { return teacher.views - (v < teacher.views && !same_view); }
+  int64_t length(int64_t tile) const { return k - tile * kTile < kTile ? k - tile * kTile : kTile; }
+  const char* teacher_row(int64_t t, int64_t b) const { return teacher.row(t, index ? index.as<int64_t>()[b] : b, k); }
+  const float* bias_of(int64_t t) const { return bias ? bias.as<float>() + (bias.sizes[0] > 1 ? t * k : 0) : nullptr; }
+  // Of example b, for each of its pairs.
+  float weight(int64_t b) const { return (weights ? weights.as<float>()[b] : 1.f) / static_cast<float>(pairs); }
+};
+
+// ---- rows: exponents are (x - top) / temperature, which no large logit makes inexact ----
+
+// Of x, or of x inverse + bias.
+template <DType kType>
+float top_of(const char* x, int64_t first, int64_t n, float inverse, const float* bias) {
+  F top[4] = {splat(kLowest), splat(kLowest), splat(kLowest), splat(kLowest)};
+  const auto at = [&](int64_t j, int lanes) {
+    const F v = load_as_float(x, kType, first + j, lanes);
+    return bias ? v * inverse + load_lanes(bias + first + j, lanes, 0.f) : v;
+  };
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) top[k] = max(at(j + k * kLanes, kLanes), top[k]);
+  for_each_vector(n - j, [&](int64_t i, int lanes) {
+    const F v = at(j + i, lanes);
+    F padded = splat(kLowest);
+    std::memcpy(&padded, &v, lanes * sizeof(float));
+    top[0] = max(padded, top[0]);
+  });
+  return max(max(max(top[0], top[1]), max(top[2], top[3])));
+}
+
+// The tile's sum of e^d, and of q d.
+struct Sums {
+  float of_e, cross;
+};
+// e, unless it is null: [n] e^d.
+template <DType kType, bool kKeep>
+Sums sums_of(const char* x, int64_t item, int64_t first, int64_t n, float inverse, float top, const float* q,
+             float* e) {
+  F z[4]{}, cross[4]{};
+  const char* const next = x + (first + kTile) * item;
+  const auto one = [&](int64_t j, int k, F d, int lanes) {
+    const F v = exp_nonpositive(d);
+    if (kKeep) store_lanes(e + j, lanes, v);
+    z[k] += v;
+    cross[k] += load(q + j) * d;
+  };
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) {
+      if (k % (16 / kLanes) == 0) __builtin_prefetch(next + (j + k * kLanes) * item);
+      one(j + k * kLanes, k, (load_as_float(x, kType, first + j + k * kLanes, kLanes) - top) * inverse, kLanes);
+    }
+  for_each_vector(n - j, [&](int64_t i, int lanes) {
+    const F v = (load_as_float(x, kType, first + j + i, lanes) - top) * inverse;
+    F d = splat(-1000.f);  // behind the end: nothing in both sums
+    std::memcpy(&d, &v, lanes * sizeof(float));
+    one(j + i, 0, d, lanes);
+  });
+  return {sum(z), sum(cross)};
+}
+
+// A gradient, however it is come by: the same bits from forward and from backward.
+SSLOPS_INLINE F gradient_of(F e, float p, F q, float scale) { return e * p - q * scale; }
+
+template <DType kType>
+void gradient(const char* x, int64_t first, int64_t n, float inverse, float top, float p, const float* q, float scale,
+              char* to) {
+  for_each_vector(n, [&](int64_t j, int lanes) {
+    const F d = (load_as_float(x, kType, first + j, lanes) - top) * inverse;
+    store_from_float(to, kType, first + j, lanes, gradient_of(exp_nonpositive(d), p, load(q + j), scale));
+  });
+}
+
+// The same from the e that are where it goes.
+void gradient_in_place(float* g, int64_t n, float p, const float* q, float scale) {
+  const float* const next = g + kTile;
+  for_each_vector(n, [&](int64_t j, int lanes) {
+    __builtin_prefetch(next + j, 1);
+    store_lanes(g + j, lanes, gradient_of(load_lanes(g + j, lanes, 0.f), p, load(q + j), scale));
+  });
+}
+
+// e [n, to whole vectors] = e^d of a teacher's tile; d (x - top) / temperature, or (x / temperature + b) - top with
+// what its rounding lost: targets are as exact as their logits. Returns the sums of e and of e d.
+template <DType kType>
+Sums exponentials_of(const char* x, int64_t item, int64_t first, int64_t n, const Inverse& inverse, const float* bias,
+                     float top, float* e) {
+  F z[4]{}, cross[4]{};
+  const char* const next = x + (first + kTile) * item;
+  const auto exponent = [&](int64_t j, int lanes) {
+    const F v = load_as_float(x, kType, first + j, lanes);
+    if (!bias) return (v - top) * inverse.high;
+    const F b = load_lanes(bias + first + j, lanes, 0.f), y = v * inverse.high + b, product = y - b;
+    const F lost = (v * inverse.high - product) - ((y - product) - b) + v * inverse.low;
+    return (y - top) + select(lost * 0.f == F{}, lost, F{});  // where y is not finite
+  };
+  const auto one = [&](int64_t j, int k, F d) {
+    const F v = exp_nonpositive(d);
+    store(e + j, v);
+    z[k] += v;
+    cross[k] += v * max(d, splat(-100.f));  // 0 where v is, not 0 times infinity
+  };
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) {
+      if (k % (16 / kLanes) == 0) __builtin_prefetch(next + (j + k * kLanes) * item);
+      one(j + k * kLanes, k, exponent(j + k * kLanes, kLanes));
+    }
+  for_each_vector(n - j, [&](int64_t i, int lanes) {
+    const F v = exponent(j + i, lanes);
+    F d = splat(-1000.f);
+    std::memcpy(&d, &v, lanes * sizeof(float));
+    one(j + i, 0, d);
+  });
+  return {sum(z), sum(cross)};
+}
+
+// For the dtype of some rows.
+struct Kernels {
+  float (*top_of)(const char*, int64_t, int64_t, float, const float*);
+  Sums (*exponentials_of)(const char*, int64_t, int64_t, int64_t, const Inverse&, const float*, float, float*);
+  Sums (*sums_of)(const char*, int64_t, int64_t, int64_t, float, float, const float*, float*);
+  Sums (*kept_sums_of)(const char*, int64_t, int64_t, int64_t, float, float, const float*, float*);
+  void (*gradient)(const char*, int64_t, int64_t, float, float, float, const float*, float, char*);
+};
+template <DType kType>
+constexpr Kernels kernels_of() {
+  return {top_of<kType>, exponentials_of<kType>, sums_of<kType, false>, sums_of<kType, true>, gradient<kType>};
+}
+Kernels kernels_of(DType dtype) {
+  return dtype == DType::f32    ? kernels_of<DType::f32>()
+         : dtype == DType::bf16 ? kernels_of<DType::bf16>()
+                                : kernels_of<DType::f16>();
+}
+
+// A row's softmax and its cross entropy with q, as its tiles pass by.
+struct Softmax {
+  float top = kLowest;
+  double sum = 0., cross = 0., mass = 0.;  // of e^d, of q d, of q
+
+  void add(float tile_top, const Sums& tile, float tile_mass, float inverse) {
+    const float raised = max(tile_top, top);
+    const double old = (static_cast<double>(top) - raised) * inverse;
+    const double rise = (static_cast<double>(tile_top) - raised) * inverse;
+    if (mass != 0.) cross += mass * old;  // at first there is no maximum
+    sum = sum * exp_nonpositive(static_cast<float>(old)) + tile.of_e * exp_nonpositive(static_cast<float>(rise));
+    cross += tile.cross + tile_mass * rise;
+    mass += tile_mass;
+    top = raised;
+  }
+};
+
+// A thread's example: the teachers' q, as exponentials relative to their tiles' maxima and a factor for each tile.
+class Example {
+ public:
+  explicit Example(const Batch& batch)
+      : batch_(batch),
+        ld_(round_up(batch.k, 16)),
+        e_(batch.teacher.views * ld_),
+        factors_(batch.teacher.views * batch.tiles),
+        tops_(batch.tiles),
+        entropies_(batch.tiles),
+        q_((batch.teacher.views + 2) * kTile),
+        student_tops_(batch.student.views * batch.tiles),
+        softmax_(batch.student.views),
+        student_(kernels_of(batch.student.dtype)),
+        teacher_(kernels_of(batch.teacher.dtype)) {}
+
+  // entropy [T, B], unless it is null
+  void read_teachers(int64_t b, float* entropy) {
+    for (int64_t t = 0; t < batch_.teacher.views; ++t) {
+      const char* const row = batch_.teacher_row(t, b);
+      float *const factors = factors_ + t * batch_.tiles, top = kLowest;
+      const float* const bias = batch_.bias_of(t);
+      const Inverse& inverse = batch_.teacher_inverse;
+      for (int64_t i = 0; i < batch_.tiles; ++i) {
+        const int64_t first = i * kTile, n = batch_.length(i);
+        tops_[i] = teacher_.top_of(row, first, n, inverse.high, bias);
+        const Sums tile =
+            teacher_.exponentials_of(row, batch_.teacher.item, first, n, inverse, bias, tops_[i], e_ + t * ld_ + first);
+        factors[i] = tile.of_e;
+        entropies_[i] = tile.cross;
+        top = max(tops_[i], top);
+      }
+      double total = 0., cross = 0.;
+      for (int64_t i = 0; i < batch_.tiles; ++i) {
+        const double d = (static_cast<double>(tops_[i]) - top) * (bias ? 1.f : inverse.high);
+        const double scale = exp_nonpositive(static_cast<float>(d));
+        total += factors[i] * scale;
+        cross += (entropies_[i] + factors[i] * (d > -100. ? d : -100.)) * scale;
+        tops_[i] = static_cast<float>(scale);
+      }
+      for (int64_t i = 0; i < batch_.tiles; ++i) factors[i] = static_cast<float>(tops_[i] / total);
+      if (entropy) entropy[t * batch_.n + b] = static_cast<float>(log(total) - cross / total);
+    }
+  }
+
+  // The losses' sum over pairs; stats [2, V, B]. kept, unless it is null: the exponentials go where float32 gradients
+  // will be, for write_gradients.
+  double read_students(int64_t b, float* stats, const Crops* kept) {
+    const int64_t views = batch_.student.views;
+    for (int64_t v = 0; v < views; ++v) softmax_[v] = Softmax();
+    for (int64_t i = 0; i < batch_.tiles; ++i) {
+      const int64_t first = i * kTile, n = batch_.length(i);
+      fill_q(i, true);
+      for (int64_t v = 0; v < views; ++v) {
+        const char* const row = batch_.student.row(v, b, batch_.k);
+        float mass;
+        const float* const q = q_of(v, n, &mass);
+        const float top = student_.top_of(row, first, n, 1.f, nullptr);
+        const float inverse = batch_.student_inverse.high;
+        float* const e = kept ? reinterpret_cast<float*>(kept->row(v, b, batch_.k)) + first : nullptr;
+        const auto run = kept ? student_.kept_sums_of : student_.sums_of;
+        student_tops_[v * batch_.tiles + i] = top;
+        softmax_[v].add(top, run(row, batch_.student.item, first, n, inverse, top, q, e), mass, inverse);
+      }
+    }
+    double loss = 0.;
+    for (int64_t v = 0; v < views; ++v) {
+      const Softmax& s = softmax_[v];
+      if (const int64_t teachers = batch_.teachers_of(v)) loss += teachers * log(s.sum) - s.cross;
+      stats[v * batch_.n + b] = s.top;
+      stats[(views + v) * batch_.n + b] = static_cast<float>(s.sum);
+    }
+    return loss;
+  }
+
+  // scale: what each of the example's pairs counts. read: read_students has just been here; kept: with that.
+  void write_gradients(int64_t b, float scale, const float* stats, const Crops& gradients, bool read, bool kept) {
+    const int64_t views = batch_.student.views;
+    const float inverse = batch_.student_inverse.high;
+    scale *= inverse;
+    for (int64_t i = 0; i < batch_.tiles; ++i) {
+      const int64_t first = i * kTile, n = batch_.length(i);
+      fill_q(i, false);
+      for (int64_t v = 0; v < views; ++v) {
+        char* const to = gradients.row(v, b, batch_.k);
+        const int64_t teachers = batch_.teachers_of(v);
+        if (!teachers) {
+          std::memset(to + first * gradients.item, 0, n * gradients.item);
+          continue;
+        }
+        const float* const q = q_of(v, n, nullptr);
+        const char* const x = batch_.student.row(v, b, batch_.k);
+        float& top = student_tops_[v * batch_.tiles + i];
+        if (!read) top = student_.top_of(x, first, n, 1.f, nullptr);
+        const double d = (static_cast<double>(top) - stats[v * batch_.n + b]) * inverse;
+        const float share = static_cast<float>(teachers) / stats[(views + v) * batch_.n + b];
+        const float p = exp_nonpositive(static_cast<float>(d)) * share * scale;
+        if (kept)
+          gradient_in_place(reinterpret_cast<float*>(to) + first, n, p, q, scale);
+        else
+          student_.gradient(x, first, n, inverse, top, p, q, scale, to);
+      }
+    }
+  }
+
+ private:
+  // q of tile i: each teacher's, and behind them their sum.
+  void fill_q(int64_t i, bool with_mass) {
+    const int64_t n = batch_.length(i), teachers = batch_.teacher.views;
+    float* const all = q_ + teachers * kTile;
+    for (int64_t t = 0; t < teachers; ++t) {
+      const float *const e = e_ + t * ld_ + i * kTile, factor = factors_[t * batch_.tiles + i];
+      float* const q = q_ + t * kTile;
+      for (int64_t j = 0; j < n; j += kLanes) {
+        const F v = load(e + j) * factor;
+        store(q + j, v);
+        store(all + j, t ? load(all + j) + v : v);
+      }
+    }
+    all_mass_ = with_mass ? mass_of(all, n) : 0.f;
+  }
+  static float mass_of(const float* q, int64_t n) {
+    F total[4]{};
+    int64_t j = 0;
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+      for (int k = 0; k < 4; ++k) total[k] += load(q + j + k * kLanes);
+    for (; j < n; j += kLanes) total[0] += load(q + j);
+    return sum(total);
+  }
+
+  // The sum of those that view v is paired with, and its sum over the tile, if that is asked for.
+  const float* q_of(int64_t v, int64_t n, float* mass) {
+    const int64_t teachers = batch_.teacher.views;
+    const float* found = q_ + teachers * kTile;
+    if (mass) *mass = all_mass_;
+    if (batch_.teachers_of(v) == teachers) return found;
+    if (teachers == 2) {
+      found = q_ + (1 - v) * kTile;
+    } else {
+      float* const rest = q_ + (teachers + 1) * kTile;
+      for (int64_t j = 0; j < round_up(n, kLanes); ++j) rest[j] = 0.f;
+      for (int64_t t = 0; t < teachers; ++t)
+        for (int64_t j = 0; j < n && t != v; j += kLanes) store(rest + j, load(rest + j) + load(q_ + t * kTile + j));
+      found = rest;
+    }
+    if (mass) *mass = mass_of(found, n);
+    return found;
+  }
+
+  const Batch& batch_;
+  const int64_t ld_;
+  Buffer<float> e_, factors_, tops_, entropies_, q_, student_tops_;
+  Buffer<Softmax> softmax_;
+  const Kernels student_, teacher_;
+  float all_mass_ = 0.f;
+};
+
+void forward(Tensors student, Tensors teacher, double student_temp, double teacher_temp, Tensor bias, Tensor weights,
+             Tensor index, bool same_view, bool mean, Tensor losses, Tensor loss, Tensor entropy, Tensor stats,
+             Tensors gradients) {
+  const Batch batch(student, teacher, student_temp, teacher_temp, bias, weights, index, same_view, mean);
+  const Crops to(gradients);
+  const bool keeps = to.views && to.dtype == DType::f32;
+  float* const out = losses.as<float>();
+  parallel_tickets(
+      batch.n, [&] { return Example(batch); },
+      [&](int64_t b, Example& example) {
+        const float weight = batch.weight(b);
+        example.read_teachers(b, entropy.as<float>());
+        out[b] = static_cast<float>(example.read_students(b, stats.as<float>(), keeps ? &to : nullptr) * weight);
+        if (to.views) example.write_gradients(b, weight * batch.each, stats.as<float>(), to, true, keeps);
+      });
+  if (!loss) return;
+  double total = 0.;
+  for (int64_t b = 0; b < batch.n; ++b) total += out[b];
+  *loss.as<float>() = static_cast<float>(mean ? total / static_cast<double>(batch.n) : total);
+}
+
+void backward(Tensors student, Tensors teacher, double student_temp, double teacher_temp, Tensor bias, Tensor weights,
+              Tensor index, bool same_view, bool mean, Tensor grad, Tensor stats, Tensors gradients) {
+  const Batch batch(student, teacher, student_temp, teacher_temp, bias, weights, index, same_view, mean);
+  const Crops to(gradients);
+  const float* const g = grad.as<float>();
+  parallel_tickets(
+      batch.n, [&] { return Example(batch); },
+      [&](int64_t b, Example& example) {
+        example.read_teachers(b, nullptr);
+        const float of_loss = grad.dim ? g[b] : g[0] * batch.each;
+        example.write_gradients(b, batch.weight(b) * of_loss, stats.as<float>(), to, false, false);
+      });
+}
+
+}  // namespace
+
+namespace SSLOPS_ISA {
+extern const Table table{forward, backward};
+}
+
+}  // namespace sslops::prototypes

@@ -1,0 +1,189 @@
+#include "sinkhorn.h"
+
+#include "../common/parallel.h"
+#include "logits.h"
+#include "tiles.h"
+
+namespace sslops::sinkhorn {
+namespace {
+
+struct Scores {
+  const char* data;
+  DType dtype;
+  int64_t views, rows, k, item;
+  float inverse;
+
+  Scores(const Tensor& x, double temperature)
+      : data(x.data),
+        dtype(x.dtype),
+        views(x.sizes[0]),
+        rows(x.sizes[1]),
+        k(x.sizes[2]),
+        item(x.item_size),
+        inverse(Scale(temperature, false).inverse) {
+    if (!(temperature > 0.)) inverse = __builtin_nanf("");
+  }
+  Row row(int64_t view, int64_t i) const { return {data + (view * rows + i) * k * item, dtype}; }
+};
+
+int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+
+// ---- columns: the tickets are ranges of them ----
+
+constexpr int64_t kColumns = 1024, kRows = 64;
+
+// kCount rows at once: e^((x - top) / temperature) to the sums.
+template <DType kType, int kCount>
+SSLOPS_INLINE void add_rows(const Scores& x, int64_t view, int64_t i, int64_t first, int64_t n, const float* top,
+                            float* sums) {
+  for_each_vector(n, [&](int64_t j, int lanes) {
+    const F t = load(top + j);
+    F total = load(sums + j);
+    for (int r = 0; r < kCount; ++r) __builtin_prefetch(x.row(view, i + r + kRows).data + (first + j) * x.item);
+    for (int r = 0; r < kCount; ++r)
+      total += exp_nonpositive((load_as_float(x.row(view, i + r).data, kType, first + j, lanes) - t) * x.inverse);
+    store(sums + j, total);
+  });
+}
+
+template <DType kType>
+void column_range(const Scores& x, int64_t view, int64_t first, int64_t n, float* to_top, float* to_sums) {
+  float top[kColumns], sums[kColumns], raised[kColumns], block[kColumns];
+  for (int64_t j = 0; j < round_up(n, kLanes); ++j) top[j] = kLowest, sums[j] = 0.f;
+  for (int64_t begin = 0; begin < x.rows; begin += kRows) {
+    const int64_t end = at_most(begin + kRows, x.rows);
+    for (int64_t j = 0; j < round_up(n, kLanes); ++j) raised[j] = top[j], block[j] = 0.f;
+    for (int64_t i = begin; i < end; ++i) {
+      const char* const row = x.row(view, i).data;
+      for_each_vector(n, [&](int64_t j, int lanes) {
+        store(raised + j, max(load_as_float(row, kType, first + j, lanes), load(raised + j)));
+      });
+    }
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4) add_rows<kType, 4>(x, view, i, first, n, raised, block);
+    for (; i < end; ++i) add_rows<kType, 1>(x, view, i, first, n, raised, block);
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const F to = load(raised + j), old = load(top + j);
+      store(sums + j, load(sums + j) * exp_nonpositive((old - to) * x.inverse) + load(block + j));
+      store(top + j, to);
+    }
+  }
+  std::memcpy(to_top, top, n * sizeof(float));
+  std::memcpy(to_sums, sums, n * sizeof(float));
+}
+
+void columns(Tensor scores, double temperature, Tensor top, Tensor sums) {
+  const Scores x(scores, temperature);
+  const int64_t wanted = round_up((x.k + 63) / 64, 64);  // enough ranges for many threads, none shorter than 512 bytes
+  const int64_t width = wanted < 128 ? 128 : at_most(wanted, kColumns), ranges = (x.k + width - 1) / width;
+  const auto run = x.dtype == DType::f32    ? column_range<DType::f32>
+                   : x.dtype == DType::bf16 ? column_range<DType::bf16>
+                                            : column_range<DType::f16>;
+  parallel_tickets(x.views * ranges, [&](int64_t ticket) {
+    const int64_t view = ticket / ranges, first = ticket % ranges * width, to = view * x.k + first;
+    run(x, view, first, at_most(width, x.k - first), top.as<float>() + to, sums.as<float>() + to);
+  });
+}
+
+// ---- mass: the tickets are blocks of rows ----
+
+constexpr int64_t kBlock = 16, kMaxBlocks = 32, kGroupRows = 4;
+
+// A thread's rows, as exponentials relative to their tiles' maxima, and what makes a softmax of each tile.
+struct Group {
+  const int64_t ld, tiles, rows;
+  Buffer<float> e, factors, top;
+
+  explicit Group(int64_t k)
+      : ld(round_up(k, 16)),
+        tiles(tiles_of(k)),
+        rows(k <= 32768 ? kGroupRows : 1),  // half of the second cache
+        e(rows * ld),
+        factors(rows * tiles),
+        top(tiles) {}
+
+  void fill(int64_t r, const Row& row, int64_t item, int64_t k, float inverse, const float* b) {
+    float best = kLowest, *const sums = factors + r * tiles;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = t * kTile, n = at_most(kTile, k - first);
+      float* const y = e + r * ld + first;
+      top[t] = scale_tile(row, first, n, inverse, b, y);
+      F z[4]{};
+      exponentials(y, n, top[t], row.data + (first + kTile) * item, [&](int64_t j, int chain, F, F v) {
+        store(y + j, v);
+        z[chain] += v;
+      });
+      sums[t] = sum(z);
+      best = max(top[t], best);
+    }
+    float total = 0.f;
+    for (int64_t t = 0; t < tiles; ++t) {
+      top[t] = exp_nonpositive(top[t] - best);
+      total += sums[t] * top[t];
+    }
+    for (int64_t t = 0; t < tiles; ++t) sums[t] = top[t] / total;
+  }
+
+  template <int kCount>
+  void add(int64_t k, float* mass) const {
+    for (int64_t t = 0; t < tiles; ++t) {
+      float factor[kCount];
+      for (int r = 0; r < kCount; ++r) factor[r] = factors[r * tiles + t];
+      const int64_t first = t * kTile, end = at_most(first + kTile, k);
+      for (int64_t j = first; j < end; j += kLanes) {
+        F v = load(mass + j);
+        for (int r = 0; r < kCount; ++r) v += load(e + r * ld + j) * factor[r];
+        store(mass + j, v);
+      }
+    }
+  }
+};
+
+void mass(Tensor scores, double temperature, Tensor b, Tensor mass) {
+  const Scores x(scores, temperature);
+  const int64_t wanted = (x.rows + kBlock - 1) / kBlock, most = at_most(wanted, kMaxBlocks);
+  const int64_t height = most ? (x.rows + most - 1) / most : 1, blocks = (x.rows + height - 1) / height;
+  const int64_t ld = round_up(x.k, 16);
+  Buffer<float> parts(x.views * blocks * ld);
+  parallel_tickets(
+      x.views * blocks, [&] { return Group(x.k); },
+      [&](int64_t ticket, Group& group) {
+        const int64_t view = ticket / blocks, begin = ticket % blocks * height, end = at_most(begin + height, x.rows);
+        float* const part = parts + ticket * ld;
+        std::memset(part, 0, ld * sizeof(float));
+        for (int64_t i = begin; i < end; i += group.rows) {
+          const int64_t count = at_most(group.rows, end - i);
+          for (int64_t r = 0; r < count; ++r)
+            group.fill(r, x.row(view, i + r), x.item, x.k, x.inverse, b.as<float>() + view * x.k);
+          switch (count) {
+            case 4:
+              group.add<4>(x.k, part);
+              break;
+            case 3:
+              group.add<3>(x.k, part);
+              break;
+            case 2:
+              group.add<2>(x.k, part);
+              break;
+            default:
+              group.add<1>(x.k, part);
+          }
+        }
+      });
+  float* const out = mass.as<float>();
+  parallel_for(x.views * x.k, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      float total = 0.f;
+      for (int64_t block = 0; block < blocks; ++block) total += parts[(j / x.k * blocks + block) * ld + j % x.k];
+      out[j] = total;
+    }
+  });
+}
+
+}  // namespace
+
+namespace SSLOPS_ISA {
+extern const Table table{columns, mass};
+}
+
+}  // namespace sslops::sinkhorn

@@ -1,0 +1,21 @@
+// Sinkhorn's normalisation (arXiv 2006.09882, Section 3) in potentials: nothing of the size of the scores is written.
+#pragma once
+#include "../common/isa.h"
+#include "../common/tensor.h"
+
+namespace sslops::sinkhorn {
+
+struct Table {
+  // Of each column of scores [V, B, K]: top [V, K], a maximum, and sums [V, K] of exp((score - top) / temperature).
+  void (*columns)(Tensor scores, double temperature, Tensor top, Tensor sums);
+  // mass [V, K]: column sums of each row's softmax of scores / temperature + b, b [V, K].
+  void (*mass)(Tensor scores, double temperature, Tensor b, Tensor mass);
+
+  static constexpr auto bound() {
+    return std::tuple{Bound{"sinkhorn_columns", &Table::columns}, Bound{"sinkhorn_mass", &Table::mass}};
+  }
+};
+
+SSLOPS_DECLARE_TABLE
+
+}  // namespace sslops::sinkhorn

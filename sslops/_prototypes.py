@@ -1,0 +1,108 @@
+"""What DINO's and iBOT's losses share: the maths, the registered ops' outputs, the mean over ranks, what is logged."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check, distributed
+from ._contrastive import REDUCTIONS
+from ._library import Out
+
+
+class Metrics(NamedTuple):
+    """Means over the examples, weighted as the loss is: 0-d tensors without a gradient, to be logged later."""
+
+    teacher_entropy: Tensor  # of the targets: log K where they are uniform, 0 where they are one prototype
+    divergence: Tensor  # KL(target, student): the cross entropy minus the targets' entropy
+
+
+class Outputs(NamedTuple):
+    result: Out  # the loss, or the losses
+    entropy: Out  # of the targets
+    stats: Out  # of the students' softmax: a maximum, and the sum of exp(y - maximum)
+    gradient: Out  # the student's where grad is 1, in forward's own sweep
+
+
+def outputs(teachers: int, students: int, rows: int, shape: tuple[int, ...], dtype: torch.dtype, x: Any) -> Outputs:
+    """shape, dtype: the student's"""
+    ready = x.ready and any(x.needs_grad) and x.reduction != "none"
+    return Outputs(
+        result=Out((rows,) if x.reduction == "none" else ()),
+        entropy=Out((teachers, rows)),
+        stats=Out((2, students, rows)),
+        gradient=Out(shape if ready else (0,), dtype),
+    )
+
+
+def pairs(teachers: int, students: int, same_view: bool) -> list[tuple[int, int]]:
+    return [(t, v) for v in range(students) for t in range(teachers) if same_view or t != v]
+
+
+def reference(student: Tensor, teacher: Tensor, same_view: bool, x: Any) -> tuple[Tensor, Tensor]:
+    """The result and the targets' entropy [T, B]. student: [V, B, K], teacher: [T, B, K]"""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    logits = teacher.to(wide) / x.teacher_temp
+    if x.bias is not None:
+        logits = logits + x.bias[:, None]
+    log_q = logits.log_softmax(2)
+    q = log_q.exp()
+    log_p = (student.to(wide) / x.student_temp).log_softmax(2)
+    chosen = pairs(len(teacher), len(student), same_view)
+    losses = log_p.new_zeros(student.shape[1])
+    for v in range(len(student)):
+        paired = [t for t, other in chosen if other == v]
+        if paired:
+            losses = losses - (q[paired].sum(0) * log_p[v]).sum(1)
+    losses = losses / len(chosen)
+    if x.weights is not None:
+        losses = losses * x.weights
+    entropy = -torch.where(q == 0, 0.0, q * log_q).sum(2)
+    return losses if x.reduction == "none" else losses.mean() if x.reduction == "mean" else losses.sum(), entropy
+
+
+def check_options(op: str, reduction: str, return_metrics: bool) -> None:
+    _check.choice(op, "reduction", reduction, REDUCTIONS)
+    _check.flag(op, "return_metrics", return_metrics)
+
+
+def check_prototypes(op: str, argument: str, x: Tensor) -> None:
+    if x.shape[-1] == 0:
+        _check.bad_value(op, argument, "at least one prototype", list(x.shape))
+
+
+def detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def wide(value: Any, like: Tensor) -> Any:
+    """A bias or weights as kernels take them"""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().to(torch.promote_types(like.dtype, torch.float32))
+
+
+def call(op: str, run: Any, x: Any, group: str, return_metrics: bool, backend: str | None) -> Any:
+    """run(x, backend), reduced over the examples of all ranks"""
+    reduction, first, weights = x.reduction, _check.first(x), x.weights
+    ours = reduction == "mean" and (bool(group) or weights is not None)
+    if not (ours or group or return_metrics) or not isinstance(first, Tensor):  # which is refused
+        return run(x, backend)[0]
+    if weights is None:
+        weights = first.new_ones(first.shape[-2:-1], dtype=torch.promote_types(first.dtype, torch.float32))
+    elif not isinstance(weights, Tensor):
+        return run(x, backend)
+    total = distributed.mean(weights.sum(), group)  # a rank's share of them
+    if group or x.weights is not None:
+        total = torch.where(total == 0, 1.0, total)
+    if ours:
+        x = x._replace(weights=weights / total, reduction="sum")
+    result, entropy, *_ = run(x, backend)
+    loss = result
+    if group and reduction != "none":
+        loss = distributed.mean(result, group) * (1 if reduction == "mean" else distributed.size(group))
+    if not return_metrics:
+        return loss
+    of_teacher = distributed.mean((entropy.detach().mean(0) * weights).sum() / total, group)
+    cross = distributed.mean(result.detach().sum() / (1 if reduction == "mean" else total), group)
+    return loss, Metrics(of_teacher, cross - of_teacher)

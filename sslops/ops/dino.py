@@ -1,0 +1,128 @@
+"""DINO's loss: a student's crops must be assigned to prototypes as the teacher's other crops are."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _check, _prototypes, distributed
+from .._check import Of
+from .._library import register
+from .._prototypes import Outputs
+
+
+class Arguments(NamedTuple):
+    student: Annotated[list[Tensor], Of("* B K", each=True)]
+    teacher: Annotated[list[Tensor], Of("* B K", each=True)]
+    student_temp: float | Tensor
+    teacher_temp: float | Tensor
+    bias: Annotated[Tensor | None, Of("* K", (torch.float32, torch.float64))]
+    weights: Annotated[Tensor | None, Of("B", (torch.float32, torch.float64))]
+    same_view: bool
+    reduction: str
+    ready: bool  # whether the gradient is to be found in forward
+    backend: str = ""
+    needs_grad: list[bool] = []  # noqa: RUF012
+
+
+def views(crops: Sequence[Tensor]) -> int:
+    return sum(len(crop) for crop in crops)
+
+
+def outputs(x: Arguments) -> Outputs:
+    first, students = x.student[0], views(x.student)
+    rows = first.shape[1]
+    return _prototypes.outputs(views(x.teacher), students, rows, (students, *first.shape[1:]), first.dtype, x)
+
+
+def reference(x: Arguments) -> tuple[Tensor, Tensor]:
+    return _prototypes.reference(torch.cat(x.student), torch.cat(x.teacher), x.same_view, x)
+
+
+def _check_arguments(x: Arguments) -> None:
+    for name in ("student", "teacher"):
+        crops = getattr(x, name)
+        _prototypes.check_prototypes("dino", name, crops[0])
+        for k, crop in enumerate(crops):
+            if crop.dtype != crops[0].dtype:
+                _check.bad_value("dino", f"{name}[{k}]", f"the dtype of {name}[0], {crops[0].dtype}", crop.dtype)
+    teachers = views(x.teacher)
+    if not _prototypes.pairs(teachers, views(x.student), x.same_view):
+        wanted = "a crop to pair with another of the teacher's (same_view leaves out none)"
+        _check.bad_value("dino", "student", wanted, f"{views(x.student)} crops of {teachers} teachers'")
+    if x.bias is not None and x.bias.shape[0] not in (1, teachers):
+        _check.bad_value("dino", "bias", f"shape [K] or [{teachers}, K]", list(x.bias.shape))
+
+
+_run = register("dino", Arguments, outputs, reference=reference, check=_check_arguments, gradients=("student",),
+                unit="gradient")  # fmt: skip
+
+
+def _listed(name: str, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """[V_i, B, K] each"""
+    if isinstance(crops, Tensor):
+        return [crops]
+    if not isinstance(crops, Sequence) or not crops:
+        got = "none" if isinstance(crops, Sequence) else type(crops).__name__
+        _check.bad_type("dino", name, "a tensor [V, B, K] or a list of crops [B, K]", got)
+    return [crop[None] if isinstance(crop, Tensor) and crop.dim() == 2 else crop for crop in crops]
+
+
+def dino(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    student_temp: float | Tensor = 0.1,
+    teacher_temp: float | Tensor = 0.04,
+    bias: Tensor | None = None,
+    same_view: bool = False,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    group: distributed.Group = None,
+    backend: str | None = None,
+) -> Any:
+    """The cross entropy of DINO, DINOv2, DINOv3 and SwAV between crops, from the logits of K prototypes.
+
+    The mean over pairs of a teacher's crop t and a student's crop v, t != v, and over the B images of
+    -sum_k q_tk log softmax(student_v / student_temp)_k, with q_t = softmax(teacher_t / teacher_temp + bias). Equal
+    positions in the two lists are equal views: the teacher's crops come first among the student's. The student's
+    gradient is found in forward, and nothing else of the logits' size is written.
+
+    Args:
+        student: [V, B, K], or a list of crops [B, K] or [V_i, B, K], of any float dtype. Lists cost no copy.
+        teacher: [T, B, K], or a list as well. It gets no gradient.
+        student_temp, teacher_temp: positive numbers, or 0-d tensors on the logits' device, which get no gradient and
+            are not checked (the fused backends give NaN if one is not positive). A schedule inside a compiled step
+            should be a tensor: a number that changes recompiles.
+        bias: [K], or [T, K] for one each: minus the centre over teacher_temp (`nn.PrototypeCenter.bias`), or
+            `sinkhorn`'s of the teacher's logits. No gradient. None: 0.
+        same_view: also the pairs t = v, as DINOv3 may have it.
+        reduction: over the images, "mean" or "sum", or "none": the losses [B].
+        return_metrics: return (loss, Metrics): the mean entropy of the q, and the mean divergence KL(q, student).
+        group: None, or "world" or a ProcessGroup over whose ranks the images lie, also if they are not as many on each:
+            a mean or a sum is that of all, the same on every rank; "none" gives the rank's own. Gradients are those of
+            the whole batch after DDP's averaging.
+        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+
+    Returns:
+        The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no
+        images; NaN in a crop's logits makes the loss NaN, and the gradient of its image. With return_metrics, the pair.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; no pair of crops left.
+        RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
+
+    Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, Eq. 3.
+    """
+    _prototypes.check_options("dino", reduction, return_metrics)
+    _check.flag("dino", "same_view", same_view)
+    ranks = distributed.name("dino", group)
+    students, teachers = _listed("student", student), _listed("teacher", teacher)
+    x = Arguments(
+        students, [_prototypes.detached(crop) for crop in teachers], _prototypes.detached(student_temp),
+        _prototypes.detached(teacher_temp), bias, None, same_view, reduction, not torch.compiler.is_compiling(),
+    )  # fmt: skip
+    if isinstance(bias, Tensor) and isinstance(students[0], Tensor):
+        x = x._replace(bias=_prototypes.wide(bias[None] if bias.dim() == 1 else bias, students[0]))
+    return _prototypes.call("dino", _run, x, ranks, return_metrics, backend)

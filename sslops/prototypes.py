@@ -1,0 +1,133 @@
+"""PrototypeCenter, DINO's running centre of the teacher's logits; and swav, SwAV's loss by sinkhorn and dino."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _check, distributed
+from .ops.dino import dino
+from .ops.sinkhorn import sinkhorn
+
+__all__ = ["PrototypeCenter", "swav"]
+
+
+class PrototypeCenter(nn.Module):
+    """DINO's centre: the running mean of the teacher's logits, which keeps one prototype from taking all.
+
+    ::
+
+        center = sslops.nn.PrototypeCenter(65536)
+        loss = sslops.dino(student, teacher, teacher_temp=tau, bias=center.bias(tau))
+        center.update(teacher)  # after it is used, as DINO does
+
+    With gradient accumulation the centre should move once a step: call update() with all its logits, or once.
+
+    Args:
+        prototypes: K, positive.
+        momentum: in [0, 1], what the centre keeps of itself at an update.
+
+    Attributes:
+        center: [1, K] float32, in the state_dict under the name that DINO, DINOv2 and iBOT have for it.
+
+    Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, Eq. 4.
+    """
+
+    center: Tensor
+
+    def __init__(self, prototypes: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        _check.count("PrototypeCenter", "prototypes", prototypes, 1, 2**62)
+        _check.probability("PrototypeCenter", momentum=momentum)
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, prototypes))
+
+    def bias(self, teacher_temp: float | Tensor) -> Tensor:
+        """-center / teacher_temp [K], what `dino` and `ibot` add to the teacher's logits over the same temperature."""
+        return (-self.center / teacher_temp)[0]
+
+    @torch.no_grad()
+    def update(self, teacher: Tensor | Sequence[Tensor], *, group: distributed.Group = None) -> None:
+        """center = momentum * center + (1 - momentum) * the logits' mean.
+
+        Args:
+            teacher: [.., K], or a list of such, of any float dtype: the mean is over all rows of all. No rows on any
+                rank leave the centre as it is.
+            group: None, or "world" or a ProcessGroup: the mean over the rows of all ranks, which may have different
+                numbers of them, so that centres that were equal stay so.
+
+        Raises:
+            TypeError, ValueError: logits of another K, dtype or device; torch.distributed not initialised.
+        """
+        op, k = "PrototypeCenter.update", self.center.shape[1]
+        group = distributed.name(op, group)
+        total = self.center.new_zeros(k + 1)  # the rows' sum and how many there are: one message
+        for x in [teacher] if isinstance(teacher, Tensor) else teacher:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                _check.bad_type(
+                    op, "teacher", "a floating-point tensor [.., K] or a list of them", getattr(x, "dtype", x)
+                )
+            if x.dim() < 1 or x.shape[-1] != k:
+                _check.bad_value(op, "teacher", f"shape [.., {k}]", list(x.shape))
+            _check.same_device(op, "the centre", self.center, teacher=x)
+            rows = x.reshape(-1, k)
+            total[:k] += rows.sum(0, dtype=torch.float32)
+            total[k] += len(rows)
+        if group:
+            total = torch.ops.sslops.all_reduce(total, group, "sum", op)
+        share = (1 - self.momentum) * (total[k] > 0)
+        self.center.lerp_((total[:k] / total[k].clamp(min=1))[None], share)
+
+    def extra_repr(self) -> str:
+        return f"{self.center.shape[1]}, momentum={self.momentum}"
+
+
+def swav(
+    scores: Tensor | Sequence[Tensor],
+    *,
+    temperature: float | Tensor = 0.1,
+    epsilon: float | Tensor = 0.05,
+    iterations: int = 3,
+    assign: int = 2,
+    queue: Tensor | Sequence[Tensor] | None = None,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    group: distributed.Group = None,
+    backend: str | None = None,
+) -> Any:
+    """SwAV's loss: each crop must predict the balanced assignment to prototypes of another crop of its image.
+
+    `sinkhorn` finds each assigned view's potentials, and `dino` its cross entropy with all other crops.
+
+    Args:
+        scores: [V, B, K], or a list of crops [B, K] or [V_i, B, K]: similarities of unit embeddings with unit
+            prototypes, the assigned views first.
+        temperature, epsilon: the student's softmax has scores / temperature, the assignment scores / epsilon. Positive
+            numbers or 0-d tensors, without a gradient.
+        iterations: Sinkhorn's.
+        assign: how many views are assigned, 1 to V.
+        queue: [assign, Q, K], or a list of [Q, K]: the scores of earlier embeddings with the same
+            prototypes, which count in the balance only. No gradient.
+        reduction, return_metrics, group, backend: as `dino` has them; with a group the balance is over all ranks.
+
+    Returns, Raises: as `dino` does.
+
+    Source: Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv:2006.09882.
+    """
+    crops = [scores] if isinstance(scores, Tensor) else list(scores)
+    views = [view for crop in crops for view in (crop[None] if crop.dim() == 2 else crop).detach()]
+    _check.count("swav", "assign", assign, 1, len(views))
+    if queue is not None and len(queue) != assign:
+        _check.bad_value("swav", "queue", f"scores for each of the {assign} assigned views", f"{len(queue)}")
+    bias = []
+    for k, view in enumerate(views[:assign]):
+        if queue is not None:
+            if queue[k].dim() != 2 or queue[k].shape[1] != view.shape[-1]:
+                _check.bad_value("swav", f"queue[{k}]", f"shape [Q, {view.shape[-1]}]", list(queue[k].shape))
+            view = torch.cat([view, queue[k].detach().to(view.dtype)])
+        bias.append(sinkhorn(view, temperature=epsilon, iterations=iterations, group=group, backend=backend))
+    return dino(
+        scores, views[:assign], student_temp=temperature, teacher_temp=epsilon, bias=torch.stack(bias),
+        reduction=reduction, return_metrics=return_metrics, group=group, backend=backend,
+    )  # fmt: skip

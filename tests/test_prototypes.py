@@ -1,0 +1,197 @@
+"""PrototypeCenter and swav."""
+
+import importlib
+
+import oracle
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sslops
+
+BACKENDS = ("cpu", "eager")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_center(dtype):
+    center = sslops.nn.PrototypeCenter(30, momentum=0.75)
+    expected = torch.zeros(30, dtype=torch.float64)
+    for rows in (4, 7, 1):  # batches of any size
+        teacher = torch.randn(2, rows, 30).to(dtype)
+        center.update(teacher)
+        expected = 0.75 * expected + 0.25 * teacher.double().mean((0, 1))
+    torch.testing.assert_close(center.center, expected.float()[None])
+    torch.testing.assert_close(center.bias(0.04), -expected.float() / 0.04)
+    torch.testing.assert_close(center.bias(torch.tensor(0.07)), -expected.float() / 0.07)
+    assert list(center.state_dict()) == ["center"]
+    other = sslops.nn.PrototypeCenter(30)
+    other.load_state_dict(center.state_dict())
+    assert torch.equal(other.center, center.center)
+    assert repr(center) == "PrototypeCenter(30, momentum=0.75)"
+
+
+def test_center_of_lists_and_of_nothing():
+    teacher = torch.randn(2, 5, 30)
+    one, other = (sslops.nn.PrototypeCenter(30) for _ in range(2))
+    one.update(teacher)
+    other.update([teacher[0], teacher[1, :2], teacher[1, 2:]])
+    torch.testing.assert_close(one.center, other.center)
+    before = one.center.clone()
+    one.update(teacher[:, :0])
+    assert torch.equal(one.center, before)
+
+
+def test_center_in_bfloat16_sums_in_float32():
+    teacher = torch.full((4096, 8), 1.0).bfloat16()
+    center = sslops.nn.PrototypeCenter(8, momentum=0.0)
+    center.update(teacher)
+    assert torch.equal(center.center, torch.ones(1, 8))
+
+
+def test_center_without_logits():
+    """W mean(x) is the mean of W x: with features and weights, one product with a vector."""
+    features, weight = torch.randn(20, 6), torch.randn(30, 6)
+    one, other = (sslops.nn.PrototypeCenter(30) for _ in range(2))
+    one.update(features @ weight.t())
+    other.update(features.mean(0) @ weight.t())
+    torch.testing.assert_close(one.center, other.center)
+
+
+def test_center_is_lightlys():
+    if peers.lightly() is None:
+        pytest.skip("lightly is not installed")
+    theirs = importlib.import_module("lightly.models.modules.center").Center((1, 30), momentum=0.8)
+    ours = sslops.nn.PrototypeCenter(30, momentum=0.8)
+    for _ in range(3):
+        teacher = torch.randn(7, 30)
+        theirs.update(teacher)
+        ours.update(teacher)
+    torch.testing.assert_close(ours.center, theirs.value)
+
+
+def test_center_compiles():
+    center = sslops.nn.PrototypeCenter(30)
+
+    def step(student, teacher, tau):
+        loss = sslops.dino(student, teacher, teacher_temp=tau, bias=center.bias(tau))
+        center.update(teacher)
+        return loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    student, teacher, tau = torch.randn(4, 5, 30), torch.randn(2, 5, 30), torch.tensor(0.05)
+    first = compiled(student, teacher, tau)
+    moved = center.center.clone()
+    center.center.zero_()
+    torch.testing.assert_close(step(student, teacher, tau), first)
+    torch.testing.assert_close(center.center, moved)
+
+
+def test_center_refuses():
+    def refused(error, argument, call):
+        oracle.assert_refused(error, "PrototypeCenter", argument, call)
+
+    refused(ValueError, "prototypes", lambda: sslops.nn.PrototypeCenter(0))
+    refused(TypeError, "prototypes", lambda: sslops.nn.PrototypeCenter(2.5))
+    refused(ValueError, "momentum", lambda: sslops.nn.PrototypeCenter(3, momentum=1.5))
+    center = sslops.nn.PrototypeCenter(3)
+    for error, bad in ((ValueError, torch.ones(2, 4)), (ValueError, torch.tensor(1.0)),
+                       (TypeError, torch.ones(3).int()), (TypeError, [3]),
+                       (ValueError, torch.ones(2, 3, device="meta"))):  # fmt: skip
+        oracle.assert_refused(error, "PrototypeCenter.update", "teacher", lambda bad=bad: center.update(bad))
+
+
+# ---- swav ----
+
+
+def scores(views: int, b: int, k: int, rows: int = 0):
+    prototypes = F.normalize(torch.randn(k, 16))
+    image = torch.randn(b, 16)
+    crops = F.normalize(image + torch.randn(views, b, 16), dim=-1) @ prototypes.t()
+    return crops, F.normalize(torch.randn(2, rows, 16), dim=-1) @ prototypes.t()
+
+
+def swavs_own(crops, queue, temperature=0.1, epsilon=0.05, iterations=3, assign=2):
+    """The main loop of SwAV's code"""
+    loss = 0
+    for a in range(assign):
+        q = torch.exp(torch.cat([crops[a].detach(), queue[a]]) / epsilon).t()
+        q /= q.sum()
+        for _ in range(iterations):
+            q /= q.sum(1, keepdim=True) * q.shape[0]
+            q /= q.sum(0, keepdim=True) * q.shape[1]
+        q = (q * q.shape[1]).t()[: len(crops[a])]
+        others = [v for v in range(len(crops)) if v != a]
+        loss = loss - sum((q * F.log_softmax(crops[v] / temperature, dim=1)).sum(1).mean() for v in others) / len(
+            others
+        )
+    return loss / assign
+
+
+@pytest.mark.parametrize("rows", [0, 40])
+@pytest.mark.parametrize("views", [2, 6])
+def test_swav_against_its_own_loop(views, rows):
+    crops, queue = (x.double() for x in scores(views, 12, 30, rows))
+    torch.testing.assert_close(sslops.swav(crops, queue=queue if rows else None), swavs_own(crops, queue))
+    torch.testing.assert_close(
+        sslops.swav(list(crops), queue=list(queue), assign=2, iterations=5, temperature=0.2, epsilon=0.07),
+        swavs_own(crops, queue, 0.2, 0.07, 5),
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 300])
+def test_swav_is_accurate(rows):
+    crops, queue = scores(4, 20, 300, rows)
+
+    def op(crops, backend):
+        return sslops.swav(crops, queue=queue.to(crops.dtype) if rows else None, backend=backend)
+
+    oracle.check(op, {"scores": crops}, "cpu")
+
+
+@each_backend
+def test_swav_compiles(backend):
+    crops, queue = scores(3, 24, 30, 8)
+
+    def step(crops):
+        return sslops.swav(crops.transpose(0, 1), queue=queue, backend=backend)
+
+    oracle.assert_compiles(step, crops.transpose(0, 1))
+
+
+def test_swav_refuses():
+    crops, queue = scores(3, 6, 30, 8)
+
+    def refused(error, argument, *args, **kwargs):
+        oracle.assert_refused(error, "swav", argument, lambda: sslops.swav(*args, **kwargs))
+
+    refused(ValueError, "assign", crops, assign=4)
+    refused(ValueError, "assign", crops, assign=0)
+    refused(ValueError, "queue", crops, queue=queue[:1])
+    refused(ValueError, "queue[0]", crops, queue=queue[..., :9])
+    with pytest.raises(ValueError, match="dino: student: wanted a crop to pair"):
+        sslops.swav(crops[:1], assign=1)
+
+
+# ---- the modules ----
+
+
+def test_modules_are_their_ops():
+    crops, queue = scores(3, 6, 30, 8)
+    b, weights = torch.randn(30), torch.rand(6)
+    teacher = crops[:2].clone()
+    for module, expected, arguments in (
+        (sslops.nn.DINOLoss(0.2, same_view=True),
+         lambda *x, **y: sslops.dino(*x, student_temp=0.2, same_view=True, **y),
+         ((crops, teacher), {"bias": b})),
+        (sslops.nn.DINOLoss(), sslops.dino, ((list(crops), list(teacher)), {})),
+        (sslops.nn.IBOTLoss(teacher_temp=0.1), lambda *x, **y: sslops.ibot(*x, teacher_temp=0.1, **y),
+         ((crops[0], crops[1]), {"bias": b, "weights": weights})),
+        (sslops.nn.SwAVLoss(epsilon=0.1), lambda *x, **y: sslops.swav(*x, epsilon=0.1, **y),
+         ((crops,), {"queue": queue})),
+    ):  # fmt: skip
+        tensors, named = arguments
+        assert torch.equal(module(*tensors, **named), expected(*tensors, **named))
+        assert not module.state_dict()
