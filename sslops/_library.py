@@ -204,8 +204,10 @@ def register(
         _check.indices(name, x, declared)
 
     def dense(x: Any) -> Any:
-        fields = [field for field, of in declared.items() if not of.strided and getattr(x, field) is not None]
-        return _replaced(x, **{field: getattr(x, field).contiguous() for field in fields})
+        """As kernels read it: values lie in memory as they are, side by side unless any strides will do"""
+        values = {field: getattr(x, field) for field in declared if getattr(x, field) is not None}
+        plain = {field: value.resolve_neg() for field, value in values.items()}
+        return _replaced(x, **{field: v if declared[field].strided else v.contiguous() for field, v in plain.items()})
 
     def on_all_ranks(x: Any) -> Any:
         with distributed.agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
@@ -306,9 +308,11 @@ def register(
         tensors = iter(ctx.saved_tensors)
         values = [next(tensors) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
         ready, ctx.unit = ctx.unit, None
-        # vmap's have another key, and no value that can be read
-        plain = type(grad) is Tensor and torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.CPU)
-        eager = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # vmap's (is_grads_batched) have another key, no value that can be read, and no memory for a kernel
+        keys = torch._C._dispatch_keys(grad)
+        on_cpu = type(grad) is Tensor and keys.has(torch._C.DispatchKey.CPU)
+        plain = on_cpu or (type(grad) is Tensor and keys.has(torch._C.DispatchKey.CUDA))
+        eager = on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         factor = grad.item() if eager and ready is not None and ready.numel() else None
         # not by inf or NaN: zeros, of what has no part in the result, stay zeros
         scales = factor is not None and math.isfinite(factor) and ready.dtype == torch.float32
@@ -316,7 +320,7 @@ def register(
             results = ready if factor == 1 else ready.mul_(grad)
         else:
             del ready  # its memory is of use to the kernel
-            through = backward_op if torch.is_grad_enabled() or _is_traced() else run_back
+            through = run_back if plain and not torch.is_grad_enabled() and not _is_traced() else backward_op
             results = through(grad, *values, *tensors)
         found = dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
         return tuple(found[n] if n in found and t else None for n, t in zip(schema.names, ctx.is_tensor, strict=True))
