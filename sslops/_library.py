@@ -217,8 +217,9 @@ def register(
         _check.indices(name, x, declared)
 
     def dense(x: Any) -> Any:
-        fields = [field for field, of in declared.items() if not of.strided and getattr(x, field) is not None]
-        return _replaced(x, **{field: _contiguous(getattr(x, field)) for field in fields})
+        """As kernels read it: values lie in memory as they are, side by side unless any strides will do"""
+        values = {field: getattr(x, field) for field in declared if getattr(x, field) is not None}
+        return _replaced(x, **{field: _dense(value, declared[field].strided) for field, value in values.items()})
 
     def on_all_ranks(x: Any) -> Any:
         with distributed.agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
@@ -322,9 +323,11 @@ def register(
             for n, count, value in zip(schema.names, ctx.counts, ctx.rest, strict=True)
         ]
         ready, ctx.unit = ctx.unit, None
-        # vmap's have another key, and no value that can be read
-        plain = type(grad) is Tensor and torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.CPU)
-        eager = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # vmap's (is_grads_batched) have another key, no value that can be read, and no memory for a kernel
+        keys = torch._C._dispatch_keys(grad)
+        on_cpu = type(grad) is Tensor and keys.has(torch._C.DispatchKey.CPU)
+        plain = on_cpu or (type(grad) is Tensor and keys.has(torch._C.DispatchKey.CUDA))
+        eager = on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         factor = grad.item() if eager and ready is not None and ready.numel() else None
         # not by inf or NaN: zeros, of what has no part in the result, stay zeros
         scales = factor is not None and math.isfinite(factor) and ready.dtype == torch.float32
@@ -334,7 +337,7 @@ def register(
                 results = list(ready.split([len(each) for each in values[schema.names.index(gradients[0])]]))
         else:
             del ready  # its memory is of use to the kernel
-            through = backward_op if torch.is_grad_enabled() or _is_traced() else run_back
+            through = run_back if plain and not torch.is_grad_enabled() and not _is_traced() else backward_op
             results = through(grad, *values, *tensors)
         found = dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
         nothing = [
@@ -375,8 +378,11 @@ def _is_traced() -> bool:
     )
 
 
-def _contiguous(value: Any) -> Any:
-    return [each.contiguous() for each in value] if isinstance(value, list) else value.contiguous()
+def _dense(value: Any, strided: bool) -> Any:
+    if isinstance(value, list):
+        return [_dense(each, strided) for each in value]
+    value = value.resolve_neg()
+    return value if strided else value.contiguous()
 
 
 def _empties(x: Any, specs: Sequence[Any]) -> tuple[Any, ...]:
