@@ -212,7 +212,7 @@ def register(
         check(x)
         if len(getattr(x, "needs_grad", gradients)) != len(gradients):
             _check.bad_value(name, "needs_grad", f"{len(gradients)} flags", x.needs_grad)
-        if (wide := _wide(x)) != x[0].dtype and x.backend in BACKENDS:
+        if (wide := _wide(x)) != _check.first(x).dtype and x.backend in BACKENDS:
             _require(name, x, wide)
         _check.indices(name, x, declared)
 
@@ -276,7 +276,7 @@ def register(
         needed = "" if getattr(x, "synced", True) else group
         filled["backend"] = resolve(name, _check.first(x).device, _wide(x), backend, needed)
         if "operand_dtype" in x._fields:
-            filled["operand_dtype"] = compute_dtype(x[0])
+            filled["operand_dtype"] = compute_dtype(_check.first(x))
         if group and not is_distributed(filled["backend"], name):
             filled |= distributed.gathered_arguments(name, group, {field: getattr(x, field) for field in spread})
             if filled["backend"] != "eager":

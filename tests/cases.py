@@ -71,6 +71,9 @@ _NOISE = {"noise": torch.rand(4, 10, generator=torch.Generator().manual_seed(0))
 _MASK = {"batch": 4, "length": 10, "mask_ratio": 0.7}
 _CORRUPTION = {"ids": _ids(4, 10, 50), "mask_token_id": 3, "vocab_size": 50}
 
+_CROPS = {"student": _random(4, 6, 30), "teacher": _random(2, 6, 30, seed=1)}
+_PATCHES = {"student": _random(9, 30), "teacher": _random(9, 30, seed=1)}
+
 # fmt: off
 CASES = [
     Case("nt_xent", "mean", sslops.nt_xent, _Z, {"temperature": 0.2}, ("z0", "z1")),
@@ -86,6 +89,9 @@ CASES = [
     Case("cross_correlation", "matrix", sslops.cross_correlation, _AB, {}, ("z_a", "z_b")),
     Case("vicreg", "gram", sslops.vicreg, _AB, {"route": "gram"}, ("z_a", "z_b")),
     Case("vicreg", "panels", sslops.vicreg, _AB, {"route": "panels"}, ("z_a", "z_b")),
+    Case("sinkhorn", "scores", sslops.sinkhorn, {"scores": _random(12, 30)}, {"temperature": 0.1}),
+    Case("dino", "crops", sslops.dino, _CROPS, {}, ("student",), batched=False),
+    Case("ibot", "rows", sslops.ibot, _PATCHES, {}, ("student",)),
     Case("gather_patches", "chw", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},
          {"ids": _ids(3, 4, 6), "patch_size": 4}, ("images",), batched=False),
     Case("gather_patches", "hwc", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},

@@ -23,7 +23,6 @@ SHARED = {
     "kernels/cpu/columns.py",
     "kernels/cpu/memory.py",
     "kernels/cpu/prototypes.py",
-    "kernels/cpu/tiles.py",
     "kernels/cuda/device.py",
     "kernels/native/call.py",
     "kernels/triton/columns.py",

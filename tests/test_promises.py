@@ -18,6 +18,8 @@ from sslops import _C, backend
 # (promise, op): why not
 EXEMPT = {
     ("listed", "ema_update"): "updates in place: tests/test_ema_update.py",
+    ("fullgraph", "dino"): "eager mode scales the gradient that forward left: the last bit may differ",
+    ("fullgraph", "ibot"): "eager mode scales the gradient that forward left: the last bit may differ",
     ("fullgraph", "masked_patch_mse"): "eager mode scales the gradient that forward left: the last bit may differ",
     ("empty_batch", "barlow_twins"): "refused: no variance",
     ("empty_batch", "cross_correlation"): "refused: no variance",
@@ -246,7 +248,7 @@ def test_bad_input(case):
             (TypeError, x.tolist()),
             (TypeError, x.to(torch.complex64)),
             (TypeError, x.to_sparse()),
-            (ValueError, torch.stack([x, x])),
+            (ValueError, x.sum()),
             (ValueError, x.to("meta")),
         ):
             first = len(case.inputs) == 1 or (
@@ -256,20 +258,22 @@ def test_bad_input(case):
                 continue  # the others are elsewhere then, or all are meta: a trace
             with pytest.raises(error) as caught:
                 case.run(None, case.inputs | {name: bad})
-            assert re.match(rf"{case.op}: \w+: wanted .*, got ", str(caught.value)), f"{name}: {caught.value}"
+            assert re.match(rf"{case.op}: \w+(\[\d+\])?: wanted .*, got ", str(caught.value)), f"{name}: {caught.value}"
 
 
 def lies(arguments: tuple) -> list[tuple]:
     """The arguments with one tensor that is not what the others say"""
     found = []
-    for k, x in enumerate(arguments):
+    for k, value in enumerate(arguments):
+        x, *rest = value if isinstance(value, list) and value else [value]
         if not isinstance(x, Tensor):
             continue
         others = [x[None], x.to(torch.complex64), x.to("meta"), x.to_sparse()]
         if x.dim():
             others += [x[:-1], x[..., :-1], torch.cat([x, x], -1)]
         others.append(x.half() if x.dtype == torch.float32 else x.float())
-        found += [(*arguments[:k], other, *arguments[k + 1 :]) for other in others]
+        for other in others:
+            found.append((*arguments[:k], [other, *rest] if isinstance(value, list) else other, *arguments[k + 1 :]))
     return found
 
 
