@@ -1,5 +1,7 @@
 """Which devices this build has code for."""
 
+import functools
+
 import torch
 
 from sslops import _C
@@ -14,5 +16,16 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     for kind, _, arch in (name.partition("_") for name in archs.split(",")):
         built = divmod(int(arch), 10)
         if built <= (major, minor) and (kind == "compute" or built[0] == major):  # PTX, or code for this generation
-            return None
+            return _trouble(device)
     return f"this build of sslops has code for {archs}, not for sm_{major}{minor}"
+
+
+@functools.cache
+def _trouble(device: torch.device) -> str | None:
+    """What comes of the smallest launch, of nothing to do; once, as an older driver refuses every later one too"""
+    try:
+        with torch.cuda.device(device):
+            _C.cuda_iota(0, 0, torch.cuda.current_stream().cuda_stream)
+    except RuntimeError as error:
+        return f"sslops' CUDA code does not run here: {error}"
+    return None
