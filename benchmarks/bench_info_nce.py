@@ -29,6 +29,7 @@ CASES = {
         *cases("256x65536x128", "float32", "both"),
         *cases("256x65536x128", "bfloat16", "enqueue"),
     ],
+    "key": cases("256x65536x128 4096x0x256", "bfloat16", "both"),
     "small": cases("66x70x7 130x700x300 66x0x7", "float32 bfloat16", "both"),
 }
 # Of the Triton kernels in bf16: two products; the queue once in, the sums of 132 spans out and in again.

@@ -26,6 +26,7 @@ CASES = {
         *cases("16384x512", "bfloat16", "both"),
         *cases("4096x128 16384x128", "float32", "both"),
     ],
+    "key": cases("16384x128 4096x128", "bfloat16", "both"),
     "small": cases("66x7 202x100 130x300", "float32 bfloat16", "both"),
 }
 
