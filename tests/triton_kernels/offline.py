@@ -11,8 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,7 @@ class Launch(NamedTuple):
     constants: dict[str, object]
     divisible: list[str]  # arguments that are multiples of 16
     options: dict[str, object]
+    compile: Callable[[], object]  # as the JIT would, under its own key
 
     def __str__(self) -> str:
         blocks = "x".join(str(self.constants[name]) for name in self.constants if name.startswith("BLOCK"))
@@ -93,11 +95,12 @@ class Row(NamedTuple):
 def record(chip: str) -> Iterator[list[Launch]]:
     """Collects the launches that would happen on `chip`, specialised as triton does it, instead of launching."""
     launches: list[Launch] = []
+    original = JITFunction.run
 
     def run(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
-        work = Launch(kernel, {}, {}, [], options)
+        work = Launch(kernel, {}, {}, [], options, partial(original, kernel, *args, grid=grid, warmup=True, **kwargs))
         for parameter in kernel.params:
             name, value = parameter.name, given[parameter.name]
             special = isinstance(value, torch.Tensor) or (type(value) is int and not parameter.do_not_specialize)
@@ -162,7 +165,7 @@ def works(chips: Iterable[str] = CHIPS) -> list[tuple[str, str, str, Launch]]:
                 for work in launches:
                     if "default" in chip and "PRECISION" not in work.constants:
                         continue  # it has no config, and is the same as on the chip itself
-                    found.setdefault((op, chip, work.kernel.__name__, str(work[1:])), (op, chip, name, work))
+                    found.setdefault((op, chip, work.kernel.__name__, str(work[1:5])), (op, chip, name, work))
     return list(found.values())
 
 
