@@ -149,12 +149,13 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "n", "d", "temperature"), CASES)
 def test_accuracy(
-    request: pytest.FixtureRequest, chip: str, search: bool, dtype: torch.dtype, kind: str, n: int, d: int,
-    temperature: float,
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, chip: str, search: bool, dtype: torch.dtype,
+    kind: str, n: int, d: int, temperature: float,
 ) -> None:  # fmt: skip
     if kind == "collapsed" and dtype == torch.bfloat16:
         why = "rounding moves all logits alike but the positive's, which is float32: the CPU kernel's losses do so too"
         request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+        monkeypatch.setattr("oracle.DRAWS", 1)  # it is off in each
     if kind == "short rows" and dtype == torch.float16:
         pytest.skip("their gradient is beyond float16's range")
     compare(pairs(kind, n, d), temperature, True, dtype, chip, search, cancels=kind == "collapsed")
