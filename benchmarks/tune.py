@@ -2,7 +2,7 @@
 
 SEEDS and configs near each listed one that compile without a fault (offline.py) are timed through the same launcher.
 One takes the place of a listed one only if it gives the same result and is faster by MARGIN, in turn with it; what was
-measured goes to benchmarks/tuned/<device>.json. New configs need new tests/triton_kernels/resources-*.tsv.
+measured goes to benchmarks/tuned/<device>.json. New configs change tests/triton_kernels/resources.tsv.
 
 A file of configs joins with a function in tests/triton_kernels: tuning(operands, width, kernel, device) -> the call to
 time.

@@ -432,6 +432,9 @@ def test_cuda_is_refused_where_the_binary_has_no_code(monkeypatch: pytest.Monkey
     assert refuses(torch.device("cuda"), torch.float32) is None
     monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_80"})
     assert "sm_90" in refuses(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_90"})
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in refuses(torch.device("cuda"), torch.float32)
 
 
 def test_cuda_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     archs = _C.build_info()["cuda_archs"]
     if archs is None:
         return "this build of sslops has no CUDA code"
+    if torch.version.hip is not None:  # whose devices call themselves cuda, with capabilities like NVIDIA's
+        return "this build of sslops has CUDA code, and this torch is for ROCm"
     major, minor = torch.cuda.get_device_capability(device)
     for kind, _, arch in (name.partition("_") for name in archs.split(",")):
         built = divmod(int(arch), 10)
