@@ -177,11 +177,11 @@ def _plain(facts: Mapping[str, object]) -> dict[str, object]:
     return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in facts.items()}
 
 
-def matmul(flop: float, dtype: torch.dtype) -> Variant:
-    """One product of square matrices of so many FLOP on the GPU, by the vendor's library."""
+def matmul(flop: float, dtype: torch.dtype, device: str) -> Variant:
+    """One product of square matrices of so many FLOP, by the library that torch takes there."""
     n = max(64, round((flop / 2) ** (1 / 3) / 64) * 64)
     k = max(8, round(flop / 2 / n / n / 8) * 8)
-    a, b = torch.randn(n, k, device="cuda").to(dtype), torch.randn(k, n, device="cuda").to(dtype)
+    a, b = torch.randn(n, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
     out = a.new_empty(n, n)
     return lambda: torch.mm(a, b, out=out)
 
