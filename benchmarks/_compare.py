@@ -1,4 +1,8 @@
-"""Honest comparisons: variants interleaved in one process, medians with quartiles; out of memory is a result."""
+"""Honest comparisons: variants interleaved in one process, medians with quartiles; out of memory is a result.
+
+On a GPU a time is the GPU's: it sleeps while the host launches, so that no kernel waits for the host. What the host
+takes to launch is a number of its own, "host"; of a variant that waits for the GPU it holds that wait.
+"""
 
 import gc
 import itertools
@@ -36,8 +40,10 @@ def cases(shapes: str, dtypes: str, parts: str) -> list[Case]:
 Variant = Callable[[], object] | tuple[Callable[[], Any], Callable[[Any], object]]
 Times = dict[str, dict[str, float] | None]
 
-# From the command line, by conftest.py. only_ours: leave out all variants but ours.
-settings = SimpleNamespace(seconds=6.0, only_ours=False)
+# From the command line, by conftest.py. beside: of the variants that are not ours these only, and the limit.
+settings = SimpleNamespace(seconds=6.0, only_ours=False, beside=None)
+
+CYCLES = 2e6  # of a GPU's clock in a millisecond, about
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -45,8 +51,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def _time(variant: Variant) -> float:
-    """Milliseconds that a variant takes"""
+def _time(variant: Variant, sleep: float = 0.0) -> tuple[float, float | None]:
+    """Milliseconds that a variant takes on a GPU, which first sleeps `sleep` ms, and those that the host takes
+
+    Without a GPU: those of the host, and None.
+    """
     arguments: list[object] = []
     if isinstance(variant, tuple):
         prepare, variant = variant
@@ -54,47 +63,75 @@ def _time(variant: Variant) -> float:
     if not torch.cuda.is_available():
         start = time.perf_counter()
         variant(*arguments)
-        return (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - start) * 1e3, None
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if sleep:
+        torch.cuda._sleep(int(sleep * CYCLES))
     begin.record()
+    start = time.perf_counter()
     variant(*arguments)
+    host = (time.perf_counter() - start) * 1e3
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end), host
 
 
-def interleave(variants: Mapping[str, Variant], *, seconds: float | None = None, rounds: int | None = None) -> Times:
+def interleave(
+    variants: Mapping[str, Variant],
+    *,
+    seconds: float | None = None,
+    rounds: int | None = None,
+    failed: dict[str, str] | None = None,
+    ours: str | None = None,
+) -> Times:
     """Times the variants in turn, round after round, so that a busy machine hits all of them.
 
     variants: functions, or pairs of which the first makes, untimed, what the second takes.
     rounds: as many as fit into `seconds` if None, at least 3 and at most 101. Returns for each variant the median, the
-    quartiles and the minimum in milliseconds; None for one that runs out of memory.
+    quartiles and the minimum in milliseconds, and the host's median where that is another; None for one that runs out
+    of memory. Given `failed`, an error of one that is not ours goes there, and is None too.
     """
     seconds = settings.seconds if seconds is None else seconds
-    times: dict[str, list[float]] = {}
-    for name, variant in variants.items():  # compilation, allocation, thread pools
+    times: dict[str, list[tuple[float, float | None]]] = {}
+    sleeps = {}
+
+    def attempt(name: str, sleep: float = 0.0) -> tuple[float, float | None] | None:
         try:
-            _time(variant)
-            times[name] = []
+            return _time(variants[name], sleep)
         except Exception as error:
             if not out_of_memory(error):
-                raise
+                if failed is None or name == ours:
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            times.pop(name, None)
+            return None
+
+    for name in variants:  # compilation, allocation, thread pools; on a GPU once more, for how long launching takes
+        taken = attempt(name)
+        if taken and taken[1] is not None:
+            taken = attempt(name)
+        if taken:
+            times[name], sleeps[name] = [], min(2 * (taken[1] or 0.0), 50.0)
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
         done = 0
         while done < (rounds or 3) or (rounds is None and done < 101 and time.perf_counter() - start < seconds):
-            for name, values in times.items():
-                values.append(_time(variants[name]))
+            for name in list(times):
+                if (taken := attempt(name, sleeps[name])) is not None:
+                    times[name].append(taken)
             done += 1
     finally:
         gc.enable()
     result: Times = dict.fromkeys(variants)
     for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        result[name] = {"median": median, "low": low, "high": high, "min": min(values), "rounds": done}
+        taken, hosts = zip(*values, strict=True)
+        low, median, high = statistics.quantiles(taken, n=4)
+        result[name] = {"median": median, "low": low, "high": high, "min": min(taken), "rounds": done}
+        if None not in hosts:
+            result[name]["host"] = statistics.median(hosts)
     return result
 
 
@@ -106,6 +143,8 @@ def record(
     limit: the variant that does only what cannot be avoided. facts: what tells this row from others (m=, d=, dtype=),
     and flop= or bytes=, the work that our rate is counted in.
     """
+    if settings.beside is not None:
+        variants = {name: variants[name] for name in variants if name in (ours, limit, *settings.beside)}
     if settings.only_ours:
         variants = {ours: variants[ours]}
     prepare, run = variants[ours] if isinstance(variants[ours], tuple) else (None, variants[ours])
@@ -113,12 +152,15 @@ def record(
     if benchmark.disabled:
         benchmark.pedantic(run, setup=setup)
         return {}
-    times = interleave(variants)
+    failed: dict[str, str] = {}
+    times = interleave(variants, failed=failed, ours=ours)
     medians = {name: value["median"] for name, value in times.items() if value}
     ratios = {name: median / medians[ours] for name, median in medians.items()}
     benchmark.extra_info.update(
         _plain(facts), threads=torch.get_num_threads(), ours=ours, limit=limit, times_ms=times, ratios=ratios
     )
+    if failed:
+        benchmark.extra_info["failed"] = failed
     if torch.cuda.is_available():
         benchmark.extra_info["peak_mb"] = {n: _cuda_peak(variants[n]) if n in medians else None for n in times}
     benchmark.pedantic(run, setup=setup, rounds=3)
@@ -135,11 +177,11 @@ def _plain(facts: Mapping[str, object]) -> dict[str, object]:
     return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in facts.items()}
 
 
-def matmul(flop: float, dtype: torch.dtype) -> Variant:
-    """One product of square matrices of so many FLOP on the GPU, by the vendor's library."""
+def matmul(flop: float, dtype: torch.dtype, device: str) -> Variant:
+    """One product of square matrices of so many FLOP, by the library that torch takes there."""
     n = max(64, round((flop / 2) ** (1 / 3) / 64) * 64)
     k = max(8, round(flop / 2 / n / n / 8) * 8)
-    a, b = torch.randn(n, k, device="cuda").to(dtype), torch.randn(k, n, device="cuda").to(dtype)
+    a, b = torch.randn(n, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
     out = a.new_empty(n, n)
     return lambda: torch.mm(a, b, out=out)
 

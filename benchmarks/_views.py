@@ -46,7 +46,7 @@ def time_row(
     (n, d), dtype, part = case
     z_a, z_b = views(n, d, dtype, device)
     variants = {name: variant(loss, z_a, z_b, part) for name, loss in losses.items()}
-    variants["matmuls"] = limit if limit and device == "cpu" else matmul(flop, dtype)
+    variants["matmuls"] = limit if limit and device == "cpu" else matmul(flop, dtype, device)
     record(benchmark, variants, limit="matmuls", n=n, d=d, dtype=dtype, part=part, flop=flop)
 
 

@@ -15,6 +15,7 @@ CASES = {
         *cases("256x8192 4096x2048 256x32768", "float32", "memory"),
     ],
     "cuda": cases("256x8192 1024x8192 4096x8192", "bfloat16", "both"),
+    "key": cases("256x8192 4096x8192", "bfloat16", "both"),
     "small": cases("66x7 130x300", "float32 bfloat16", "both"),
 }
 WORK = {

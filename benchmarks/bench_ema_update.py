@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from _compare import record
-from peers import _installed, _let_torchvision_load, solo_file
+from peers import _installed, _let_torchvision_load, or_failing, solo_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -100,12 +100,17 @@ def test_vit(benchmark, device, model, target, source):
 def test_stochastic_rounding(benchmark, device, source):
     lists = tensors(vit(768, 12), BF16, device), tensors(vit(768, 12), source, device)
     variants = {"sslops": lambda: ema_update_(*lists, MOMENTUM, seed=1)}
-    if _installed("timm"):
+
+    @or_failing
+    def timm() -> Callable[[], object]:
         _let_torchvision_load()
         from timm.utils.model_ema import _lerp_stochastic_round_bf16_
 
         generator = torch.Generator(device)
-        variants["timm"] = lambda: _lerp_stochastic_round_bf16_(*lists, 1 - MOMENTUM, generator=generator)
+        return lambda: _lerp_stochastic_round_bf16_(*lists, 1 - MOMENTUM, generator=generator)
+
+    if _installed("timm"):
+        variants["timm"] = timm()
     record(benchmark, variants, model="ViT-B", target=BF16, source=source, rounding="stochastic")
 
 
@@ -114,23 +119,31 @@ def model_updates(online: nn.Module) -> dict[str, Callable[[], object]]:
     ours = EMA(copy.deepcopy(online), online, MOMENTUM)
     swa = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM), use_buffers=True)
     found: dict[str, Callable[[], object]] = {"sslops": ours.step, "swa_utils": lambda: swa.update_parameters(online)}
-    if _installed("timm"):
+
+    @or_failing
+    def timm() -> Callable[[], object]:
         _let_torchvision_load()
         from timm.utils import ModelEmaV3
 
         theirs = ModelEmaV3(online, decay=MOMENTUM)
-        found["timm"] = lambda: theirs.update(online)
-    if _installed("lightly"):
+        return lambda: theirs.update(online)
+
+    @or_failing
+    def lightly() -> Callable[[], object]:
         _let_torchvision_load()
         from lightly.models.utils import update_momentum
 
         target = copy.deepcopy(online)
-        found["lightly"] = lambda: update_momentum(online, target, MOMENTUM)
-    if _installed("solo"):
+        return lambda: update_momentum(online, target, MOMENTUM)
+
+    @or_failing
+    def solo() -> Callable[[], object]:
         updater = solo_file("solo/utils/momentum.py").MomentumUpdater(MOMENTUM)
         rebound = copy.deepcopy(online)
-        found["solo-learn"] = lambda: updater.update(online, rebound)
-    return found
+        return lambda: updater.update(online, rebound)
+
+    packages = {"timm": ("timm", timm), "lightly": ("lightly", lightly), "solo-learn": ("solo", solo)}
+    return found | {name: make() for name, (package, make) in packages.items() if _installed(package)}
 
 
 @pytest.mark.usefixtures("threads")

@@ -29,6 +29,7 @@ CASES = {
         *cases("256x65536x128", "float32", "both"),
         *cases("256x65536x128", "bfloat16", "enqueue"),
     ],
+    "key": cases("256x65536x128 4096x0x256", "bfloat16", "both"),
     "small": cases("66x70x7 130x700x300 66x0x7", "float32 bfloat16", "both"),
 }
 # Of the Triton kernels in bf16: two products; the queue once in, the sums of 132 spans out and in again.
@@ -119,25 +120,6 @@ def variant(loss: Callable, inputs: list[torch.Tensor], part: str) -> Variant:
     return both[part]
 
 
-def tile_matmuls(query: torch.Tensor, queue: torch.Tensor) -> Variant:
-    """The CPU kernel's tiles without anything between the matmuls: the limit of its algorithm on this machine."""
-    from sslops.kernels.cpu.tiles import ranges, stream_for
-
-    with torch.no_grad():
-        stream = stream_for(F.normalize(query.float()), query.dtype)
-    stream.weights().zero_()
-
-    def run() -> None:
-        o = stream.zeros(len(query))
-        for j in ranges(len(queue), stream.COLUMNS):
-            stream.load(queue[j])
-            for i in ranges(len(query), stream.ROWS):
-                stream.logits(i)
-                stream.add(o, i)
-
-    return run
-
-
 def enqueues(query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor) -> dict[str, Variant]:
     """Beside MoCo's way, keys in the columns of [D, K], and a step of our loss."""
     ours = sslops.NegativeQueue(*queue.shape, dtype=queue.dtype).to(queue.device)
@@ -174,7 +156,7 @@ def test_time(benchmark, device, case):
     limit = "matmuls" if part != "backward" else None
     if limit:
         with torch.no_grad():
-            once = tile_matmuls(inputs[0], inputs[-1].detach()) if device == "cpu" else matmul(flop / passes, dtype)
+            once = matmul(flop / passes, dtype, device)
             variants[limit] = lambda: [once() for _ in range(passes)]
     record(benchmark, variants, limit=limit, b=b, k=k, d=d, dtype=dtype, part=part, flop=flop)
 

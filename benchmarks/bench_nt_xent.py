@@ -9,7 +9,6 @@ from _compare import Variant, cases, matmul, peak_memory, record, record_memory,
 from peers import lightly_loss, solo_loss
 
 import sslops
-from sslops.kernels.cpu.tiles import tiles_for, upper_tiles
 
 TEMPERATURE = 0.1
 CASES = {
@@ -26,6 +25,7 @@ CASES = {
         *cases("16384x512", "bfloat16", "both"),
         *cases("4096x128 16384x128", "float32", "both"),
     ],
+    "key": cases("16384x128 4096x128", "bfloat16", "both"),
     "small": cases("66x7 202x100 130x300", "float32 bfloat16", "both"),
 }
 
@@ -91,24 +91,6 @@ def variant(loss: Callable, z0: torch.Tensor, z1: torch.Tensor, part: str) -> Va
     ]
 
 
-def tile_matmuls(z0: torch.Tensor, z1: torch.Tensor, part: str) -> Variant:
-    """The CPU kernel's tiles without anything between the matmuls: the limit of its algorithm on this machine."""
-    with torch.no_grad():
-        z = F.normalize(torch.cat([z0, z1]).float())
-    tiles = tiles_for(z, z0.dtype)
-
-    def run() -> None:
-        if part != "backward":
-            for i, j in upper_tiles(len(z)):
-                tiles.logits(i, j)
-        if part != "forward":
-            dz = tiles.zeros()
-            for i, j in upper_tiles(len(z)):
-                tiles.add_symmetric(dz, i, j, tiles.logits(i, j))
-
-    return run
-
-
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     (m, d), dtype, part = case
@@ -117,7 +99,7 @@ def test_time(benchmark, device, case):
     z0, z1 = views(m, d, dtype, device)
     torch._dynamo.reset()
     variants = {name: variant(loss, z0, z1, part) for name, loss in losses(m, device).items()}
-    variants["matmuls"] = tile_matmuls(z0, z1, part) if device == "cpu" else matmul(flop, dtype)
+    variants["matmuls"] = matmul(flop, dtype, device)
     record(benchmark, variants, limit="matmuls", m=m, d=d, dtype=dtype, part=part, flop=flop)
 
 

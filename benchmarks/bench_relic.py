@@ -4,7 +4,7 @@ Shapes: B x D x large crops x small crops x negatives; 1 x 0 crops are one pair.
 training.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
 
 import sslops
-from sslops.kernels.cpu.tiles import padded, tiles_for, upper_tiles
 
 TEMPERATURE, ALPHA, BETA = 0.1, 1.0, 1.0
 MULTICROP = "1024x256x2x6x1023"
@@ -23,6 +22,7 @@ CASES = {
         *cases(f"{MULTICROP} 4096x128x1x0x4095 16384x128x1x0x16383", "float32", "memory"),
     ],
     "cuda": cases(f"{MULTICROP} 1024x256x2x6x10 4096x256x1x0x4095 16384x256x1x0x16383", "bfloat16", "both"),
+    "key": cases("4096x256x1x0x4095", "bfloat16", "both"),
     "small": cases("66x7x2x1x65 66x7x1x0x10 130x300x1x0x129", "float32 bfloat16", "both"),
 }
 
@@ -102,46 +102,16 @@ def variant(loss: Loss, inputs: Crops, negatives: int) -> Variant:
     return step
 
 
-def tile_places(n: int, negatives: int) -> Iterator[tuple[slice, slice]]:
-    """Those on and above the diagonal, or those of the band that the negatives are"""
-    if negatives == n - 1:
-        yield from upper_tiles(n)
-        return
-    side = max(64, padded(negatives))
-    for start in range(0, n, side):
-        i = slice(start, min(start + side, n))
-        at = start
-        while at < min(i.stop + negatives, start + n):
-            j = slice(at % n, min(at % n + side, n))
-            yield i, j
-            at += j.stop - j.start
-
-
-def tile_matmuls(shape: Sequence[int], dtype: torch.dtype) -> Variant:
-    """What a step cannot avoid on the CPU: the tiles of S, and its product with the target."""
-    b, d, large, small, negatives = shape
-    places, offset = list(tile_places(b, negatives)), padded(b)
-    tiles = tiles_for(F.normalize(torch.randn(2 * offset, d)), dtype, max(i.stop - i.start for i, _ in places), 2)
-
-    def run() -> None:
-        dz = tiles.zeros()
-        for i, j in places:
-            below_i, below_j = (slice(offset + x.start, offset + x.stop) for x in (i, j))
-            tiles.add_symmetric(dz, i, below_j, tiles.logits(i, below_j), "left")
-            tiles.add_symmetric(dz, below_i, j, tiles.logits(below_i, j, 1), "right")
-
-    return lambda: [run() for _ in range((large + small) * large)]
-
-
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     (b, d, large, small, negatives), dtype, part = case
-    flop = 4 * b * (negatives + 1) * d * (large + small) * large
+    # On a GPU 4 forward and 6 backward, with both matrices of a pair; on the CPU one of each, and its product
+    flop = (10 if device == "cuda" else 4) * b * (negatives + 1) * d * (large + small) * large
     assert part == "both", "the backends share the work between the passes in their own ways"
     inputs = crops(case.shape, dtype, device)
     torch._dynamo.reset()
     variants = {name: variant(loss, inputs, negatives) for name, loss in losses().items()}
-    variants["matmuls"] = tile_matmuls(case.shape, dtype) if device == "cpu" else matmul(flop, dtype)
+    variants["matmuls"] = matmul(flop, dtype, device)
     record(
         benchmark, variants, limit="matmuls",
         b=b, d=d, crops=f"{large}+{small}", k=negatives, dtype=dtype, part=part, flop=flop,

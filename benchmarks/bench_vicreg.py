@@ -16,6 +16,7 @@ CASES = {
         *cases("256x8192", "float32", "memory"),
     ],
     "cuda": cases("256x8192 1024x8192 4096x8192", "bfloat16", "both"),
+    "key": cases("256x8192 4096x8192", "bfloat16", "both"),
     "small": cases("66x7 130x300", "float32 bfloat16", "both"),
 }
 WORK = {  # by panels: of each view S, whose panels are written and read, and a product

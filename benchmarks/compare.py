@@ -1,6 +1,5 @@
 """Runs the benchmarks; also our kernels of another commit against those of this tree, in turn, if both are right."""
 
-import json
 import os
 import shutil
 import statistics
@@ -23,14 +22,15 @@ def pytest(tree: Path, *options: str) -> int:
 
 
 def measure(options: list[str], tree: Path = render.ROOT) -> tuple[dict, int]:
-    """pytest-benchmark's report, and pytest's exit status"""
+    """What conftest.py writes to --rows, and pytest's exit status"""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "report.json")
-        storing = ("--benchmark-quiet", f"--benchmark-json={file}", "--benchmark-disable-gc")
+        file = Path(folder, "rows.jsonl")
+        storing = ("--benchmark-quiet", f"--rows={file}", "--benchmark-disable-gc")
         failed = pytest(tree, "--no-header", "-p", "no:cacheprovider", "-W", "ignore", *storing, *options)
-        report = json.loads(file.read_text() or "null") if file.exists() else None
-    if not report:
+        reports = render.reports(file) if file.exists() else []
+    if not reports or not reports[0]["benchmarks"]:
         raise SystemExit("nothing was measured")
+    (report,) = reports
     core = Path(report["machine_info"]["sslops"])
     if not core.is_relative_to(tree):
         raise SystemExit(f"measured {core}, which is not of {tree}")

@@ -6,7 +6,9 @@ test_memory gets those whose part is "memory", the other tests all others.
 """
 
 import contextlib
+import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from _compare import cases, settings
+from pytest_benchmark.utils import get_commit_info
 
 from sslops import _C
 
@@ -40,10 +43,15 @@ def pytest_addoption(parser):
     group.addoption("--minutes", type=float, default=float("inf"), help="after which no other row is begun")
     group.addoption("--small", action="store_true", help="small shapes, for a sanitizer: with --benchmark-disable")
     group.addoption("--only-ours", action="store_true", help="leave the other variants out")
+    group.addoption("--beside", help="leave out all others but these, such as 'eager compile', and the limits")
+    group.addoption("--key", action="store_true", help="of each file the rows that matter most")
+    group.addoption("--rows", type=Path, metavar="FILE", help="each row as a line of JSON, as soon as it is measured")
 
 
 def pytest_configure(config):
     settings.seconds, settings.only_ours = config.getoption("--seconds"), config.getoption("--only-ours")
+    if config.getoption("--beside") is not None:
+        settings.beside = config.getoption("--beside").split()
     if config.getoption("--device") == "cpu":
         # Too large a matrix must end in an error that can be recorded, not in a kill; children inherit the limit.
         limit = int(_memory("MemAvailable") * 0.8)
@@ -67,7 +75,10 @@ def pytest_generate_tests(metafunc):
             counts = [int(count) for count in option("--threads").split()]
         metafunc.parametrize("threads", counts, indirect=True, ids="{}thread".format)
     if "case" in metafunc.fixturenames:
-        selection = metafunc.module.CASES["small" if option("--small") else device]
+        table = metafunc.module.CASES
+        selection = table["small" if option("--small") else device]
+        if option("--key") and not option("--small"):
+            selection = table.get("key", selection[:1])
         words = [option(name) for name in ("--shapes", "--dtypes", "--parts")]
         if any(words):
             columns = zip(*(str(case).split("-") for case in selection), strict=True)
@@ -101,17 +112,33 @@ def device_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
-    device = config.getoption("--device")
+def machine(device: str) -> dict:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     versions["torch"] = torch.__version__  # with what it was built for
-    machine_info.update(
-        device=device_name(device), cores=len(os.sched_getaffinity(0)), memory_gb=round(_memory("MemTotal") / 2**30),
-        isa=_C.isa(), versions=versions, sslops=_C.__file__,
-    )  # fmt: skip
+    return {
+        "device": device_name(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(_memory("MemTotal") / 2**30),
+        "isa": _C.isa(),
+        "versions": versions,
+        "sslops": _C.__file__,
+    }
+
+
+def _write(config: pytest.Config, line: dict) -> None:
+    if config.getoption("--rows"):
+        with config.getoption("--rows").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def pytest_runtest_makereport(item, call):
+    """What was measured is kept, whatever happens next"""
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    if call.when == "call" and call.excinfo is None and benchmark is not None and benchmark.extra_info:
+        _write(item.config, {"fullname": item.nodeid, "extra_info": benchmark.extra_info})
 
 
 class Progress:
@@ -141,6 +168,9 @@ class Progress:
 
 
 def pytest_sessionstart(session):
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    about = {"machine_info": machine(session.config.getoption("--device")), "commit_info": get_commit_info()}
+    _write(session.config, about | {"datetime": now})
     with contextlib.suppress(OSError):  # no terminal
         terminal = Path("/dev/tty").open("w")  # noqa: SIM115, for the session; pytest captures stderr
         if tqdm is not None:

@@ -1,5 +1,6 @@
-"""Other libraries' losses, where they are installed; each is None where it is not."""
+"""Other libraries' losses, where they are installed; None where it is not; what fails does so when called."""
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -8,6 +9,23 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+
+
+def or_failing(make: Callable[..., Callable | None]) -> Callable[..., Callable | None]:
+    """make, but what goes wrong in it does so where its result is called: there record() says of which variant"""
+
+    @functools.wraps(make)
+    def made(*args: object, **kwargs: object) -> Callable | None:
+        try:
+            return make(*args, **kwargs)
+        except Exception as error:
+            return functools.partial(_fail, error)
+
+    return made
+
+
+def _fail(error: Exception, *_: object) -> None:
+    raise error
 
 
 def _installed(package: str) -> bool:
@@ -45,15 +63,18 @@ def solo_file(path: str) -> ModuleType | None:
     return module
 
 
+@or_failing
 def lightly_loss(name: str, **options: object) -> Callable | None:
     return lightly() and getattr(importlib.import_module("lightly.loss"), name)(**options)
 
 
+@or_failing
 def solo_loss(method: str, **options: object) -> Callable | None:
     file = solo_file(f"solo/losses/{method}.py")
     return file and partial(getattr(file, f"{method}_loss_func"), **options)
 
 
+@or_failing
 def memeff_info_nce(temperature: float) -> Callable | None:
     """In-batch, with gradients to queries and keys. A GPU's only, as the next two."""
     if not _installed("memeff"):
@@ -64,6 +85,7 @@ def memeff_info_nce(temperature: float) -> Callable | None:
     return MemoryEfficientQwen3Loss(temperature, margin=2.0, stable=False)
 
 
+@or_failing
 def inf_cl_info_nce(temperature: float) -> Callable | None:
     if not _installed("inf_cl"):
         return None
@@ -76,6 +98,7 @@ def inf_cl_info_nce(temperature: float) -> Callable | None:
     return loss
 
 
+@or_failing
 def liger_info_nce(temperature: float) -> Callable | None:
     """Its fused linear layer and cross entropy, the keys being the layer's weight: logits in chunks."""
     if not _installed("liger_kernel"):

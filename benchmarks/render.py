@@ -1,10 +1,13 @@
 """Results as data, tables and plots: results/<device>/<op>.json -> RESULTS.md and results/<device>/<op>.svg.
 
+`--add FILE` first stores what the benchmarks wrote to --rows.
+
 A results file has the machine, `runs` (commit -> when and with which versions) and `rows`. A row has what tells it from
 others (bench, m, d, dtype, threads, ...), `run`, and what was measured: times_ms {variant: median, low, high, rounds}
-and peak_mb {variant: MB}, null where a variant ran out of memory.
+and peak_mb {variant: MB}, null where a variant ran out of memory, or failed, as `failed` {variant: error} then says.
 """
 
+import argparse
 import importlib.util
 import json
 from collections.abc import Iterable
@@ -18,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 OPS = sorted(file.stem for file in (ROOT / "sslops/ops").glob("[a-z]*.py"))
 # What is not a fact that tells a row from others.
-MEASURED = ("run", "ours", "limit", "flop", "bytes", "times_ms", "ratios", "peak_mb")
+MEASURED = ("run", "ours", "limit", "flop", "bytes", "times_ms", "ratios", "peak_mb", "failed")
 UNITS = {"flop": "GFLOP/s", "bytes": "GB/s"}
 
 Row = dict[str, Any]
@@ -43,15 +46,30 @@ def _rounded(value: Any) -> Any:
     return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def reports(file: Path) -> list[dict]:
+    """Of each session that wrote to the file what rows_of() takes; a line that was cut off is left out"""
+    found: list[dict] = []
+    for line in file.read_text().splitlines():
+        try:
+            read = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "machine_info" in read:
+            found.append(read | {"benchmarks": []})
+        else:
+            found[-1]["benchmarks"].append(read)
+    return found
+
+
 def rows_of(report: dict, run: str) -> dict[str, list[Row]]:
-    """op -> rows, from pytest-benchmark's JSON"""
+    """op -> rows"""
     found: dict[str, list[Row]] = {}
     for bench in report["benchmarks"]:
         file, *_, test = bench["fullname"].split("::")
         info = {name: value for name, value in bench["extra_info"].items() if name != "ratios"}
         if "times_ms" in info:
-            kept = ("median", "low", "high", "rounds")
-            info["times_ms"] = {n: t and {name: t[name] for name in kept} for n, t in info["times_ms"].items()}
+            kept = ("median", "low", "high", "rounds", "host")
+            info["times_ms"] = {n: t and {k: t[k] for k in kept if k in t} for n, t in info["times_ms"].items()}
         row = {"bench": test.split("[")[0].removeprefix("test_"), **_rounded(info), "run": run}
         found.setdefault(Path(file).stem.removeprefix("bench_"), []).append(row)
     return found
@@ -109,11 +127,13 @@ def _time_cells(row: Row, names: list[str]) -> list[str]:
     times, ours, limit = row["times_ms"], row["ours"], row["limit"]
     mine = times[ours]
     cells = [f"{mine['median']:.4g} ms ±{50 * (mine['high'] - mine['low']) / mine['median']:.0f}%"]
+    if "host" in mine:
+        cells[0] += f", host {mine['host']:.3g} ms"
     for name in names:
         if name not in times:
             cells.append("")
         elif times[name] is None:
-            cells.append("out of memory")
+            cells.append("failed" if name in row.get("failed", {}) else "out of memory")
         else:
             ratio = times[name]["median"] / mine["median"]
             cells.append(f"**{ratio:.2f}x**" if ratio < 1 and name != limit else f"{ratio:.2f}x")
@@ -259,7 +279,10 @@ def plot(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(added: Iterable[Path] = ()) -> None:
+    for file in added:
+        for report in reports(file):
+            store(report)
     results = load(RESULTS)
     (ROOT / "RESULTS.md").write_text(document(results))
     if importlib.util.find_spec("matplotlib") is None:
@@ -272,4 +295,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", nargs="*", type=Path, default=[], metavar="FILE")
+    main(parser.parse_args().add)

@@ -417,8 +417,10 @@ def test_tensors_without_memory_are_named() -> None:
 
 
 def test_cuda_is_refused_where_the_binary_has_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslops.kernels.cuda import device as of_device
     from sslops.kernels.cuda.ema_update import refuses
 
+    monkeypatch.setattr(of_device, "_trouble", lambda device: None)
     monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_80,sm_90,compute_90"})
     for capability, runs in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
@@ -430,6 +432,34 @@ def test_cuda_is_refused_where_the_binary_has_no_code(monkeypatch: pytest.Monkey
     assert refuses(torch.device("cuda"), torch.float32) is None
     monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_80"})
     assert "sm_90" in refuses(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_90"})
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in refuses(torch.device("cuda"), torch.float32)
+
+
+def test_cuda_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older driver than the CUDA runtime in the binary needs, say. Asked for once"""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from sslops.kernels.cuda import device as of_device
+
+    asked = []
+
+    def iota(*_: object) -> None:
+        asked.append(1)
+        raise RuntimeError("the driver here is for CUDA 12.4")
+
+    of_device._trouble.cache_clear()
+    monkeypatch.setattr(_C, "cuda_iota", iota, raising=False)  # a build without CUDA has none
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "sm_90"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reasons = [of_device.refuses(torch.device("cuda"), torch.float32) for _ in range(2)]
+    of_device._trouble.cache_clear()
+    assert reasons == ["sslops' CUDA code does not run here: the driver here is for CUDA 12.4"] * 2
+    assert len(asked) == 1
 
 
 def test_cuda_table_is_kept_for_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,13 +207,15 @@ def _join(
         r = r * tl.exp2((tops - m) * scale)
     r_neg, e_pos = tl.sum(r, 0), tl.exp2((positive - m) * scale)
     r = r_neg + e_pos
-    share = r_neg / r
+    share = tl.div_rn(r_neg, r)
     small = r_neg < e_pos
-    loss = tl.where(small, log1p(r_neg / tl.where(small, e_pos, 1.0)), tl.log(r) + (m - positive) * scale * LN2)
+    loss = tl.where(
+        small, log1p(tl.div_rn(r_neg, tl.where(small, e_pos, 1.0))), tl.log(r) + (m - positive) * scale * LN2
+    )
     tl.store(losses + i, loss)
     tl.store(exceeding + i, tl.sum(tl.load(exceeding_parts + at, mask=part < splits, other=0.0), 0))
     tl.store(stats + i, m)
-    tl.store(stats + B + i, 1.0 / r)
+    tl.store(stats + B + i, tl.div_rn(1.0, r))
     tl.store(stats + 2 * tl.cast(B, tl.int64) + i, share)
     if o_parts is not None:
         inv, inv_key = tl.load(inv_norm + i), tl.load(inv_norm + B + i)
@@ -230,7 +232,7 @@ def _join(
                     highest = tl.load(m_parts + these, mask=spans < splits, other=LOWEST)
                     terms = terms * tl.exp2((highest - m) * scale)[:, None]
                 o += tl.sum(terms, 0)
-            v = (o / (r * WEIGHT) - share * _row(key, inv_key, i, k, D, BLOCK_D)) * (scale * LN2)
+            v = (tl.div_rn(o, r * WEIGHT) - share * _row(key, inv_key, i, k, D, BLOCK_D)) * (scale * LN2)
             dot += tl.sum(v * _row(query, inv, i, k, D, BLOCK_D), 0)
             tl.store(o_parts + i * stride + columns, v, mask=columns < D)
         _store_gradient(o_parts, query, inv, dot, dquery, i, D, stride, NORMALIZE, BLOCK_D)

@@ -83,7 +83,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: flo
     """out = beta out + alpha a b, float32 whatever the operands; out is not read where beta is 0"""
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    else:
+    else:  # out_dtype with a float32 `out` to add to: from torch 2.10 on, the oldest that we take
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
 
 

@@ -160,12 +160,12 @@ def _losses(
     e_pos = tl.exp2(positive - top)
     r = r_neg + e_pos
     small = r_neg < e_pos
-    loss = tl.where(small, log1p(r_neg / tl.where(small, e_pos, 1.0)), tl.log(r) + (top - positive) * LN2)
+    loss = tl.where(small, log1p(tl.div_rn(r_neg, tl.where(small, e_pos, 1.0))), tl.log(r) + (top - positive) * LN2)
     tl.store(losses + i, loss, mask=inside)
     stats += i
     tl.store(stats, m, mask=inside)
-    tl.store(stats + M, 1.0 / r, mask=inside)
-    tl.store(stats + 2 * M.to(tl.int64), r_neg / r, mask=inside)
+    tl.store(stats + M, tl.div_rn(1.0, r), mask=inside)
+    tl.store(stats + 2 * M.to(tl.int64), tl.div_rn(r_neg, r), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -170,8 +170,10 @@ def _softmax(rest, s, top, scale):
     positive = tl.exp2((s - top) * scale)
     total = rest + positive
     small = rest < positive
-    loss = tl.where(small, log1p(rest / tl.where(small, positive, 1.0)), tl.log(total) + (top - s) * (scale * LN2))
-    return total, rest / total, loss
+    loss = tl.where(
+        small, log1p(tl.div_rn(rest, tl.where(small, positive, 1.0))), tl.log(total) + (top - s) * (scale * LN2)
+    )
+    return total, tl.div_rn(rest, total), loss
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -205,16 +207,16 @@ def _losses(
     sum_a, sum_b = tl.sum(a, 0), tl.sum(b, 0)
     r_a, share_a, loss_a = _softmax(sum_a, s, top_a, scale)
     r_b, share_b, loss_b = _softmax(sum_b, s, top_b, scale)
-    y = tl.sum(y, 0) / r_a * inv_tau
-    divergence = loss_b - loss_a - tl.sum(e, 0) / r_a  # log E_p[exp(d)] - E_p[d]
+    y = tl.div_rn(tl.sum(y, 0), r_a) * inv_tau
+    divergence = loss_b - loss_a - tl.div_rn(tl.sum(e, 0), r_a)  # log E_p[exp(d)] - E_p[d]
     if not SEARCH:
         # Where p and q are close, by numbers of its own size; log(1 + u) - u by the series of log1p, less its u.
-        u = (sum_b - sum_a) / r_a
+        u = tl.div_rn(sum_b - sum_a, r_a)
         close = tl.abs(u) < 0.5
         u = tl.where(close, u, 0.0)
-        h = u / (2.0 + u)
+        h = tl.div_rn(u, 2.0 + u)
         k = h * h
-        v = tl.sum(tl.load(parts + 4 * step, mask=mask, other=0.0), 0) / r_a
+        v = tl.div_rn(tl.sum(tl.load(parts + 4 * step, mask=mask, other=0.0), 0), r_a)
         divergence = tl.where(close, v + (2.0 * h * k * atanh_series(k) - u * h), divergence)
     above = tl.zeros([BLOCK], tl.float32)
     if COUNT:
@@ -223,9 +225,9 @@ def _losses(
     step = tl.cast(B, tl.int64)
     stats += i
     tl.store(stats, top_a, mask=inside)
-    tl.store(stats + step, 1.0 / r_a, mask=inside)
+    tl.store(stats + step, tl.div_rn(1.0, r_a), mask=inside)
     tl.store(stats + 2 * step, top_b, mask=inside)
-    tl.store(stats + 3 * step, 1.0 / r_b, mask=inside)
+    tl.store(stats + 3 * step, tl.div_rn(1.0, r_b), mask=inside)
     tl.store(stats + 4 * step, alpha + beta * y, mask=inside)
     tl.store(stats + 5 * step, alpha * share_a - beta * ((1.0 - share_a) * y + (share_a - share_b)), mask=inside)
     tl.store(stats + 6 * step, s, mask=inside)

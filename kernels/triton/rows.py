@@ -1,4 +1,13 @@
-"""Rows of embeddings, as they are stored, unit and as operands: what the contrastive losses' Triton kernels share."""
+"""Rows of embeddings, as they are stored, unit and as operands: what the contrastive losses' Triton kernels share.
+
+A chip's float32 `/` is up to 2 ulp off (div.full), so what divides once a row does so by tl.div_rn, as eager does.
+tl.exp2 is too (ex2.approx.ftz: 2 ulp, no subnormal results), and stays: it is in the inner loops. With u = 2^-22, its
+relative error, it adds at most u to a sum r of exponentials, u to a loss log(r / e_pos) that is about 1 or larger, 2 u
+of itself to a small one (log1p), and 2 u of itself to a weight e / r of a gradient, less where e's and r's errors are
+alike. Eager rounds the logits s / tau, which are up to 1 / tau: u / 4 tau in all of these, and the promise is twice
+that and u. At tau = 0.5 this is 2 u, the worst case there, which no sum over a row's pairs reaches.
+tests/triton_kernels/gpu_arithmetic.py puts these errors into the interpreter: the promise is tested with them.
+"""
 
 import torch
 import triton
@@ -9,7 +18,8 @@ from . import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-HUGE, SHRINK = tl.constexpr(2.0**60), tl.constexpr(2.0**-70)  # of an element whose square may overflow
+HUGE = tl.constexpr(2.0**60)  # from where on an element's square may overflow
+SHRINK, GROW = tl.constexpr(2.0**-70), tl.constexpr(2.0**70)
 LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: LOWEST - LOWEST is no NaN
 
 
@@ -53,7 +63,7 @@ def tile_inv_norms(x):
 
 @triton.jit
 def _reciprocal(squares, shrink):
-    norm = tl.sqrt_rn(squares) / shrink
+    norm = tl.sqrt_rn(squares) * tl.where(shrink < 1.0, GROW, 1.0)
     return tl.div_rn(1.0, tl.where(norm < 1e-12, 1e-12, norm))  # tl.maximum would swallow a NaN
 
 
@@ -173,7 +183,7 @@ def atanh_series(u):
 @triton.jit
 def log1p(x):
     """log(1 + x) for 0 <= x < 1, to float32's last bit: 2 atanh(x / (2 + x)); the chips' own log is not exact near 1"""
-    t = x / (2.0 + x)
+    t = tl.div_rn(x, 2.0 + x)
     u = t * t
     return 2.0 * t * (atanh_series(u) * u + 1.0)
 

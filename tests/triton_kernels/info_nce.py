@@ -20,7 +20,7 @@ from sslops.kernels.triton import info_nce, launch, rows
 from sslops.ops.info_nce import Arguments
 
 on_cpu = contextlib.nullcontext
-DTYPES = (torch.float32, torch.float16)  # bf16 is wrong in the interpreter
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def call(
@@ -156,12 +156,13 @@ def metrics_and_ids(kind: str) -> None:
     torch.testing.assert_close(ours, eager)
 
 
-def queue_of_another_dtype() -> None:
+def queue_of_another_dtype(dtype: torch.dtype) -> None:
     inputs = of_info_nce.pairs(20, 16, 50)
-    mixed = inputs | {name: inputs[name].half() for name in ("query", "key")}
-    with torch.autocast("cpu", torch.float16):
+    mixed = inputs | {name: inputs[name].to(dtype) for name in ("query", "key")}
+    with torch.autocast("cpu", dtype):
         ours, eager = (of_info_nce.losses(**mixed, backend=each) for each in ("triton", "eager"))
-    torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3)
+    error = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, eager, rtol=error, atol=error)
 
 
 TARGET = "cpu", "triton"
@@ -173,11 +174,12 @@ SHAPES = (  # on a chip without configs, whose blocks have 64 or 32 columns
 )
 CASES = [
     *(case(accuracy, *shape, dtype, kind) for shape in SHAPES for dtype in DTYPES for kind in KINDS[1:]),
-    case(accuracy, *SHAPES[-1], torch.float16, "queue"),
+    *(case(accuracy, *SHAPES[-1], dtype, "queue") for dtype in DTYPES[1:]),
     case(accuracy, 33, 70, 20, 0.005, torch.float32, "trainable"),  # no fixed maximum
-    *(case(in_many_blocks, 70, 40, 16, 0.1, torch.float16, kind) for kind in ("queue", "in-batch")),
+    *(case(in_many_blocks, 70, 40, 16, 0.1, dtype, kind) for dtype in DTYPES[1:] for kind in ("queue", "in-batch")),
     *(case(magnitudes, *each) for each in ((1e-12, 16), (1e25, 16), (1e25, 24))),
-    *(case(all_gradients, *each) for each in ((torch.float32, True), (torch.float16, True), (torch.float16, False))),
+    case(all_gradients, torch.float32, True),
+    *(case(all_gradients, dtype, normalize) for dtype in DTYPES[1:] for normalize in (True, False)),
     *(
         case(test, *TARGET, kind, *arguments)
         for kind in KINDS
@@ -197,7 +199,7 @@ CASES = [
     case(of_info_nce.test_high_temperatures, *TARGET, 1e30),
     *(case(metrics_and_ids, kind) for kind in ("queue", "in-batch")),
     case(of_info_nce.test_non_contiguous, *TARGET),
-    case(queue_of_another_dtype),
+    *(case(queue_of_another_dtype, dtype) for dtype in DTYPES[1:]),
     case(of_info_nce.test_gradients_of_some, *TARGET, "negatives"),
 ]
 

@@ -146,15 +146,22 @@ CASES = [
 
 
 @pytest.mark.parametrize(("chip", "search"), [("default", True), ("sm_90", False)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "n", "d", "temperature"), CASES)
-def test_accuracy(chip: str, search: bool, dtype: torch.dtype, kind: str, n: int, d: int, temperature: float) -> None:
+def test_accuracy(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, chip: str, search: bool, dtype: torch.dtype,
+    kind: str, n: int, d: int, temperature: float,
+) -> None:  # fmt: skip
+    if kind == "collapsed" and dtype == torch.bfloat16:
+        why = "rounding moves all logits alike but the positive's, which is float32: the CPU kernel's losses do so too"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+        monkeypatch.setattr("oracle.DRAWS", 1)  # it is off in each
     if kind == "short rows" and dtype == torch.float16:
         pytest.skip("their gradient is beyond float16's range")
     compare(pairs(kind, n, d), temperature, True, dtype, chip, search, cancels=kind == "collapsed")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("n", "d"), [(20, 17), (70, 300)])
 def test_unnormalized(dtype: torch.dtype, n: int, d: int) -> None:
     compare(pairs("random", n, d), 2.0, False, dtype, "sm_90", False)
@@ -164,7 +171,8 @@ def test_unnormalized(dtype: torch.dtype, n: int, d: int) -> None:
 @pytest.mark.parametrize("search", [False, True])
 def test_many_panels(monkeypatch: pytest.MonkeyPatch, search: bool, panels: int) -> None:
     monkeypatch.setattr(nt_xent, "PANELS", panels)
-    compare(pairs("random", 170, 20), 0.1, True, torch.float16, "default", search)
+    for dtype in (torch.float16, torch.bfloat16):
+        compare(pairs("random", 170, 20), 0.1, True, dtype, "default", search)
 
 
 @pytest.mark.parametrize(("n", "d"), [(170, 20), (40, 300)])

@@ -111,7 +111,7 @@ def case(test: Callable, *arguments: object) -> object:
 
 def cases() -> Iterator[object]:
     """Tests of the ops themselves, on small and on ragged tensors"""
-    for dtype in (torch.float32, torch.float16):  # bf16 is wrong in the interpreter
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield case(of_cross_correlation.test_accuracy, dtype, 70, 33)
         for route in ROUTES:
             for n, d in ((7, 33), (70, 130)):
@@ -124,7 +124,8 @@ def cases() -> Iterator[object]:
     for route in ROUTES:
         yield case(of_barlow_twins.test_collapsed_columns, route)
         yield case(of_barlow_twins.test_large_means, route, 1e5)
-        yield case(of_barlow_twins.test_autocast, route, torch.float16)
+        for dtype in (torch.float16, torch.bfloat16):
+            yield case(of_barlow_twins.test_autocast, route, dtype)
         yield case(of_barlow_twins.test_backward_twice_and_without_grad, route)
         yield case(of_barlow_twins.test_non_contiguous_and_nan, route)
         yield case(of_vicreg.test_collapsed_columns, route)

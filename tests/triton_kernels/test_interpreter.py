@@ -1,4 +1,7 @@
-"""The tests in <op>.py, through Triton's interpreter, which a process has from its start or not at all."""
+"""The tests in <op>.py, through Triton's interpreter, which a process has from its start or not at all.
+
+conftest.py makes it compute as a GPU does; arithmetic.py shows on known numbers that it then does.
+"""
 
 import os
 import subprocess
@@ -8,7 +11,7 @@ import pytest
 from offline import HERE, OPS
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["arithmetic", *OPS])
 def test_interpreted(op: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / f"{op}.py"]
     process = subprocess.run(

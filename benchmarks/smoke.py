@@ -1,0 +1,203 @@
+"""Every op against its float64 self, on every backend that runs here: `python benchmarks/smoke.py --out FILE`.
+
+A line of JSON as soon as a case is done; a process an op, so that one that hangs or breaks the device stops no other.
+The numbers are the oracle's: what is promised is an error of at most `bound`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import oracle  # noqa: E402
+from _process import die_with_parent  # noqa: E402
+
+import sslops  # noqa: E402
+from sslops import backend  # noqa: E402
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Case(NamedTuple):
+    op: str
+    call: Callable[..., Any]  # (*inputs, backend=): a tensor, or what is compared bit by bit: several
+    inputs: Callable[[], list[Tensor]]  # the floating ones; on the CPU, in float32
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+
+def normal(*shapes: tuple[int, ...]) -> Callable[[], list[Tensor]]:
+    return lambda: [torch.randn(shape) for shape in shapes]
+
+
+def views(n: int, d: int) -> Callable[[], list[Tensor]]:
+    """A pair that learning has begun on"""
+
+    def make() -> list[Tensor]:
+        first, second = torch.randn(2, n, d)
+        return [first, first + second]
+
+    return make
+
+
+def ids(x: Tensor, count: int) -> Tensor:
+    """[B, count] of the B rows of x, without repetition"""
+    noise = torch.rand(len(x), 16, generator=torch.Generator().manual_seed(1))
+    return noise.argsort(1)[:, :count].to(x.device)
+
+
+def mse(pred: Tensor, backend: str) -> Tensor:
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16().to(pred)
+    mask = (ids(pred, 16) > 5).to(torch.float32)
+    return sslops.masked_patch_mse(pred, images, mask, 8, backend=backend)
+
+
+def update(target: Tensor, source: Tensor, backend: str) -> tuple[Tensor, ...]:
+    target = target.clone()
+    sslops.ema_update_([target], [source], 0.99, backend=backend)
+    return (target,)
+
+
+def mask(noise: Tensor, backend: str) -> tuple[Tensor, ...]:
+    return tuple(sslops.random_mask(*noise.shape, 0.75, noise=noise, device=noise.device, backend=backend))
+
+
+def corruption(noise: Tensor, backend: str) -> tuple[Tensor, ...]:
+    words = (noise * 1000).long()
+    generator = torch.Generator(noise.device).manual_seed(3)
+    return sslops.random_token_corruption(words, 103, 1000, generator=generator, backend=backend)
+
+
+ONE = (torch.float32,)
+CASES = [
+    *(
+        Case("nt_xent", partial(sslops.nt_xent, temperature=tau, reduction="none"), views(*shape))
+        for shape, tau in (((512, 128), 0.1), ((300, 100), 0.5), ((70, 600), 0.02))
+    ),
+    *(
+        Case("info_nce", partial(sslops.info_nce, temperature=tau, reduction="none"), inputs)
+        for tau, inputs in ((0.1, normal((256, 128), (256, 128), (4096, 128))), (0.2, views(300, 100)))
+    ),
+    *(
+        Case("relic", partial(sslops.relic, temperature=tau, alpha=1.0, beta=1.0, reduction="none"), views(*shape))
+        for shape, tau in (((512, 128), 0.1), ((300, 100), 0.03))
+    ),
+    *(
+        Case(op.__name__, partial(op, route=route), views(*shape))
+        for op in (sslops.barlow_twins, sslops.vicreg)
+        for route, shape in (("gram", (128, 300)), ("panels", (300, 256)))
+    ),
+    Case("cross_correlation", sslops.cross_correlation, views(300, 130)),
+    Case("gather_patches", lambda x, backend: sslops.gather_patches(x, ids(x, 5), 8, backend=backend),
+         normal((4, 3, 32, 32))),
+    Case("gather_tokens", lambda x, backend: sslops.gather_tokens(x, ids(x, 5), backend=backend), normal((4, 16, 100))),
+    Case("masked_patch_mse", mse, normal((4, 16, 192))),
+    Case("restore_tokens",
+         lambda x, token, backend: sslops.restore_tokens(x, token, ids(x, 16), num_prefix=1, backend=backend),
+         normal((4, 6, 100), (1, 1, 100))),
+    Case("ema_update", update, normal((1000, 33), (1000, 33)), FLOATS),
+    Case("random_mask", mask, lambda: [torch.rand(64, 196)], ONE),
+    Case("random_token_corruption", corruption, lambda: [torch.rand(16, 512)], ONE),
+]  # fmt: skip
+SMALL = 48  # rows that are left of a case where the interpreter runs it
+
+
+def compared(case: Case, name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:
+    """Of the output and each gradient: our error, eager's and the bound"""
+    inputs = case.inputs()
+    if os.environ.get("TRITON_INTERPRET"):  # slow
+        inputs = [x[:SMALL] for x in inputs]
+    inputs = [x.to(device, dtype) for x in inputs]
+    got = case.call(*inputs, backend=name)
+    if isinstance(got, tuple):
+        same = all(torch.equal(*pair) for pair in zip(got, case.call(*inputs, backend="eager"), strict=True))
+        yield {"what": "bits", "ok": same}
+        return
+    found = oracle.evaluate(case.call, inputs, name)
+    eager = oracle.evaluate(case.call, inputs, "eager")
+    truth = oracle.evaluate(case.call, inputs, "eager", torch.float64)
+    for k, (ours, theirs, exact) in enumerate(zip(found, eager, truth, strict=True)):
+        errors = (oracle.errors(x, exact) for x in (ours, theirs))
+        for norm, error, other in zip(("2", "max"), *errors, strict=True):
+            bound = oracle.EAGER_FACTOR * (other if other < float("inf") else 0.0) + oracle.FLOORS[dtype]
+            what = f"gradient {k}" if k else "output"
+            yield {"what": what, "norm": norm, "error": error, "eager": other, "bound": bound, "ok": error <= bound}
+
+
+def interpret() -> None:
+    """The Triton backend on CPU tensors, as a GPU computes"""
+    sys.path.insert(0, str(ROOT / "tests/triton_kernels"))
+    import common
+    import gpu_arithmetic
+
+    from sslops.kernels.triton import launch
+
+    backend._ORDER["cpu"] = ("cpu", "triton")
+    gpu_arithmetic.install()
+    launch.multiply = common.multiply
+
+
+def backends(op: str, device: str, dtype: torch.dtype) -> list[str]:
+    at = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    return [name for name in backend.BACKENDS if name != "eager" and backend.refusal(name, op, at, dtype) is None]
+
+
+def run(op: str, device: str, out: Path) -> None:
+    for number, case in enumerate(case for case in CASES if case.op == op):
+        for dtype in case.dtypes:
+            for name in backends(op, device, dtype):
+                start = time.perf_counter()
+                line = {"op": op, "case": number, "dtype": str(dtype).removeprefix("torch."), "backend": name}
+                try:
+                    torch.manual_seed(0)
+                    lines = [line | each for each in compared(case, name, dtype, device)]
+                except Exception:
+                    lines = [line | {"ok": False, "trace": traceback.format_exc()[-4000:]}]
+                took = round(time.perf_counter() - start, 2)
+                with out.open("a") as file:
+                    file.write("".join(json.dumps(each | {"seconds": took}) + "\n" for each in lines))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--op", choices=backend.ops(), help="in this process; by default all, each in its own")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    if arguments.op:
+        if os.environ.get("TRITON_INTERPRET"):
+            interpret()
+        run(arguments.op, arguments.device, arguments.out)
+        return 0
+    command = [sys.executable, __file__, "--out", arguments.out, "--device", arguments.device, "--op"]
+
+    def child(op: str) -> int:
+        return subprocess.run([*command, op], preexec_fn=die_with_parent).returncode
+
+    ops = list(dict.fromkeys(case.op for case in CASES))
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        died = {op: code for op, code in zip(ops, pool.map(child, ops), strict=True) if code}
+    lines = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+    for line in lines:
+        if not line["ok"]:
+            print({k: v for k, v in line.items() if k != "trace"}, line.get("trace", ""))
+    print(f"{len(lines)} results, {sum(not line['ok'] for line in lines)} not as promised; died: {died or 'none'}")
+    return int(bool(died) or not all(line["ok"] for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
