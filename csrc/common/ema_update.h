@@ -60,8 +60,8 @@ SSLOPS_HOST_DEVICE double fused(double a, double b, double c) { return __builtin
 template <typename A>
 SSLOPS_HOST_DEVICE A apply(Blend<A> b, A target, A source) {
   const A near = b.from_source ? source : target, far = b.from_source ? target : source, difference = far - near;
-  // The weighted sum where there is no difference: infinities have none, nor have ends that are too far apart. By masks:
-  // of a condition, compilers make branches that they cannot vectorise.
+  // The weighted sum where there is no difference: infinities have none, nor have ends that are too far apart. By
+  // masks: of a condition, compilers make branches that they cannot vectorise.
   const auto inf = bits(static_cast<A>(__builtin_inf()));
   const auto none = static_cast<decltype(inf)>(0) - static_cast<decltype(inf)>((bits(difference) & inf) == inf);
   const A step = from_bits((bits(difference) & ~none) | (bits(far) & none));

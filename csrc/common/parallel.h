@@ -18,8 +18,8 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// A call from Python, on the thread that made it. `interrupt` is asked now and then, on that thread, whether to give up:
-// loops over tickets then end early, and what they were to write is not to be used.
+// A call from Python, on the thread that made it. `interrupt` is asked now and then, on that thread, whether to give
+// up: loops over tickets then end early, and what they were to write is not to be used.
 class Call {
  public:
   explicit Call(bool (*interrupt)());
