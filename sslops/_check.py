@@ -144,16 +144,6 @@ def embeddings(op: str, **tensors: Tensor) -> None:
         same_device(op, first_name, first, **{name: x})
 
 
-def rows(op: str, **tensors: Tensor) -> None:
-    """Floating-point [*, D] tensors of one device, each of its own length and dtype."""
-    first_name, first = next(iter(tensors.items()))
-    for name, x in tensors.items():
-        floats(op, "[N, D]", **{name: x})
-        if x.shape[1] != first.shape[1]:
-            bad_value(op, name, f"{first.shape[1]} columns, as {first_name} has", list(x.shape))
-        same_device(op, first_name, first, **{name: x})
-
-
 def floats(op: str, shape: str, **tensors: Tensor) -> None:
     """Dense floating-point tensors of as many dimensions as `shape` names: "[B, L, D]"."""
     for name, x in tensors.items():
@@ -219,33 +209,6 @@ def scalars(op: str, x: Any, names: Iterable[str]) -> dict[str, Any]:
             bad_value(op, name, f"the embeddings' device, {first(x).device}", value.device)
         found[name] = value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
     return found
-
-
-def temperature(op: str, value: float | Tensor, device: torch.device) -> None:
-    """A positive finite number, or a 0-d floating-point tensor on `device`, whose value is not looked at."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            bad_type(op, "temperature", "a floating-point tensor", value.dtype)
-        if value.dim() != 0:
-            bad_value(op, "temperature", "a number or a 0-d tensor", f"shape {list(value.shape)}")
-        if value.device != device:
-            bad_value(op, "temperature", f"the embeddings' device, {device}", value.device)
-    else:
-        positive(op, temperature=value)
-
-
-def scratch(op: str, device: torch.device, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
-    """float32 tensors of these very shapes: kernels rely on it when `torch.ops.sslops` is called directly."""
-    for name, (x, shape) in tensors.items():
-        if x.dtype != torch.float32 or tuple(x.shape) != shape or x.device != device:
-            bad_value(op, name, f"float32 {list(shape)} on {device}", f"{x.dtype} {list(x.shape)} on {x.device}")
-
-
-def like(op: str, name: str, x: Tensor, other: Tensor, shape: tuple[int, ...]) -> None:
-    """A tensor of this very shape with `other`'s dtype and device, for the same reason."""
-    if x.dtype != other.dtype or tuple(x.shape) != shape or x.device != other.device:
-        wanted = f"{other.dtype} {list(shape)} on {other.device}"
-        bad_value(op, name, wanted, f"{x.dtype} {list(x.shape)} on {x.device}")
 
 
 def finite(op: str, **numbers: float) -> None:

@@ -35,7 +35,6 @@ __all__ = [
     "rank",
     "reduce_scatter",
     "size",
-    "spread",
 ]
 
 Group = Any  # str | ProcessGroup | None; torch may be built without torch.distributed
@@ -76,11 +75,6 @@ class Part(NamedTuple):
 
 def part(group: str, rows: int) -> Part:
     return Part(rank(group) * rows, rows, resolved(group))
-
-
-def spread(group: str, **how: Any) -> dict[str, Any]:
-    """Arguments that tell a kernel of a batch which lies spread over a group; none if it is here"""
-    return {"group": resolved(group), **how} if group else {}
 
 
 def size(group: str) -> int:
