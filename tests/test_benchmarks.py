@@ -226,8 +226,9 @@ class TestRows:
 
 
 class TestSmoke:
-    def test_it_has_every_op(self):
-        assert {case.op for case in smoke.CASES} == set(backend.ops())
+    def test_it_has_every_op_with_a_kernel_on_a_gpu(self):
+        wanted = {op for op in backend.ops() if backend._home("cuda", op) or backend._home("triton", op)}
+        assert {case.op for case in smoke.CASES} == wanted
 
     def test_each_case_is_a_line_at_once(self, tmp_path):
         smoke.run("gather_tokens", "cpu", tmp_path / "smoke.jsonl")
