@@ -54,7 +54,7 @@ struct type_caster<Tensor> {
       return false;
     }
     value = read_tensor(reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(address.ptr())));
-    return true;
+    return value.data || !value.numel;  // a null pointer is None's alone
   }
 };
 

@@ -52,7 +52,7 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
     """That x's tensors are what they are declared to be, one another's in shape, dtype and device."""
     sizes: dict[str, int] = {}
     whole: list[int] | None = None  # the shape of "..."
-    for name, of, value in _each(x, declared):
+    for name, of, value in _each(op, x, declared):
         wanted = of.shape.split()
         text = f"[{', '.join(wanted)}]"
         if not isinstance(value, Tensor):
@@ -81,11 +81,13 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
             bad_value(op, name, f"the device of {x._fields[0]}, {first(x).device}", value.device)
 
 
-def _each(x: Any, declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:
+def _each(op: str, x: Any, declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:
     """The tensors that are there, one by one"""
     for name, of in declared.items():
         value = getattr(x, name)
         if of.each:
+            if not value:
+                bad_value(op, name, "at least one tensor", "none")
             yield from ((f"{name}[{k}]" if len(value) > 1 else name, of, each) for k, each in enumerate(value))
         elif value is not None or not of.optional:
             yield name, of, value
@@ -94,7 +96,7 @@ def _each(x: Any, declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:
 def indices(op: str, x: Any, declared: Mapping[str, Of]) -> None:
     """That those of x's tensors that are indices are in range: looked at on the CPU only."""
     for name, of in declared.items():
-        if of.below is not None:
+        if of.below is not None and getattr(x, name) is not None:
             id_range(op, of.below(x), **{name: getattr(x, name)})
 
 

@@ -217,9 +217,9 @@ def register(
         _check.indices(name, x, declared)
 
     def dense(x: Any) -> Any:
-        """As kernels read it: values lie in memory as they are, side by side unless any strides will do"""
+        """As kernels read it: signs are in the memory, and values side by side unless any strides will do"""
         values = {field: getattr(x, field) for field in declared if getattr(x, field) is not None}
-        return _replaced(x, **{field: _dense(value, declared[field].strided) for field, value in values.items()})
+        return _replaced(x, **{field: _in_memory(value, declared[field].strided) for field, value in values.items()})
 
     def on_all_ranks(x: Any) -> Any:
         with distributed.agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
@@ -244,7 +244,8 @@ def register(
 
     def run_back(grad: Tensor, *values: Any) -> Any:
         x, saved = dense(schema.lift(values[: schema.count])), values[schema.count :]
-        return _guarded(name, x, lambda: run_backward(grad.contiguous(), x, *(value.contiguous() for value in saved)))
+        read = [_in_memory(value, False) for value in (grad, *saved)]
+        return _guarded(name, x, lambda: run_backward(read[0], x, *read[1:]))
 
     def backward_implementation(grad: Tensor, *values: Any) -> Any:
         x, saved = schema.lift(values[: schema.count]), values[schema.count :]
@@ -286,7 +287,7 @@ def register(
             filled["needs_grad"] = [
                 torch.is_grad_enabled() and any(each.requires_grad for each in _tensors([value])) for value in values
             ]
-        traced = _is_traced()
+        traced = _is_traced() or not all(type(each) in _PLAIN for each in _tensors(x))
         if not traced:
             _check.indices(name, x, declared)
         if filled["backend"] == "eager":
@@ -368,6 +369,9 @@ def register(
     return call
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory to read: torch knows what to do with them
+
+
 def _is_traced() -> bool:
     """Whether something looks at the ops that are called: compile, export, dispatch modes, jit.trace, torch.func"""
     return (
@@ -378,9 +382,9 @@ def _is_traced() -> bool:
     )
 
 
-def _dense(value: Any, strided: bool) -> Any:
+def _in_memory(value: Any, strided: bool) -> Any:
     if isinstance(value, list):
-        return [_dense(each, strided) for each in value]
+        return [_in_memory(each, strided) for each in value]
     value = value.resolve_neg()
     return value if strided else value.contiguous()
 

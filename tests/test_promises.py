@@ -87,7 +87,6 @@ def test_opcheck(case, device, backend):
 @each_target
 def test_fullgraph(case, device, backend):
     """Without a graph break: the plain call's bits, and one graph for all batch sizes after the first"""
-    skip_exempt("fullgraph", case)
     case = on(device, case)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -106,7 +105,8 @@ def test_fullgraph(case, device, backend):
             call=lambda backend, **inputs: compiled({k: v for k, v in inputs.items() if k in case.inputs})
         )
         for ours, theirs in zip(found.run_with_gradients(backend, inputs), expected, strict=True):
-            assert torch.equal(ours, theirs)
+            last_bit = 1e-6 if ("fullgraph", case.op) in EXEMPT else 0.0
+            torch.testing.assert_close(ours, theirs, rtol=last_bit, atol=last_bit / 1e6)
     assert counter.frame_count <= 2
 
 

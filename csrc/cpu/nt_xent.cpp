@@ -218,25 +218,28 @@ void backward(Tensor grad, Tensor z0, Tensor z1, double temperature, bool normal
               Tensor inv_norm, Tensor stats, Tensor dz0, Tensor dz1, Tensor dots) {
   const Batch x(z0, z1, temperature, normalize, operand, inv_norm);
   const int64_t count = dz0.sizes[0], padded = round_up(x.m, kGroup), ld = x.z.ld;
+  // Of a part, each view has rows of its own to the end of its last tile: no two threads write to one.
+  const int64_t part = round_up(count, kGroup), rows = count == x.n ? padded : 2 * part;
+  const auto place = [&](int64_t i) { return count == x.n ? i : i % x.n - first + (i < x.n ? 0 : part); };
   const float *const g = grad.as<float>(), *const kept = stats.as<float>();
-  Buffer<float> top(padded), weights(padded), dz((padded + bf16_gemm::kBlock) * ld);
+  Buffer<float> top(padded), weights(padded), dz((rows + bf16_gemm::kBlock) * ld);
   for (int64_t i = 0; i < padded; ++i) {
     top[i] = i < x.m ? kept[i] : 0.f;
     weights[i] = i < x.m ? g[i] * kept[x.m + i] : 0.f;
   }
-  parallel_for(padded, kGroup, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, kGroup, [&](int64_t begin, int64_t end) {
     std::memset(dz + begin * ld, 0, (end - begin) * ld * sizeof(float));
   });
   for_each_tile(x, first, count, [&](Tile& tile, const Part& t) {
     (x.scale.fixed ? weigh<true> : weigh<false>)(t, x.scale.inverse, top, weights);
-    tile.add(t.rows, t.columns, x.z, t.j0, dz + t.i0 * ld, x.z, t.i0, t.mirrored ? dz + t.j0 * ld : nullptr);
+    tile.add(t.rows, t.columns, x.z, t.j0, dz + place(t.i0) * ld, x.z, t.i0, t.mirrored ? dz + t.j0 * ld : nullptr);
   });
   const float inverse = static_cast<float>(1. / x.scale.tau), *const share = kept + 2 * x.m;
   parallel_for(2 * count, kGroup, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t i = first + (k < count ? k : x.n + k - count), other = x.positive(i);
       const float pull = g[i] * share[i] + g[other] * share[other];
-      float* const v = dz + i * ld;
+      float* const v = dz + place(i) * ld;
       for_each_vector(x.d, [&](int64_t j, int lanes) {
         store_lanes(v + j, lanes, (load_lanes(v + j, lanes, 0.f) - pull * x.at(other, j, lanes)) * inverse);
       });

@@ -70,11 +70,17 @@ SSLOPS_INLINE double sum(D v) {
   return lane[0];
 }
 SSLOPS_INLINE float max(F v) {
+  typedef float Quarter __attribute__((vector_size(16)));
   float lane[kLanes];
   store(lane, v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int k = 0; k < half; ++k) lane[k] = max(lane[k], lane[k + half]);
-  return lane[0];
+  Quarter best, other;
+  std::memcpy(&best, lane, sizeof best);
+  for (int k = 4; k < kLanes; k += 4) {
+    std::memcpy(&other, lane + k, sizeof other);
+    best = other > best ? other : best;
+  }
+  std::memcpy(lane, &best, sizeof best);
+  return max(max(lane[0], lane[1]), max(lane[2], lane[3]));
 }
 
 // Zeros for negative values. A register at a time: D has two, and its comparisons would be scalar code.
@@ -146,22 +152,6 @@ SSLOPS_INLINE void for_each_vector(int64_t cols, Fn&& f) {
 }
 SSLOPS_INLINE F load_lanes(const float* p, int n, float fill) { return n == kLanes ? load(p) : load(p, n, fill); }
 SSLOPS_INLINE void store_lanes(float* p, int n, F v) { n == kLanes ? store(p, v) : store(p, n, v); }
-
-// 2^x for x <= 0 (any x up to 127): relative error below 2e-7; 0 below 2^-126; NaN stays NaN.
-SSLOPS_INLINE F exp2_nonpositive(F x) {
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const F biased = x + magic;
-  const F f = x - (biased - magic);  // in [-1/2, 1/2]
-  // Minimax polynomial of 2^f, fitted for relative error (7.5e-8).
-  F p = splat(0.0013276415411382914f);
-  p = p * f + 0.009675528854131699f;
-  p = p * f + 0.05550713464617729f;
-  p = p * f + 0.24022120237350464f;
-  p = p * f + 0.6931469440460205f;
-  p = p * f + 1.0000001192092896f;
-  const F scale = (F)(((U)biased + 127u) << 23);
-  return select(x < -126.f, F{}, p * scale);
-}
 
 // 16-bit integers and back; values fit. GCC converts halves of vectors where there is an instruction for the whole.
 SSLOPS_INLINE U widen(H v) {

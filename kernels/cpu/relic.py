@@ -23,7 +23,7 @@ def _common(x: Arguments) -> tuple[object, ...]:
 def forward(x: Arguments) -> tuple[Tensor, ...]:
     b, d = x.online.shape
     losses, stats = torch.empty(b, **FLOAT32), torch.empty(8, b, **FLOAT32)
-    of_sum = torch.empty(x.gradients, b, d, **FLOAT32), torch.zeros(1, **FLOAT32)
+    of_sum = torch.zeros(x.gradients, b, d, **FLOAT32), torch.zeros(1, **FLOAT32)
     _C.relic_forward(*_common(x), x.count_exceeding, losses, stats, *of_sum)
     return losses, stats, *of_sum
 

@@ -18,7 +18,7 @@ class Arguments(NamedTuple):
     teacher_temp: float | Tensor
     bias: Annotated[Tensor | None, Of("K", (torch.float32, torch.float64))]
     weights: Annotated[Tensor | None, Of("R", (torch.float32, torch.float64))]
-    index: Annotated[Tensor | None, Of("R", (torch.int64,))]  # type: ignore[assignment]  # tuple.index
+    index: Annotated[Tensor | None, Of("R", (torch.int64,), below=lambda x: len(x.teacher))]  # type: ignore[assignment]  # tuple.index
     reduction: str
     ready: bool  # whether the gradient is to be found in forward
     backend: str = ""
@@ -38,9 +38,7 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
 
 def _check_arguments(x: Arguments) -> None:
     _prototypes.check_prototypes("ibot", "student", x.student)
-    if x.index is not None:
-        _check.id_range("ibot", len(x.teacher), index=x.index)
-    elif len(x.teacher) != len(x.student):
+    if x.index is None and len(x.teacher) != len(x.student):
         _check.bad_value("ibot", "teacher", f"{len(x.student)} rows, as the student has", list(x.teacher.shape))
 
 

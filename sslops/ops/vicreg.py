@@ -83,6 +83,8 @@ def _check_arguments(x: Arguments) -> None:
     weights = {"invariance": x.invariance, "variance": x.variance, "covariance": x.covariance}
     _check.non_negative("vicreg", **weights, eps=x.eps)
     _check.choice("vicreg", "route", x.route, (*ROUTES, ""))
+    if x.z_b is None and any(x.needs_grad[1:]):
+        _check.bad_value("vicreg", "needs_grad", "no gradient of a view that is not there", x.needs_grad)
 
 
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
