@@ -18,6 +18,7 @@ from sslops import _C
 ROOT = Path(__file__).parents[1]
 # All innermost loops of an object together. Not 0: some are for the last few elements.
 BOUND = 15
+MORE = {"prototypes": 30}  # joins tiles of 256 logits in double: once a tile, once a pair of crops
 SCALAR = re.compile(r"v?(u?comis[sd]|cmp\w*s[sd]|cvt\w*2s[sd]|cvtt?s[sd]2\w+|(min|max)s[sd])")
 INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\t(\S+)(?: +(?:([0-9a-f]+) <)?)?", re.MULTILINE)
 
@@ -53,7 +54,7 @@ def objects() -> list[Path]:
 
 @pytest.mark.parametrize("file", objects(), ids=lambda file: file.stem)
 def test_no_scalar_code_in_loops(file: Path) -> None:
-    assert len(scalar := scalar_in_loops(file)) <= BOUND, scalar
+    assert len(scalar := scalar_in_loops(file)) <= MORE.get(file.name.split(".")[0], BOUND), scalar
 
 
 @pytest.mark.skipif(not objects(), reason="nothing was built here")
