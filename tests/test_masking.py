@@ -70,5 +70,5 @@ def test_bad_input():
     refused(ValueError, "random_masking", "tokens", x[0], 0.5)
     refused(TypeError, "random_masking", "tokens", x.int(), 0.5)
     refused(ValueError, "random_masking", "noise", x, 0.5, noise=torch.rand(3, 50, device="meta"))
-    refused(ValueError, "random_mask", "noise", x, 0.5, noise=torch.rand(3, 49))
-    refused(ValueError, "random_mask", "mask_ratio", x, 1.0)
+    refused(ValueError, "random_masking", "noise", x, 0.5, noise=torch.rand(3, 49))
+    refused(ValueError, "random_masking", "mask_ratio", x, 1.0)
