@@ -33,6 +33,9 @@ machine, `python -m benchmarks --save` also stores and renders. The variants of 
 round after round: what counts is their ratio. Our time is the median, ± half the distance between the quartiles; the
 others are multiples of it, **bold** where they are faster. The limit is a variant too: it does only what cannot be
 avoided. Memory is what a step adds at its peak.
+
+Each table names the commit that it was measured at. Those of cpu-xeon-amx-2core are of 2026-11-22, before the CPU's
+loops over tiles moved into C++ with products of their own (2026-11-29): that machine has not been measured since.
 """
 
 

@@ -202,6 +202,23 @@ def test_strides(case, device, backend):
             assert torch.equal(ours, theirs), laid_out.__name__
 
 
+@each_graded
+def test_negated_views(case, device, backend):
+    """Of z.conj().imag, say: the sign is not in the memory"""
+    case = on(device, case)
+    expected = case.run_with_gradients(backend)
+    negated = {name: torch._neg_view(-x) for name, x in case.inputs.items()}
+    for ours, theirs in zip(case.run_with_gradients(backend, negated), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    leaves = {name: x.clone().requires_grad_(name in case.graded) for name, x in case.inputs.items()}
+    out = case.run(backend, leaves)
+    given = [leaves[name] for name in case.graded]
+    plain = torch.autograd.grad(out, given, torch.ones_like(out) * 3, retain_graph=True)
+    negative = torch.autograd.grad(out, given, torch._neg_view(torch.ones_like(out) * -3))
+    for ours, theirs in zip(negative, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+
+
 @each_target
 def test_nan(case, device, backend):
     """Shows where it shows in the reference"""

@@ -13,9 +13,9 @@ from sslops import _C
 
 
 def test_ctrl_c_ends_a_long_call():
-    """Within a second, as KeyboardInterrupt, and the process goes on"""
+    """As KeyboardInterrupt, and the process goes on"""
     script = """
-import _thread, signal, threading, time, torch, sslops
+import time, torch, sslops
 z = torch.randn(2, 32768, 256)
 print("ready", flush=True)
 begin = time.monotonic()
