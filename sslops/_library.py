@@ -149,31 +149,29 @@ def register(
     kept: Callable[[Any], Any] = lambda x: x,
     unit: str | None = None,
 ) -> Callable[[Any, str | None], Any]:
-    """The op as a function of its arguments and the backend asked for, or None; in torch's library as
+    """The op as a function of its arguments and the backend asked for, or None.
 
-    `name(arguments) -> outputs` and `name_backward(grad, arguments, *saved) -> gradients`.
+    In torch's library it is `name(arguments) -> outputs` and `name_backward(grad, arguments, *saved) -> gradients`.
 
-    arguments: a NamedTuple. Its first field is the tensor a backend is chosen by; tensors say what they must be
-    (`Annotated[Tensor, Of("N D")]`, or list[Tensor]), which is checked in ordinary calls and in direct ones of
-    torch.ops.sslops.
-    Fields with a default are filled in here: `backend`, `operand_dtype` (what autocast makes of the first tensor) and
-    `needs_grad: list[bool]`, for each of `gradients` whether it will be wanted (if there is no such field, all are).
-    With a field `group`, the name of a process group or "", tensors that are `spread` are the
-    rank's part of a batch; their shapes and dtypes are those of all ranks. Kernels without a distributed form, and the
-    reference, get the gathered ones.
+    arguments: a NamedTuple, whose first field is the tensor that a backend is chosen by (or a list of tensors). Tensors
+        say what they must be, `Annotated[Tensor, Of("N D")]`: checked in ordinary calls and in direct ones of
+        torch.ops.sslops. Fields with a default are filled in here: `backend`, `operand_dtype` (what autocast makes of
+        the first tensor) and `needs_grad: list[bool]`, for each of `gradients` whether it will be wanted (without that
+        field, all are). With a field `group`, the name of a process group or "", tensors that are `spread` are the
+        rank's part of a batch, and their shapes and dtypes those of all ranks; the reference, and kernels without a
+        distributed form, get the gathered ones.
     outputs(x): an Out, or a NamedTuple of them, which is its return annotation. The first is the result, the others are
-    kept for backward and have no gradient. What forward does not return must be empty.
+        kept for backward and have no gradient. What forward does not return must be empty.
     reference(x): the eager form, of the same outputs as far as the public function uses them.
     check(x): what the declarations do not say.
-    gradients: the arguments that have one, of the argument's own shape and dtype; [0] where it is not wanted. A list's
-    is a list.
+    gradients: the arguments that have one, of the argument's own shape and dtype; [0] where it is not wanted; a list's
+        is a list.
     forward(x), backward(grad, x, *saved): the kernel's, or what is to be done around it. Differentiating backward
-    raises: that is for backend="eager".
+        raises: that is for backend="eager".
     kept(x): the arguments as backward gets them, those tensors None that it does not need.
     unit: the output that backward does not get: the gradient itself where grad is 1 (a list's in one piece, along the
-    first dimension), or empty. In eager mode on the CPU
-    it is handed out once, scaled in place (half precision only under 1): from there on it is the caller's. Hooks on
-    saved tensors do not see it.
+        first dimension), or empty. In eager mode on the CPU it is handed out once, scaled in place (half precision only
+        under 1): from there on it is the caller's. Hooks on saved tensors do not see it.
     """
     schema, declared = Schema(arguments), _check.declared(arguments)
     spread = [field for field, of in declared.items() if of.spread]
