@@ -23,11 +23,6 @@ def test_every_kernel() -> None:
     compilers, listed = resources.read()
     if compilers.startswith(f"triton {triton.__version__} "):
         listed = [row for row in listed if row.chip in CHIPS and row.call != "CUDA"]
-        # LLVM's AMD backend does not always take the same number of registers for the same kernel (458 or 469 of one).
-        rows, listed = (
-            [row._replace(registers=0) if row.chip.endswith("gfx942") else row for row in each]
-            for each in (rows, listed)
-        )
         assert not resources.changes(rows, listed), "run benchmarks/kernel_report.py --write, and look at it"
 
 
