@@ -218,7 +218,7 @@ def _join(
     tl.store(stats + B + i, tl.div_rn(1.0, r))
     tl.store(stats + 2 * tl.cast(B, tl.int64) + i, share)
     if o_parts is not None:
-        inv, inv_key = tl.load(inv_norm + i), tl.load(inv_norm + B + i)
+        inv, inv_key, weight = tl.load(inv_norm + i), tl.load(inv_norm + B + i), tl.div_rn(1.0, r * WEIGHT)
         dot = 0.0
         for k in range(0, D, BLOCK_D):
             columns = k + tl.arange(0, BLOCK_D)
@@ -232,7 +232,7 @@ def _join(
                     highest = tl.load(m_parts + these, mask=spans < splits, other=LOWEST)
                     terms = terms * tl.exp2((highest - m) * scale)[:, None]
                 o += tl.sum(terms, 0)
-            v = (tl.div_rn(o, r * WEIGHT) - share * _row(key, inv_key, i, k, D, BLOCK_D)) * (scale * LN2)
+            v = (o * weight - share * _row(key, inv_key, i, k, D, BLOCK_D)) * (scale * LN2)
             dot += tl.sum(v * _row(query, inv, i, k, D, BLOCK_D), 0)
             tl.store(o_parts + i * stride + columns, v, mask=columns < D)
         _store_gradient(o_parts, query, inv, dot, dquery, i, D, stride, NORMALIZE, BLOCK_D)
