@@ -27,11 +27,14 @@ test: build .venv/peers
 	$(PY) -m pip install -q --no-deps -r $<
 	touch $@
 
-# Triton kernels under Triton 3.6, the oldest one: every memory access proved in bounds, every kernel compiled.
-.venv-sanitize/installed: tests/triton_kernels/requirements-sanitize.txt
+PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+# Triton kernels under Triton 3.6, the oldest one: every memory access proved in bounds, every kernel compiled. torch is
+# .venv's; what is installed beside it comes first.
+.venv-sanitize/installed: tests/triton_kernels/requirements-sanitize.txt .venv/installed
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -q $(TORCH)
-	$(@D)/bin/python -m pip install -q --no-deps -r $<
+	$(PY) -c $(PACKAGES) > $$($(@D)/bin/python -c $(PACKAGES))/torch.pth
+	$(@D)/bin/python -m pip install -q --no-deps --ignore-installed -r $<
 	touch $@
 
 sanitize: build .venv-sanitize/installed

@@ -13,6 +13,8 @@ import importlib
 import io
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -74,18 +76,25 @@ def assert_a_planted_bug_is_found() -> None:
     raise AssertionError("a store beyond the end was not found")
 
 
+def check(name: str, chip: str) -> str:
+    from sslops.kernels.triton import launch
+
+    start, op = time.perf_counter(), importlib.import_module(name)
+    with mock.patch.object(launch, "chip", return_value=chip), op.on_cpu():
+        for call in op.small():
+            call()
+    return f"{name} as on {chip}: in bounds, {time.perf_counter() - start:.0f} s"
+
+
 def main() -> None:
     assert_a_planted_bug_is_found()
     from sslops.kernels.triton import launch
 
-    for name in sorted(file.stem for file in (ROOT / "kernels/triton").glob("*.json")):
-        op = importlib.import_module(name)
-        for chip in launch.configs(name):
-            start = time.perf_counter()
-            with mock.patch.object(launch, "chip", return_value=chip), op.on_cpu():
-                for call in op.small():
-                    call()
-            print(f"{name} as on {chip}: in bounds, {time.perf_counter() - start:.0f} s", flush=True)
+    names = sorted(file.stem for file in (ROOT / "kernels/triton").glob("*.json"))
+    work = [(name, chip) for name in names for chip in launch.configs(name)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for line in pool.map(check, *zip(*work, strict=True)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
