@@ -38,8 +38,8 @@ PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
 	touch $@
 
 sanitize: build .venv-sanitize/installed
-	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton_kernels/sanitize.py
-	PYTHONPATH=.:tests .venv-sanitize/bin/python tests/triton_kernels/offline.py sm_80 sm_90
+	.venv-sanitize/bin/python -m tests.triton_kernels.sanitize
+	.venv-sanitize/bin/python -m tests.triton_kernels.offline sm_80 sm_90
 
 demo: build
 	$(PY) examples/pretrain.py

@@ -4,13 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER))
+from . import compare, render
 
-import compare  # noqa: E402
-import render  # noqa: E402
-
-OPS = sorted(file.stem.removeprefix("bench_") for file in FOLDER.glob("bench_*.py"))
+OPS = sorted(file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py"))
 
 
 def main() -> int:

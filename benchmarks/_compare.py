@@ -198,11 +198,11 @@ def _cuda_peak(variant: Variant) -> float:
 def peak_memory(setup: str, statement: str) -> float | None:
     """MB that `statement`, run again, adds at its peak to the resident set of a fresh process; None: out of memory.
 
-    setup: runs before it, in the benchmarks' folder.
+    setup: runs before it, in the project's folder.
     """
     script = f"""
 import gc
-from _compare import out_of_memory
+from benchmarks._compare import out_of_memory
 def status(name):  # not getrusage's peak, which a child inherits
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
 {setup}
@@ -220,7 +220,7 @@ except Exception as error:
     print("out of memory")
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True, stdout=subprocess.PIPE, text=True
     )
     answer = done.stdout.splitlines()[-1]
     return None if answer == "out of memory" else float(answer)

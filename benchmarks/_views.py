@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from _compare import Case, Variant, matmul, peak_memory, record, record_memory, settings
+
+from ._compare import Case, Variant, matmul, peak_memory, record, record_memory, settings
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -55,8 +56,8 @@ def memory_row(benchmark: Any, case: Case, module: str, names: list[str]) -> Non
     (n, d), dtype, _ = case
     setup = f"""
 import torch
-from _views import variant, views
-from {module} import losses
+from benchmarks._views import variant, views
+from benchmarks.{module} import losses
 z_a, z_b = views({n}, {d}, {dtype}, "cpu")
 step = variant(losses({d}, "cpu")[{{!r}}], z_a, z_b, "both")
 """

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for a chip on all cores, without it, into Triton's cache: `python benchmarks/ahead.py`.
+"""Compiles the Triton kernels for a chip on all cores, without it, into Triton's cache: `python -m benchmarks.ahead`.
 
 The launches are those that offline.py lists. Triton's JIT compiles them itself, told by a driver of ours which chip
 there is, so that it finds them again under its own key when it runs on that chip.
@@ -10,16 +10,13 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
-from pathlib import Path
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/triton_kernels")]
+from tests.triton_kernels import offline
 
-import offline  # noqa: E402
-from _process import die_with_parent  # noqa: E402
+from ._process import die_with_parent
 
 
 class Driver:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import cases
-from _views import Loss, memory_row, products, time_row
-from peers import lightly_loss, solo_loss
 
 import sslops
+
+from ._compare import cases
+from ._views import Loss, memory_row, products, time_row
+from .peers import lightly_loss, solo_loss
 
 CASES = {
     "cpu": [

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import cases
-from _views import Loss, products, time_row
 
 import sslops
+
+from ._compare import cases
+from ._views import Loss, products, time_row
 
 CASES = {
     "cpu": cases("1024x2048", "float32", "both"),

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import Variant, cases, peak_memory, record, record_memory, settings
-from peers import lightly_loss
 
 import sslops
+
+from ._compare import Variant, cases, peak_memory, record, record_memory, settings
+from .peers import lightly_loss
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 CASES = {
@@ -115,7 +116,7 @@ def test_memory(benchmark, device, case):
     (v, b, k), dtype, _ = case
     setup = f"""
 import torch
-from bench_dino import crops, losses, variant
+from benchmarks.bench_dino import crops, losses, variant
 step = variant(losses({k})[{{!r}}], *crops({v}, {b}, {k}, {dtype}, "cpu"))
 """
     names = [n for n in ("sslops", "dinov2", "dinov3", "linearity compile", "lightly") if n in losses(k)]

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _compare import record
-from peers import _installed, _let_torchvision_load, or_failing, solo_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sslops import EMA, ema_update_
+
+from ._compare import record
+from .peers import _installed, _let_torchvision_load, or_failing, solo_file
 
 MOMENTUM = 0.996
 F32, BF16 = torch.float32, torch.bfloat16

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import cases, peak_memory, record, record_memory
 
 import sslops
+
+from ._compare import cases, peak_memory, record, record_memory
 
 RATIO = 0.75
 CASES = {

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from _compare import cases, record
 
 import sslops
+
+from ._compare import cases, record
 
 CASES = {
     "cpu": cases("64x196x49x768", "float32", "forward both"),

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import Variant, cases, peak_memory, record, record_memory, settings
 
 import sslops
+
+from ._compare import Variant, cases, peak_memory, record, record_memory, settings
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.07
 CASES = {
@@ -76,7 +77,7 @@ def test_memory(benchmark, device, case):
     (r, k), dtype, _ = case
     setup = f"""
 import torch
-from bench_ibot import losses, rows, variant
+from benchmarks.bench_ibot import losses, rows, variant
 step = variant(losses()[{{!r}}], *rows({r}, {k}, {dtype}, "cpu"))
 """
     names = list(losses())[: 1 if settings.only_ours else None]

@@ -9,10 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
-from peers import inf_cl_info_nce, liger_info_nce, lightly_loss, memeff_info_nce, solo_loss
 
 import sslops
+
+from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from .peers import inf_cl_info_nce, liger_info_nce, lightly_loss, memeff_info_nce, solo_loss
 
 TEMPERATURE = 0.1
 CASES = {
@@ -166,7 +167,7 @@ def test_memory(benchmark, device, case):
     (b, k, d), dtype, _ = case
     setup = f"""
 import torch
-from bench_info_nce import losses, tensors, variant
+from benchmarks.bench_info_nce import losses, tensors, variant
 inputs = tensors({b}, {k}, {d}, {dtype}, "cpu")
 step = variant(losses({k}, {d}, {dtype}, "cpu")[{{!r}}], inputs, "both")
 """

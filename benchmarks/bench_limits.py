@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from _compare import record
+
+from ._compare import record
 
 
 @pytest.mark.usefixtures("threads")

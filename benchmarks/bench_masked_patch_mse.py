@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from _compare import cases, peak_memory, record, record_memory
 
 import sslops
+
+from ._compare import cases, peak_memory, record, record_memory
 
 RATIO = 0.75
 CASES = {

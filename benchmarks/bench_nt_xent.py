@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
-from peers import lightly_loss, solo_loss
 
 import sslops
+
+from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from .peers import lightly_loss, solo_loss
 
 TEMPERATURE = 0.1
 CASES = {
@@ -108,7 +109,7 @@ def test_memory(benchmark, device, case):
     (m, d), dtype, _ = case
     setup = f"""
 import torch
-from bench_nt_xent import losses, variant, views
+from benchmarks.bench_nt_xent import losses, variant, views
 z0, z1 = views({m}, {d}, {dtype}, "cpu")
 step = variant(losses({m}, "cpu")[{{!r}}], z0, z1, "both")
 """

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from _compare import cases, record
 
 import sslops
+
+from ._compare import cases, record
 
 CASES = {
     "cpu": cases("64x196 4096x196 64x1568", "float32", "forward"),

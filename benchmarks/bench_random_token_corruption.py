@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from _compare import cases, record
 
 import sslops
+
+from ._compare import cases, record
 
 CASES = {
     "cpu": cases("64x512 1024x512", "int64", "forward"),

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
 
 import sslops
+
+from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
 
 TEMPERATURE, ALPHA, BETA = 0.1, 1.0, 1.0
 MULTICROP = "1024x256x2x6x1023"
@@ -123,7 +124,7 @@ def test_memory(benchmark, device, case):
     (b, d, large, small, negatives), dtype, _ = case
     setup = f"""
 import torch
-from bench_relic import crops, losses, variant
+from benchmarks.bench_relic import crops, losses, variant
 step = variant(losses()[{{!r}}], crops({case.shape}, {dtype}, "cpu"), {negatives})
 """
     names = ["sslops"] if settings.only_ours else ["sslops", "eager", "compile"]

@@ -3,10 +3,11 @@
 from functools import partial
 
 import pytest
-from _compare import cases, record
-from _views import variant, views
 
 import sslops
+
+from ._compare import cases, record
+from ._views import variant, views
 
 GRID = """
     64x256 256x256 1024x256 128x1024 512x1024 768x1024 1024x1024 1365x1024 2048x1024 4096x1024

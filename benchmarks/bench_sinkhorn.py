@@ -3,13 +3,14 @@
 import importlib
 from collections.abc import Callable
 
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import cases, peak_memory, record, record_memory, settings
 
 import sslops
+
+from . import peers
+from ._compare import cases, peak_memory, record, record_memory, settings
 
 TEMPERATURE, ITERATIONS = 0.05, 3
 CASES = {
@@ -80,7 +81,7 @@ def test_memory(benchmark, device, case):
     (b, k), dtype, _ = case
     setup = f"""
 import torch
-from bench_sinkhorn import forms, scores
+from benchmarks.bench_sinkhorn import forms, scores
 x = scores({b}, {k}, {dtype}, "cpu")
 run = forms()[{{!r}}]
 """

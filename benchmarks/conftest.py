@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from _compare import cases, settings
 from pytest_benchmark.utils import get_commit_info
 
 from sslops import _C
+
+from ._compare import cases, settings
 
 try:
     from tqdm import tqdm

@@ -1,7 +1,7 @@
 """lightly's way to train, with lightly and with sslops in its place: only the import differs.
 
-    python benchmarks/dropin.py                               # SimCLR, MoCo, Barlow Twins, VICReg and MAE on MNIST
-    python benchmarks/dropin.py --methods moco --steps 100 --batch 512
+    python -m benchmarks.dropin                               # SimCLR, MoCo, Barlow Twins, VICReg and MAE on MNIST
+    python -m benchmarks.dropin --methods moco --steps 100 --batch 512
 
 Both train in turns on the same images. Prints the largest relative difference between the two loss curves, early and
 over all steps, and the medians of the times of the loss (forward and backward) and of a whole step.
@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
-import peers
 import torch
 from torch import Tensor, nn
+
+from . import peers
 
 EARLY = 10  # steps over which rounding has had little time to grow
 

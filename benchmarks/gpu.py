@@ -1,11 +1,11 @@
-"""All that a GPU machine is needed for, in three calls of ten minutes: `python benchmarks/gpu.py --out DIR --call 1`.
+"""All that a GPU machine is needed for, in three calls of ten minutes: `python -m benchmarks.gpu --out DIR --call 1`.
 
 1. build, compile ahead, every op against float64, the rows that matter most, the tests;
 2. profiles, memory and race checks, tuning;  3. what failed again (--again DIR/tests.jsonl), all rows.
 
 There is one deadline. Each step may take its share of what is left, what it leaves the later ones have, and one that
 fails or is stopped stops no other. DIR is written as things happen and is complete after every step and after SIGTERM:
-log.txt, summary.txt, smoke.jsonl, rows.jsonl (`benchmarks/render.py --add` stores them), tests.jsonl, tests.xml and
+log.txt, summary.txt, smoke.jsonl, rows.jsonl (`benchmarks.render --add` stores them), tests.jsonl, tests.xml and
 changes.tar.gz, the launch configs that tuning changed. Needs torch with CUDA, Triton, pytest with xdist and benchmark,
 ninja and pybind11, and no network.
 """
@@ -25,10 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from ._process import die_with_parent
 
-from _process import die_with_parent  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 CHANGED = ("kernels/triton", "benchmarks/tuned")
 GRACE = 8.0  # seconds between SIGINT, upon which pytest writes its reports, and SIGKILL
@@ -73,9 +72,10 @@ def steps(
     bench += ["--small", "-k", "not limits and not ema"] if rehearse else []
     tests = [str(file.relative_to(ROOT)) for file in sorted(ROOT.glob("tests/test_*.py"))]
     tests = [name for name in tests if name[len("tests/test_") : -len(".py")] not in ELSEWHERE]
-    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "outcomes", "-m", "not slow", *tests]
-    test += ["-n", workers, "-k", device, f"--junitxml={out / 'tests.xml'}", f"--outcomes={out / 'tests.jsonl'}"]
-    deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1", "PYTHONPATH": "benchmarks"}
+    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    test += ["-p", "benchmarks.outcomes", f"--outcomes={out / 'tests.jsonl'}"]
+    test += ["-n", workers, "-k", device, f"--junitxml={out / 'tests.xml'}"]
+    deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
     each = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # tensor an allocation: past its end is past an allocation's
 
     peers = Step("other libraries' wheels", 10, [python, "-m", "pip", "install", "-q", "--no-deps", *wheels])
@@ -84,9 +84,9 @@ def steps(
         Step("the native core, in place", 90, [python, "setup.py", "-q", "build_ext", "--inplace"], cuda),
         Step("which backend each op takes", 20, [python, "-m", "sslops"]),
     ]
-    ahead = [python, "benchmarks/ahead.py", "--chip", chip]
+    ahead = [python, "-m", "benchmarks.ahead", "--chip", chip]
     if call == 1:
-        smoke = [python, "benchmarks/smoke.py", "--device", device, "--out", str(out / "smoke.jsonl")]
+        smoke = [python, "-m", "benchmarks.smoke", "--device", device, "--out", str(out / "smoke.jsonl")]
         return [
             *build,
             Step("Triton kernels compiled ahead", 60, ahead + (["--op", "relic"] if rehearse else [])),
@@ -109,7 +109,7 @@ def steps(
             Step("the key rows once", 30, once),
             Step("profile of the key rows", 60, [*profile, *once]),
             *checks,
-            Step("launch configs of the Triton kernels", 170, [python, "benchmarks/tune.py", "--minutes={minutes}"]),
+            Step("launch configs of the Triton kernels", 170, [python, "-m", "benchmarks.tune", "--minutes={minutes}"]),
         ]
     retry = [Step("what failed, again", 120, [*test, f"--again={again}"], deterministic)] if again else []
     return [

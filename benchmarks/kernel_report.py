@@ -1,7 +1,7 @@
 """The GPU kernels as compilers see them: the part of RESULTS.md that needs no GPU.
 
-The numbers are tests/triton_kernels/resources.tsv; as a script this prints what differs from it, and --write writes
-it. How many blocks a multiprocessor holds, and its occupancy, follow from them.
+The numbers are tests/triton_kernels/resources.tsv; `python -m benchmarks.kernel_report` prints what
+differs from it, and --write writes it. How many blocks a multiprocessor holds, and its occupancy, follow from them.
 
 The times are estimates: the datasheets' rates, all reached at once. An op's bench_<op>.py counts its work in WORK.
 """
@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/triton_kernels")]
+from tests.triton_kernels import resources
+from tests.triton_kernels.resources import Row
 
-import resources  # noqa: E402
-from resources import Row  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 class Chip(NamedTuple):
@@ -67,7 +66,7 @@ def warps(row: Row) -> int:
 
 def cuda_rows() -> Iterator[Row]:
     """Every kernel of csrc/cuda, by nvcc"""
-    import offline  # with triton, which is not needed to read the table
+    from tests.triton_kernels import offline  # with triton, which is not needed to read the table
 
     for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
         for arch in (name for name in CHIPS if name.startswith("sm_")):
@@ -98,7 +97,7 @@ def estimates() -> list[list[str]]:
     """[op, part, shape, and a time for each chip]: the slowest of its matrix FLOP, exponentials and bytes"""
     lines = []
     for file in sorted((ROOT / "benchmarks").glob("bench_*.py")):
-        work = getattr(importlib.import_module(file.stem), "WORK", {})
+        work = getattr(importlib.import_module(f"benchmarks.{file.stem}"), "WORK", {})
         for (part, shape), counted in work.items():
             cells = []
             for chip in CHIPS.values():
@@ -134,8 +133,9 @@ exponentials, load 16 bytes, load less. A multiprocessor holds so many `blocks`,
 
 
 def main() -> None:
-    import offline
     import triton
+
+    from tests.triton_kernels import offline
 
     rows = list(cuda_rows())
     faults = [f"spills {row.stack} bytes: {row}" for row in rows if row.stack]

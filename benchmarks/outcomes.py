@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p outcomes --outcomes FILE`: each test's outcome, with its traceback, as soon as it is known.
+"""A pytest plugin, `-p benchmarks.outcomes --outcomes FILE`: each test's outcome and traceback as soon as it is known.
 
 Of a run that is killed the lines so far are there. --again runs only what failed in such a file.
 """

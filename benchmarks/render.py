@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import kernel_report
-from kernel_report import markdown
+from . import kernel_report
+from .kernel_report import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 INTRO = """# Results
 
-Rendered from [benchmarks/results](benchmarks/results) by `python benchmarks/render.py`; `make bench` measures on your
+Rendered from [benchmarks/results](benchmarks/results) by `python -m benchmarks.render`; `make bench` measures on your
 machine, `python -m benchmarks --save` also stores and renders. The variants of a row are timed in turn in one process,
 round after round: what counts is their ratio. Our time is the median, ± half the distance between the quartiles; the
 others are multiples of it, **bold** where they are faster. The limit is a variant too: it does only what cannot be

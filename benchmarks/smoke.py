@@ -1,4 +1,4 @@
-"""Every op against its float64 self, on every backend that runs here: `python benchmarks/smoke.py --out FILE`.
+"""Every op against its float64 self, on every backend that runs here: `python -m benchmarks.smoke --out FILE`.
 
 A line of JSON as soon as a case is done; a process an op, so that one that hangs or breaks the device stops no other.
 The numbers are the oracle's: what is promised is an error of at most `bound`.
@@ -20,14 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import sslops
+from sslops import backend
+from tests import oracle
 
-import oracle  # noqa: E402
-from _process import die_with_parent  # noqa: E402
-
-import sslops  # noqa: E402
-from sslops import backend  # noqa: E402
+from ._process import die_with_parent
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -139,11 +136,8 @@ def compared(case: Case, name: str, dtype: torch.dtype, device: str) -> Iterator
 
 def interpret() -> None:
     """The Triton backend on CPU tensors, as a GPU computes"""
-    sys.path.insert(0, str(ROOT / "tests/triton_kernels"))
-    import common
-    import gpu_arithmetic
-
     from sslops.kernels.triton import launch
+    from tests.triton_kernels import common, gpu_arithmetic
 
     backend._ORDER["cpu"] = ("cpu", "triton")
     gpu_arithmetic.install()
@@ -183,7 +177,7 @@ def main() -> int:
             interpret()
         run(arguments.op, arguments.device, arguments.out)
         return 0
-    command = [sys.executable, __file__, "--out", arguments.out, "--device", arguments.device, "--op"]
+    command = [sys.executable, "-m", "benchmarks.smoke", "--out", arguments.out, "--device", arguments.device, "--op"]
 
     def child(op: str) -> int:
         return subprocess.run([*command, op], preexec_fn=die_with_parent).returncode

@@ -27,14 +27,13 @@ from unittest import mock
 import torch
 import triton
 
+from sslops.kernels.triton import launch
+from tests.triton_kernels import offline
+
+from ._compare import interleave
+from ._process import die_with_parent
+
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/triton_kernels"), str(ROOT / "tests")]
-
-import offline  # noqa: E402
-from _compare import interleave  # noqa: E402
-from _process import die_with_parent  # noqa: E402
-
-from sslops.kernels.triton import launch  # noqa: E402
 
 MARGIN = 0.98
 CHOICES = {
@@ -112,7 +111,8 @@ def filing(task: Task, chip: str) -> Iterator[Callable[[Config], None]]:
 
 
 def call(task: Task, device: str) -> Callable[[], tuple[torch.Tensor, ...]]:
-    return importlib.import_module(task.op).tuning(task.operands, int(task.width), task.kernel, device)
+    module = importlib.import_module(f"tests.triton_kernels.{task.op}")
+    return module.tuning(task.operands, int(task.width), task.kernel, device)
 
 
 def faults(task: Task, chip: str, config: Config) -> list[str]:

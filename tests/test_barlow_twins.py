@@ -1,11 +1,12 @@
 import functools
 
-import oracle
 import pytest
 import torch
 
 import sslops
 from sslops.ops.barlow_twins import Arguments
+
+from . import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUTES = ("gram", "panels")

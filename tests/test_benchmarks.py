@@ -12,25 +12,20 @@ import tarfile
 import time
 from pathlib import Path
 
-import _compare
-import compare
-import gpu
-import kernel_report
-import peers
 import pytest
-import render
-import smoke
 import torch
-from kernel_report import resources
 
+from benchmarks import _compare, compare, gpu, kernel_report, peers, render, smoke
 from sslops import backend
+
+from .triton_kernels import resources
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_results_md_is_what_the_data_say():
     text = render.document(render.load(render.RESULTS))
-    assert (ROOT / "RESULTS.md").read_text() == text, "run python benchmarks/render.py"
+    assert (ROOT / "RESULTS.md").read_text() == text, "run python -m benchmarks.render"
 
 
 class TestInterleave:
@@ -265,10 +260,10 @@ class Clock:
 class TestGpuScript:
     @pytest.mark.parametrize("call", [1, 2, 3])
     def test_dry_run_says_what_each_step_would_do(self, tmp_path, call):
-        command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "out"), "--dry-run", f"--call={call}"]
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", tmp_path / "out", "--dry-run", f"--call={call}"]
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        expected = {1: ("setup.py", "ahead.py", "smoke.py", "--key", "-k cuda"), 2: ("ncu", "memcheck", "racecheck"),
-                    3: ("ahead.py", "all rows")}  # fmt: skip
+        expected = {1: ("setup.py", "-m benchmarks.ahead", "-m benchmarks.smoke", "--key", "-k cuda"),
+                    2: ("ncu", "memcheck", "racecheck"), 3: ("-m benchmarks.ahead", "all rows")}  # fmt: skip
         at = [done.stdout.index(word) for word in expected[call]]
         assert at == sorted(at)
         assert not (tmp_path / "out").exists()
@@ -336,9 +331,8 @@ class TestGpuScript:
     def test_killed_in_the_middle_it_leaves_its_files_and_no_process(self, tmp_path, number):
         out = tmp_path / "out"
         code = f"""
-import sys
-sys.path.insert(0, "benchmarks")
-import gpu, pathlib
+import pathlib, sys
+from benchmarks import gpu
 sleeps = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
 codes = ("print('done')", sleeps)
 plan = [gpu.Step("a step", 1, [sys.executable, "-c", code]) for code in codes]
@@ -377,8 +371,9 @@ with gpu.stoppable():
             "    assert k != 1, 'planted'\n    if k == 3: os._exit(1)\n"
         )
         file = tmp_path / "tests.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "outcomes", "test_it.py"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"]
+        command += ["-p", "benchmarks.outcomes"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([*command, f"--outcomes={file}", "-n1"], cwd=tmp_path, env=environment, capture_output=True)
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert [line["outcome"] for line in lines[:3]] == ["passed", "failed", "passed"]
@@ -391,7 +386,7 @@ with gpu.stoppable():
     def test_compiled_ahead_is_found_by_the_jit(self, tmp_path):
         """Under its own key: a second process compiles nothing"""
         pytest.importorskip("triton")
-        command = [sys.executable, "benchmarks/ahead.py", "--op", "relic", "--workers", "2"]
+        command = [sys.executable, "-m", "benchmarks.ahead", "--op", "relic", "--workers", "2"]
         caches = []
         for _ in range(2):
             environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -405,8 +400,7 @@ class TestTuner:
     @pytest.fixture
     def tune(self, monkeypatch):
         pytest.importorskip("triton")
-        monkeypatch.syspath_prepend(ROOT / "tests/triton_kernels")
-        import tune
+        from benchmarks import tune
 
         return tune
 
@@ -483,4 +477,4 @@ class TestKernelReport:
         compilers, listed = resources.read()
         if compilers.endswith(f"nvcc {kernel_report.nvcc()}"):
             listed = [row for row in listed if row.call == "CUDA"]
-            assert not resources.changes(rows, listed), "run benchmarks/kernel_report.py --write"
+            assert not resources.changes(rows, listed), "run python -m benchmarks.kernel_report --write"

@@ -4,8 +4,6 @@ import copy
 import importlib
 import pickle
 
-import oracle
-import peers
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sslops
 import sslops.compat
+from benchmarks import peers
 from sslops.compat import lightly as ours
+
+from . import oracle
 
 if peers.lightly() is None:
     pytest.skip("lightly is not installed", allow_module_level=True)

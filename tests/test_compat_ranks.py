@@ -3,16 +3,17 @@
 import copy
 import importlib
 
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sslops
+from benchmarks import peers
 from sslops.compat import lightly, solo
+
+from .ranks import Ranks
 
 
 @pytest.fixture(scope="module")

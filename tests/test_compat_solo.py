@@ -6,8 +6,6 @@ import sys
 from inspect import Parameter
 from pathlib import Path
 
-import oracle
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sslops
 import sslops.compat
+from benchmarks import peers
 from sslops.compat import solo as ours
+
+from . import oracle
 
 
 def simclr(z, indexes, temperature=0.1):

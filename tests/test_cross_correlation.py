@@ -1,9 +1,10 @@
-import oracle
 import pytest
 import torch
 
 import sslops
 from sslops.ops.cross_correlation import Arguments
+
+from . import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("cross_correlation"))

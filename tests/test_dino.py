@@ -1,15 +1,16 @@
 import importlib
 
-import oracle
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sslops
+from benchmarks import peers
 from sslops import _C
 from sslops.kernels.cpu import dino as kernel
 from sslops.ops.dino import Arguments
+
+from . import oracle
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)

@@ -2,12 +2,10 @@
 
 from unittest import mock
 
-import oracle
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +14,9 @@ from sslops import _library, distributed
 from sslops import backend as backends
 from sslops.ops import barlow_twins, cross_correlation, vicreg
 from sslops.ops import nt_xent as nt_xent_op
+
+from . import oracle
+from .ranks import Ranks
 
 BACKENDS = ("cpu", "eager")
 OPS = [sslops.nt_xent, sslops.info_nce, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation]

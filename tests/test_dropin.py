@@ -1,11 +1,10 @@
 """benchmarks/dropin.py: training with ours in lightly's place gives lightly's loss curves."""
 
-import dropin
-import peers
 import pytest
 import torch
 
 import sslops
+from benchmarks import dropin, peers
 
 datasets = pytest.importorskip("sklearn.datasets", reason="the demo's packages are an extra: pip install sslops[demo]")
 if peers.lightly() is None:

@@ -9,14 +9,15 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from elsewhere import DEVICE, Elsewhere, moved
-from test_ema_update import Net, imported_timm, needs_cuda, pair, perturb, same_bits
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sslops
 from sslops import EMA, cosine_momentum, ema_avg_fn
+
+from .elsewhere import DEVICE, Elsewhere, moved
+from .test_ema_update import Net, imported_timm, needs_cuda, pair, perturb, same_bits
 
 BACKENDS = ["cpu", "eager"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

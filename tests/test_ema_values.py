@@ -7,11 +7,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from elsewhere import DEVICE, Elsewhere
-from test_ema_update import DEVICES, FLOATS, bits, isas, same_bits
 from torch import Tensor, nn
 
 from sslops import _C, EMA, cosine_momentum, ema_update_
+
+from .elsewhere import DEVICE, Elsewhere
+from .test_ema_update import DEVICES, FLOATS, bits, isas, same_bits
 
 COMPLEX = [torch.complex64, torch.complex128]
 MOMENTA = [0.0, 1e-3, 0.3, 0.5, 0.9, 0.996, 1.0]

@@ -1,11 +1,12 @@
 import functools
 
-import oracle
 import pytest
 import torch
 
 import sslops
 from sslops._patches import patchify
+
+from . import oracle
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # [B, C, H, W], patch size, K: several patches' worth of lanes, ragged ones, one patch, one pixel, more than L, none.

@@ -1,10 +1,11 @@
-import oracle
 import pytest
 import torch
 
 import sslops
 from sslops.kernels.cpu import ibot as kernel
 from sslops.ops.ibot import Arguments
+
+from . import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = oracle.targets("ibot")

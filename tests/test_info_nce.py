@@ -1,4 +1,3 @@
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,8 @@ from sslops import backend as backends
 from sslops.distributed import Part
 from sslops.kernels.cpu import info_nce as kernel
 from sslops.ops.info_nce import Arguments
+
+from . import oracle
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)

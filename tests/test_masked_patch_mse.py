@@ -1,10 +1,11 @@
 import functools
 
-import oracle
 import pytest
 import torch
 
 import sslops
+
+from . import oracle
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # [B, C, H, W] and patch size: lanes' worth, ragged ones, another channel count, one patch.

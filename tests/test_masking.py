@@ -1,8 +1,9 @@
-import oracle
 import pytest
 import torch
 
 import sslops
+
+from . import oracle
 
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("gather_tokens"))
 

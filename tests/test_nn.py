@@ -4,13 +4,14 @@ import copy
 import inspect
 import pickle
 
-import oracle
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sslops.nn
+
+from . import oracle
 
 # Each loss: its op, its options, and the inputs that forward takes.
 LOSSES = {

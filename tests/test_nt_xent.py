@@ -1,4 +1,3 @@
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +7,8 @@ from sslops import _C
 from sslops.__main__ import main
 from sslops.kernels.cpu import nt_xent as kernel
 from sslops.ops.nt_xent import Arguments
+
+from . import oracle
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)

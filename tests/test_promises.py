@@ -5,15 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from cases import CASES, Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslops
 from sslops import _C, backend
+
+from . import oracle
+from .cases import CASES, Case
 
 # (promise, op): why not
 EXEMPT = {

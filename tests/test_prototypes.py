@@ -2,13 +2,14 @@
 
 import importlib
 
-import oracle
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sslops
+from benchmarks import peers
+
+from . import oracle
 
 BACKENDS = ("cpu", "eager")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

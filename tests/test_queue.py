@@ -1,13 +1,14 @@
 import copy
 import io
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sslops
+
+from . import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

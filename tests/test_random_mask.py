@@ -1,11 +1,12 @@
 import math
 
-import oracle
 import pytest
 import torch
 
 import sslops
 from sslops.ops.random_mask import random_token_mask
+
+from . import oracle
 
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("random_mask"))
 SIZES = [(5, 196), (3, 7), (2, 1000), (1, 2500), (4, 1), (1, 64), (3, 65), (0, 5), (3, 0)]

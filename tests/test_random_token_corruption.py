@@ -1,11 +1,12 @@
 import math
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sslops
+
+from . import oracle
 
 VOCABULARY, MASK = 30522, 103
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("random_token_corruption"))

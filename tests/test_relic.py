@@ -1,6 +1,5 @@
 import math
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,8 @@ import sslops
 from sslops import _C
 from sslops.kernels.cpu import relic as kernel
 from sslops.ops.relic import Arguments
+
+from . import oracle
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)

@@ -1,8 +1,9 @@
-import oracle
 import pytest
 import torch
 
 import sslops
+
+from . import oracle
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("restore_tokens"))

@@ -1,4 +1,3 @@
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +6,8 @@ import sslops
 from sslops import _C
 from sslops.kernels.cpu import sinkhorn as kernel
 from sslops.ops.sinkhorn import Arguments
+
+from . import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = oracle.targets("sinkhorn")

@@ -1,12 +1,13 @@
 import functools
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sslops
 from sslops.ops.vicreg import Arguments
+
+from . import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("vicreg"))

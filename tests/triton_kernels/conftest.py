@@ -1,6 +1,6 @@
 import triton
 
 if triton.knobs.runtime.interpret:
-    import gpu_arithmetic
+    from . import gpu_arithmetic
 
     gpu_arithmetic.install()

@@ -5,11 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from unittest import mock
 
-import oracle
 import pytest
-import test_info_nce as of_info_nce
 import torch
-from common import OPERANDS
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -18,6 +15,10 @@ from sslops import backend
 from sslops.distributed import Part
 from sslops.kernels.triton import info_nce, launch, rows
 from sslops.ops.info_nce import Arguments
+
+from .. import oracle
+from .. import test_info_nce as of_info_nce
+from .common import OPERANDS
 
 on_cpu = contextlib.nullcontext
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

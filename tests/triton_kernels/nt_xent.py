@@ -7,13 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
-from common import OPERANDS, multiply
-from oracle import assert_promise
 from torch import Tensor
 
 from sslops.distributed import Part
 from sslops.kernels.triton import launch, nt_xent
 from sslops.ops.nt_xent import Arguments, reference
+
+from ..oracle import assert_promise
+from .common import OPERANDS, multiply
 
 
 @contextlib.contextmanager

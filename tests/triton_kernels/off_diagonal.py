@@ -7,12 +7,7 @@ from functools import partial
 from unittest import mock
 
 import pytest
-import test_barlow_twins as of_barlow_twins
-import test_cross_correlation as of_cross_correlation
-import test_vicreg as of_vicreg
 import torch
-from common import OPERANDS, multiply
-from oracle import check, evaluate, poisoned_memory
 from torch import Tensor
 
 import sslops
@@ -21,6 +16,12 @@ from sslops.kernels.triton import barlow_twins, cross_correlation, launch, off_d
 from sslops.ops.barlow_twins import Arguments as BarlowTwins
 from sslops.ops.cross_correlation import Arguments as CrossCorrelation
 from sslops.ops.vicreg import Arguments as VICReg
+
+from .. import test_barlow_twins as of_barlow_twins
+from .. import test_cross_correlation as of_cross_correlation
+from .. import test_vicreg as of_vicreg
+from ..oracle import check, evaluate, poisoned_memory
+from .common import OPERANDS, multiply
 
 
 @contextlib.contextmanager

@@ -20,12 +20,13 @@ from unittest import mock
 
 import torch
 import triton
-from resources import Row, counts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from sslops.kernels.triton import launch
+
+from .resources import Row, counts
 
 HERE = Path(__file__).parent
 OPS = sorted(file.stem for file in (HERE.parents[1] / "kernels/triton").glob("*.json"))
@@ -150,7 +151,7 @@ def works(chips: Iterable[str] = CHIPS) -> list[tuple[str, str, str, Launch]]:
     found: dict[tuple[str, ...], tuple[str, str, str, Launch]] = {}
     for op in OPS:
         for chip in chips:
-            for name, call in importlib.import_module(op).launches(chip.split()[0]):
+            for name, call in importlib.import_module(f"tests.triton_kernels.{op}").launches(chip.split()[0]):
                 with record(chip) as launches:
                     call()
                 for work in launches:
@@ -190,5 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

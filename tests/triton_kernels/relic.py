@@ -5,16 +5,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from unittest import mock
 
-import oracle
 import pytest
-import test_relic as of_relic
 import torch
-from common import OPERANDS
 from torch import Tensor
 
 from sslops import backend
 from sslops.kernels.triton import launch, relic
 from sslops.ops.relic import Arguments
+
+from .. import oracle
+from .. import test_relic as of_relic
+from .common import OPERANDS
 
 
 def on_cpu() -> contextlib.AbstractContextManager[object]:

@@ -79,7 +79,7 @@ def assert_a_planted_bug_is_found() -> None:
 def check(name: str, chip: str) -> str:
     from sslops.kernels.triton import launch
 
-    start, op = time.perf_counter(), importlib.import_module(name)
+    start, op = time.perf_counter(), importlib.import_module(f"tests.triton_kernels.{name}")
     with mock.patch.object(launch, "chip", return_value=chip), op.on_cpu():
         for call in op.small():
             call()

@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from offline import HERE, OPS
+
+from .offline import HERE, OPS
 
 
 @pytest.mark.parametrize("op", ["arithmetic", *OPS])

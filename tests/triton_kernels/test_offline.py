@@ -6,13 +6,13 @@ sanitize`, under the oldest Triton and for faults only, the others.
 
 from unittest import mock
 
-import offline
 import pytest
-import resources
 import torch
 import triton
 
 from sslops.kernels.triton import launch
+
+from . import offline, resources
 
 CHIPS = ["sm_100", "gfx942", "default on sm_80", "default on gfx942"]
 
@@ -23,7 +23,7 @@ def test_every_kernel() -> None:
     compilers, listed = resources.read()
     if compilers.startswith(f"triton {triton.__version__} "):
         listed = [row for row in listed if row.chip in CHIPS and row.call != "CUDA"]
-        assert not resources.changes(rows, listed), "run benchmarks/kernel_report.py --write, and look at it"
+        assert not resources.changes(rows, listed), "run python -m benchmarks.kernel_report --write, and look at it"
 
 
 @pytest.mark.parametrize(
