@@ -119,11 +119,12 @@ class NinjaBuild(build_ext):
         self.copy_file(out / "_C.so", library)
 
 
-backends = sorted({file.parent.name for file in Path("kernels").glob("*/*.py")})
+folders = sorted({file.parent for file in Path("kernels").glob("*/*.py")})
+backends = {f"sslops.kernels.{folder.name}": folder.as_posix() for folder in folders}
 setup(
     license="Apache-2.0",
-    packages=[*find_packages(include=["sslops", "sslops.*"]), *(f"sslops.kernels.{name}" for name in backends)],
-    package_dir={"sslops.kernels": "kernels"},
+    packages=[*find_packages(include=["sslops", "sslops.*"]), *backends],
+    package_dir=backends,
     ext_modules=[Extension("sslops._C", ["csrc/module.cpp"], language="c++")],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -98,8 +98,6 @@ def broken_imports(root: Path, shared: set[str]) -> list[str]:
     for folder, package in (("sslops", "sslops"), ("kernels", "sslops.kernels")):
         for file in sorted((root / folder).rglob("*.py")):
             path = file.relative_to(root / folder)
-            if folder == "sslops" and path.parts[0] == "kernels":
-                continue
             module = ".".join([package, *path.with_suffix("").parts]).removesuffix(".__init__")
             for name in imports(file, module):
                 if not may_import(root, module, name, shared):
