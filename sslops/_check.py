@@ -24,7 +24,7 @@ class Of(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     like: str = ""  # of the dtype of this argument
     strided: bool = False  # kernels take any strides; contiguous otherwise
-    spread: bool = False  # with a group, the rank's part of a batch
+    spread: bool = False  # with a group, the rank's part of a batch: rows [.., B, D] or ids [B]
     optional: bool = False  # found in the annotation: Tensor | None
     below: Callable[[Any], int] | None = None  # indices in [0, below(the arguments))
     each: bool = False  # a list of such tensors

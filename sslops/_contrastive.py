@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import _check, distributed
 
 REDUCTIONS = ("mean", "sum", "none")
+IDS = (torch.int64, torch.int32)
 
 
 def reduce(losses: Tensor, reduction: str, group: str = "", parts: int = 1) -> Tensor:
@@ -14,6 +16,12 @@ def reduce(losses: Tensor, reduction: str, group: str = "", parts: int = 1) -> T
     if reduction == "mean":
         return losses.mean()
     return losses.sum() if reduction == "sum" else distributed.own_rows(losses, group, parts)
+
+
+def classes(ids: Tensor) -> Tensor:
+    """int32 [N] from 0 on, equal where ids are equal; those below 0 are equal to none"""
+    found = torch.unique(ids, return_inverse=True)[1]
+    return torch.where(ids < 0, len(ids) + torch.arange(len(ids), device=ids.device), found).int()
 
 
 class Metrics(NamedTuple):

@@ -98,8 +98,9 @@ def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
         _check.bad_value(name, "backend", "a backend with kernels", repr(x.backend))
     first = _check.first(x)
     device = first.device
-    for dtype in (first.dtype, getattr(x, "operand_dtype", first.dtype)):
-        _require(name, x, dtype)
+    _require(name, x, first.dtype)
+    if (operand := getattr(x, "operand_dtype", first.dtype)) != first.dtype:
+        _require(name, x, operand)
     if forward_ad._current_level >= 0:
         raise RuntimeError(f"{name}: fused kernels have no forward-mode derivative; use backend='eager'")
     if not torch.is_autocast_enabled(device.type):
@@ -108,8 +109,8 @@ def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
         return run()
 
 
-def _require(name: str, x: Any, dtype: torch.dtype) -> None:
-    reason = refusal(x.backend, name, _check.first(x).device, dtype, _is_spread(x))
+def _require(name: str, x: Any, dtype: torch.dtype, form: str = "") -> None:
+    reason = refusal(x.backend, name, _check.first(x).device, dtype, _is_spread(x), form)
     if reason is not None:
         raise RuntimeError(f"{name}: backend {x.backend!r} cannot run here: {reason}")
 
@@ -143,6 +144,7 @@ def register(
     *,
     reference: Callable[[Any], Any],
     check: Callable[[Any], None] = lambda x: None,
+    form: Callable[[Any], str] = lambda x: "",
     gradients: Sequence[str] = (),
     forward: Callable[[Any], Any] | None = None,
     backward: Callable[..., Any] | None = None,
@@ -164,6 +166,7 @@ def register(
         kept for backward and have no gradient. What forward does not return must be empty.
     reference(x): the eager form, of the same outputs as far as the public function uses them.
     check(x): what the declarations do not say.
+    form(x): what these arguments ask of a kernel that it may lack (`backend.refusal`), or "".
     gradients: the arguments that have one, of the argument's own shape and dtype; [0] where it is not wanted; a list's
         is a list.
     forward(x), backward(grad, x, *saved): the kernel's, or what is to be done around it. Differentiating backward
@@ -212,12 +215,17 @@ def register(
             _check.bad_value(name, "needs_grad", f"{len(gradients)} flags", x.needs_grad)
         if (wide := _wide(x)) != _check.first(x).dtype and x.backend in BACKENDS:
             _require(name, x, wide)
+        if (asked := form(x)) and x.backend in BACKENDS:
+            _require(name, x, _check.first(x).dtype, asked)
         _check.indices(name, x, declared)
 
     def dense(x: Any) -> Any:
         """As kernels read it: signs are in the memory, and values side by side unless any strides will do"""
-        values = {field: getattr(x, field) for field in declared if getattr(x, field) is not None}
-        return _replaced(x, **{field: _in_memory(value, declared[field].strided) for field, value in values.items()})
+        moved = {}
+        for field, of in declared.items():
+            if (value := getattr(x, field)) is not None and (stored := _in_memory(value, of.strided)) is not value:
+                moved[field] = stored
+        return _replaced(x, **moved) if moved else x
 
     def on_all_ranks(x: Any) -> Any:
         with distributed.agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
@@ -273,7 +281,7 @@ def register(
         group = getattr(x, "group", "")
         # What is not the same of the gathered batch needs a distributed form.
         needed = "" if getattr(x, "synced", True) else group
-        filled["backend"] = resolve(name, _check.first(x).device, _wide(x), backend, needed)
+        filled["backend"] = resolve(name, _check.first(x).device, _wide(x), backend, needed, form(x))
         if "operand_dtype" in x._fields:
             filled["operand_dtype"] = compute_dtype(_check.first(x))
         if group and not is_distributed(filled["backend"], name):

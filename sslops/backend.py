@@ -59,8 +59,13 @@ def is_distributed(backend: str, op: str) -> bool:
 
 
 @functools.cache
-def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype, distributed: bool = False) -> str | None:
-    """Why `backend` cannot run `op` there, for a batch spread over ranks if distributed; None if it can."""
+def refusal(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, distributed: bool = False, form: str = ""
+) -> str | None:
+    """Why `backend` cannot run `op` there, for a batch spread over ranks if distributed; None if it can.
+
+    form: "", or the option that not every kernel has; a kernel's module lists those that it LACKS.
+    """
     if backend == "eager":
         return None
     if _home(backend, op) is None:
@@ -71,20 +76,22 @@ def refusal(backend: str, op: str, device: torch.device, dtype: torch.dtype, dis
         return "triton is not installed"
     if distributed and not is_distributed(backend, op):
         return f"{op}'s {backend} kernel has no distributed form"
+    if form in getattr(kernel(backend, op), "LACKS", ()):
+        return f"{op}'s {backend} kernel has no {form}"
     reason: str | None = kernel(backend, op).refuses(device, dtype)
     return reason
 
 
 @functools.cache
-def _choose(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, distributed: bool) -> str:
+def _choose(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, distributed: bool, form: str) -> str:
     if wanted is not None:
         check_name(op, wanted)
-        reason = refusal(wanted, op, device, dtype, distributed)
+        reason = refusal(wanted, op, device, dtype, distributed, form)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {wanted!r} cannot run here: {reason}")
         return wanted
     backends = (*_ORDER.get(device.type, ()), "eager")
-    return next(b for b in backends if refusal(b, op, device, dtype, distributed) is None)
+    return next(b for b in backends if refusal(b, op, device, dtype, distributed, form) is None)
 
 
 def check_name(op: str, wanted: str | None) -> None:
@@ -95,17 +102,19 @@ def check_name(op: str, wanted: str | None) -> None:
         raise ValueError(f"{op}: backend: wanted one of {', '.join(BACKENDS)}, got {wanted!r}")
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, group: str = "") -> str:
+def resolve(
+    op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, group: str = "", form: str = ""
+) -> str:
     """The backend that runs `op` there: `wanted`, else $SSLOPS_BACKEND, else the fastest that can.
 
-    group: the name of a process group whose ranks share the batch, or "".
+    group: the name of a process group whose ranks share the batch, or "". form: as in `refusal`.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that cannot run.
     """
     check_name(op, wanted)
     if wanted is None:
         wanted = os.environ.get("SSLOPS_BACKEND") or None
-    return _choose(op, device, dtype, wanted, group != "")
+    return _choose(op, device, dtype, wanted, group != "", form)
 
 
 for _search in (resolve, is_distributed):

@@ -257,11 +257,11 @@ def mean(x: Tensor, group: str) -> Tensor:
 
 
 def gathered(op: str, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The ranks' [B, ..] tensors, of one shape, as [N, ..] in float32 (or float64), differentiable where they are."""
+    """The ranks' [.., B, D], of one shape, as [.., N, D] in float32 (or float64), differentiable where they are."""
     if not group:
         return tensors
     wide = torch.stack(tensors).to(torch.promote_types(tensors[0].dtype, torch.float32))
-    together = torch.ops.sslops.all_gather(wide, group, 1, op).unbind()
+    together = torch.ops.sslops.all_gather(wide, group, wide.dim() - 2, op).unbind()
     return tuple(t if x.requires_grad else t.detach() for t, x in zip(together, tensors, strict=True))
 
 

@@ -81,7 +81,7 @@ class _Loss(nn.Module):
 
 
 class NTXentLoss(_Loss, op=nt_xent):
-    """SimCLR's loss of two views, (z0 [N, D], z1 [N, D]) -> [] or [2N]: see `sslops.nt_xent`."""
+    """SimCLR's loss, (z0 [N, D], z1 [N, D]) -> [] or [2N], (z [V, N, D]) -> [] or [V, N]: see `sslops.nt_xent`."""
 
 
 class BarlowTwinsLoss(_Loss, op=barlow_twins):

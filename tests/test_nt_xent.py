@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import sslops
 from sslops import _C
 from sslops.__main__ import main
+from sslops.backend import refusal
 from sslops.kernels.cpu import nt_xent as kernel
 from sslops.ops.nt_xent import Arguments
 
@@ -23,13 +24,15 @@ def views(n: int, d: int, *, dtype=torch.float32, device="cpu", noise: float = 1
     return {"z0": z0.to(device, dtype), "z1": z1.to(device, dtype)}
 
 
-def losses(z0, z1, **kwargs):
+def losses(z0, z1=None, **kwargs):
     return sslops.nt_xent(z0, z1, reduction="none", **kwargs)
 
 
 def lowered(z0, z1, backend, temperature=0.5, count_exceeding=False):
     """The arguments of a direct call of the registered op"""
-    return oracle.lowered(Arguments(z0, z1, temperature, True, count_exceeding, "", False, torch.float32, backend))
+    return oracle.lowered(
+        Arguments(z0, z1, None, temperature, True, count_exceeding, "", False, torch.float32, backend)
+    )
 
 
 def losses_of_tensor_temperature(z0, z1, temperature, **kwargs):
@@ -357,6 +360,125 @@ def test_memory_is_linear():
     assert grown < 64, f"{grown:.0f} MB"
 
 
+def crops(v: int, n: int, d: int, *, dtype=torch.float32, device="cpu", noise: float = 1.0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(v * 10000 + n * 100 + d)
+    z = torch.randn(n, d, generator=g) + noise * torch.randn(v, n, d, generator=g)
+    return {"z0": z.to(device, dtype)}
+
+
+def losses_of_ids(z0, z1=None, **kwargs):
+    """Of 40 ids, and some rows that have none"""
+    n = z0.shape[-2]
+    ids = torch.arange(n, device=z0.device) % 40
+    return losses(z0, z1, query_ids=ids.where(ids > 3, -1), **kwargs)
+
+
+def test_many_views_against_the_formula():
+    """The reference itself, each pair of views as a loop, with ids and without"""
+    (z,) = crops(3, 4, 5, dtype=torch.float64).values()
+    unit = F.normalize(z, dim=2)
+    for ids in (None, torch.tensor([7, -1, 7, -1])):
+        expected = torch.zeros(3, 4, dtype=torch.float64)
+        for v in range(3):
+            for i in range(4):
+                others = [j for j in range(4) if j != i and (ids is None or {i, j} != {0, 2})]
+                negatives = [torch.exp(unit[v, i] @ unit[w, j] / 0.3) for w in range(3) for j in others]
+                for w in {0, 1, 2} - {v}:
+                    positive = torch.exp(unit[v, i] @ unit[w, i] / 0.3)
+                    expected[v, i] -= torch.log(positive / (positive + sum(negatives))) / 2
+        torch.testing.assert_close(losses(z, temperature=0.3, query_ids=ids), expected)
+    assert torch.autograd.gradcheck(lambda x, t: losses_of_tensor_temperature(x, None, t), (z.requires_grad_(), _tau()))
+
+
+def _tau():
+    return torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [losses, losses_of_ids])
+@pytest.mark.parametrize(("v", "n", "d"), [(3, 90, 33), (5, 67, 16), (2, 301, 24)])
+def test_many_views(device, backend, dtype, op, v, n, d):
+    for temperature in (1.0, 0.1, 0.02, 0.005):
+        with oracle.poisoned_memory():
+            oracle.check(op, crops(v, n, d, dtype=dtype, device=device, noise=4.0), backend, temperature=temperature)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ids_of_two_views(device, backend, dtype):
+    oracle.check(losses_of_ids, views(150, 24, dtype=dtype, device=device), backend, temperature=0.1)
+
+
+@each_target
+def test_two_views_in_one_tensor(device, backend):
+    z0, z1 = (x.requires_grad_() for x in views(70, 16, device=device).values())
+    z = torch.stack([z0, z1]).detach().requires_grad_()
+    expected, found = losses(z0, z1, backend=backend), losses(z, backend=backend)
+    assert torch.equal(found.flatten(), expected)
+    (expected * expected).sum().backward()
+    (found * found).sum().backward()
+    assert torch.equal(z.grad, torch.stack([z0.grad, z1.grad]))
+
+
+@each_target
+@pytest.mark.parametrize("temperature", [0.05, 0.005])
+def test_an_easy_and_a_hard_positive(device, backend, temperature):
+    """One positive's exponential is beyond float32 where the other's, and the negatives', still count."""
+    (z,) = crops(3, 60, 16, device=device, noise=1e-3).values()
+    z[2] *= -1
+    oracle.check(losses, {"z0": z}, backend, temperature=temperature)
+
+
+@each_target
+def test_temperature_gradient_of_many_views(device, backend):
+    inputs = {**crops(3, 80, 24, device=device), "temperature": torch.tensor(0.2, device=device)}
+
+    def op(z0, temperature, **kwargs):
+        return losses(z0, temperature=temperature, **kwargs)
+
+    oracle.check(op, inputs, backend)
+
+
+@each_target
+def test_ids_leave_out_what_they_name(device, backend):
+    (z,) = crops(3, 10, 8, device=device).values()
+    ids = torch.tensor([0, 1, 2, 3, 0, -1, -1, 1 << 32, 4, 0], device=device)
+    found = losses(z, query_ids=ids, backend=backend)
+    for i in range(10):
+        kept = [j for j in range(10) if j == i or ids[j] != ids[i] or ids[j] < 0]
+        torch.testing.assert_close(found[:, i], losses(z[:, kept], backend=backend)[:, kept.index(i)])
+    small = ids.where(ids < 10, 9)
+    assert torch.equal(losses(z, query_ids=small, backend=backend), found)
+    assert torch.equal(losses(z, query_ids=small.int(), backend=backend), found)
+    assert not losses(z, query_ids=torch.zeros_like(ids), temperature=0.02, backend=backend).any()
+    assert torch.equal(losses(z, query_ids=torch.full_like(ids, -1), backend=backend), losses(z, backend=backend))
+
+
+@each_target
+@pytest.mark.parametrize("op", [losses, losses_of_ids])
+def test_metrics_of_many_views(device, backend, op):
+    (z,) = crops(3, 130, 24, device=device).values()
+    _, found = op(z, return_metrics=True, backend=backend)
+    unit = F.normalize(z.double(), dim=2).flatten(0, 1)
+    similarity, example = unit @ unit.t(), torch.arange(390, device=device) % 130
+    ids = (example % 40).where(example % 40 > 3, -1 - example) if op is losses_of_ids else example
+    negatives = similarity.masked_fill((ids[:, None] == ids) | (example[:, None] == example), -2)
+    rows = torch.arange(390, device=device)
+    positive = torch.cat([similarity[rows, rows.roll(-130 * k)] for k in (1, 2)])
+    oracle.assert_metrics(found, positive, negatives.repeat(2, 1), torch.float32)
+
+
+def test_kernels_say_what_they_lack():
+    for form in ("views in one tensor", "query_ids"):
+        reason = refusal("triton", "nt_xent", torch.device("cuda"), torch.float32, form=form)
+        assert reason == f"nt_xent's triton kernel has no {form}"
+    z0, z1 = views(4, 8).values()
+    arguments = lowered(torch.stack([z0, z1]), None, "triton")
+    with pytest.raises(RuntimeError, match="nt_xent: backend 'triton' cannot run here"):
+        torch.ops.sslops.nt_xent(*arguments)
+
+
 def test_bad_input():
     z0, z1 = views(4, 8).values()
 
@@ -385,6 +507,14 @@ def test_bad_input():
     refused(TypeError, "normalize", z0, z1, normalize="no")
     refused(TypeError, "return_metrics", z0, z1, return_metrics=1)
     refused(TypeError, "z0", z0.to_sparse(), z1.to_sparse())
+    refused(ValueError, "z0", z0)
+    refused(ValueError, "z0", z0[None])
+    refused(ValueError, "z0", z0[None, None])
+    refused(TypeError, "z0", [z0, z1])
+    refused(ValueError, "query_ids", z0, z1, query_ids=torch.arange(3))
+    refused(ValueError, "query_ids", torch.stack([z0, z1]), query_ids=torch.arange(2))
+    refused(TypeError, "query_ids", z0, z1, query_ids=torch.ones(4))
+    refused(TypeError, "query_ids", z0, z1, query_ids=[0, 1, 2, 3])
 
 
 def test_bad_input_to_the_registered_op():

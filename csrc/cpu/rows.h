@@ -53,7 +53,7 @@ SSLOPS_INLINE float inv_norm(const void* x, DType dtype, int64_t offset, int64_t
   return static_cast<float>(1.0 / (norm < kNormEps ? static_cast<double>(kNormEps) : norm));
 }
 
-// [N, D] as they are stored, beside the 1 / norm of each, 1 where they are not normalised.
+// [.., D] as they are stored, beside the 1 / norm of each, 1 where they are not normalised.
 struct Rows {
   const void* x;
   DType dtype;
@@ -62,7 +62,7 @@ struct Rows {
   const float* inv_norm;
 
   Rows(const Tensor& x, bool normalize, const float* inv_norm)
-      : x(x.data), dtype(x.dtype), d(x.sizes[1]), normalize(normalize), inv_norm(inv_norm) {}
+      : x(x.data), dtype(x.dtype), d(x.sizes[x.dim - 1]), normalize(normalize), inv_norm(inv_norm) {}
 
   // Of the unit row, unrounded.
   SSLOPS_INLINE F at(int64_t i, int64_t j, int lanes) const {

@@ -19,13 +19,15 @@ DISTRIBUTED = True
 
 
 def _common(x: Arguments, part: Part | None) -> tuple[object, ...]:
-    return x.z0, x.z1, float(x.temperature), x.normalize, x.operand_dtype, part.first if part else 0
+    options = float(x.temperature), x.normalize, x.operand_dtype
+    return x.z0, x.z1, x.query_ids, *options, part.first if part else 0
 
 
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
-    rows = 2 * (part.rows if part else len(x.z0))
-    losses, inv_norm = torch.empty(rows, **FLOAT32), torch.empty(2 * len(x.z0), **FLOAT32)
-    stats, logged = torch.empty(3, rows, **FLOAT32), torch.empty(2 if x.count_exceeding else 0, rows, **FLOAT32)
+    v, n = (len(x.z0), x.z0.shape[1]) if x.z1 is None else (2, len(x.z0))
+    rows = v * (part.rows if part else n)
+    losses, inv_norm = torch.empty(rows, **FLOAT32), torch.empty(v * n, **FLOAT32)
+    stats, logged = torch.empty(v + 1, rows, **FLOAT32), torch.empty(2 * (v - 1) * x.count_exceeding, rows, **FLOAT32)
     _C.nt_xent_forward(*_common(x, part), losses, logged, inv_norm, stats)
     return losses, logged, inv_norm, stats
 
@@ -33,9 +35,10 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
 def backward(
     grad: Tensor, x: Arguments, inv_norm: Tensor, stats: Tensor, part: Part | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = part.rows if part else len(x.z0)
-    dz0, dz1 = x.z0.new_empty(rows, x.z0.shape[1]), x.z1.new_empty(rows, x.z1.shape[1])
-    dots = torch.empty(2 * rows, **FLOAT32)
+    *views, n, d = x.z0.shape
+    shape = (*views, part.rows if part else n, d)
+    dz0, dz1 = x.z0.new_empty(shape), x.z0.new_empty(0 if x.z1 is None else shape)
+    dots = torch.empty((views[0] if views else 2) * shape[-2], **FLOAT32)
     _C.nt_xent_backward(grad, *_common(x, part), inv_norm, stats, dz0, dz1, dots)
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
     return dz0, dz1, dots.sum() * (-0.5 / float(x.temperature))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sslops.ops.nt_xent import Arguments
 
 DISTRIBUTED = True
+LACKS = ("views in one tensor", "query_ids")
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("N", "M", "panel", "span", "row0", "row1", "total", "column0", "width", "panels")
@@ -275,6 +276,7 @@ def _maximum(temperature: float | Tensor, normalize: bool, rows: int, own: slice
 
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     z0, z1, temperature, normalize, compute_dtype = x.z0, x.z1, x.temperature, x.normalize, x.operand_dtype
+    assert z1 is not None  # see LACKS
     own = None if part is None else slice(part.first, part.first + part.rows)
     n, d = z0.shape
     m = 2 * n
@@ -317,6 +319,7 @@ def backward(
     grad: Tensor, x: Arguments, inv_norm: Tensor, stats: Tensor, part: Part | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, temperature, normalize, compute_dtype = x.z0, x.z1, x.temperature, x.normalize, x.operand_dtype
+    assert z1 is not None  # see LACKS
     own = None if part is None else slice(part.first, part.first + part.rows)
     n, d = z0.shape
     views = (z0, z1) if own is None else (z0[own], z1[own])

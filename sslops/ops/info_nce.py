@@ -8,11 +8,9 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import check_options, metrics, reduce
+from .._contrastive import IDS, check_options, metrics, reduce
 from .._library import Out, register
 from ..backend import kernel
-
-IDS = (torch.int64, torch.int32)
 
 
 class Arguments(NamedTuple):

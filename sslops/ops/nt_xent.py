@@ -1,4 +1,4 @@
-"""NT-Xent, the loss of SimCLR: every embedding must find its other view among all 2N."""
+"""NT-Xent, the loss of SimCLR: every embedding must find its other views among those of all examples."""
 
 from typing import Annotated, Any, NamedTuple
 
@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import distributed
+from .. import _check, distributed
 from .._check import Of
-from .._contrastive import check_options, metrics, reduce
+from .._contrastive import IDS, check_options, classes, metrics, reduce
 from .._library import Out, register
 from ..backend import kernel
 
 
 class Arguments(NamedTuple):
-    z0: Annotated[Tensor, Of("N D", spread=True)]
-    z1: Annotated[Tensor, Of("N D", like="z0", spread=True)]
+    z0: Annotated[Tensor, Of("...", spread=True)]  # one view [N, D], or without z1 all of them [V, N, D]
+    z1: Annotated[Tensor | None, Of("...", like="z0", spread=True)]
+    query_ids: Annotated[Tensor | None, Of("N", IDS, spread=True)]
     temperature: float | Tensor
     normalize: bool
     count_exceeding: bool  # whether to count the negatives that exceed a positive
@@ -26,61 +27,112 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of all ranks. s_ij = <z_i, z_j>, the rows unit if normalize and rounded to operand_dtype."""
+    """Of all ranks, view by view. s_ij = <z_i, z_j>, the rows unit if normalize and rounded to operand_dtype."""
 
     losses: Out
-    logged: Out  # the positive's s, of rounded rows or not, and how many negatives exceed it, if that is to be counted
+    logged: Out  # each positive's s, of rounded rows or not, and how many negatives exceed it, if that is to be counted
     inv_norm: Out  # 1 without normalize
-    stats: Out  # m_i, any maximum that keeps exp((s_ij - m_i) / tau) in range; 1 / r_i, their sum over all j != i; the
-    # negatives' share of r_i
+    stats: Out  # m_i, any number that keeps exp((s_ij - m_i) / tau) in range; with r_ip their sum over the negatives j
+    # of row i and its positive p, k views on, the mean of 1 / r_ip and, for k = 1 .., the negatives' share / (V - 1)
     views: Out  # the embeddings of all ranks, if there are others
 
 
+def _sizes(x: Arguments) -> tuple[int, int, int]:
+    """V, N, D"""
+    return (2, *x.z0.shape) if x.z1 is not None else tuple(x.z0.shape)  # type: ignore[return-value]
+
+
 def outputs(x: Arguments) -> Outputs:
-    n, d = x.z0.shape[0] * distributed.size(x.group), x.z0.shape[1]
+    v, own, d = _sizes(x)
+    n = own * distributed.size(x.group)
     return Outputs(
-        losses=Out((2 * n,)),
-        logged=Out((2 if x.count_exceeding else 0, 2 * n)),
-        inv_norm=Out((2 * n,)),
-        stats=Out((3, 2 * n)),
-        views=Out((2, n, d) if x.group else (0,), x.z0.dtype),
+        losses=Out((v * n,)),
+        logged=Out((2 * (v - 1) if x.count_exceeding else 0, v * n)),
+        inv_norm=Out((v * n,)),
+        stats=Out((v + 1, v * n)),
+        views=Out((v, n, d) if x.group else (0,), x.z0.dtype),
     )
 
 
+def _check_views(x: Arguments) -> None:
+    if x.z0.dim() != (3 if x.z1 is None else 2):
+        _check.bad_value("nt_xent", "z0", "shape [V, N, D] alone or [N, D] beside z1", list(x.z0.shape))
+    if x.z1 is None and len(x.z0) < 2:
+        _check.bad_value("nt_xent", "z0", "at least 2 views [V, N, D]", list(x.z0.shape))
+    if x.query_ids is not None and x.query_ids.shape != x.z0.shape[-2:-1]:
+        _check.bad_value("nt_xent", "query_ids", f"shape {list(x.z0.shape[-2:-1])}", list(x.query_ids.shape))
+
+
+def _form(x: Arguments) -> str:
+    return "views in one tensor" if x.z1 is None else "query_ids" if x.query_ids is not None else ""
+
+
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
-    """losses [2N] and what is logged: the maths as it is written, float32 (float64 for float64) around a matmul in
+    """losses [V N] and what is logged: the maths as it is written, float32 (float64 for float64) around a matmul in
     operand_dtype.
     """
-    n = len(x.z0)
+    v, n, _ = _sizes(x)
     wide = torch.promote_types(x.z0.dtype, torch.float32)
-    z = torch.cat([x.z0.to(wide), x.z1.to(wide)])
+    z = torch.cat([view.to(wide) for view in (x.z0 if x.z1 is None else (x.z0, x.z1))])
     if x.normalize:
         z = F.normalize(z)
     operand = z.to(x.operand_dtype)
     similarity = (operand @ operand.t()).to(wide)
-    rows = torch.arange(2 * n, device=z.device)
-    logged = z.new_empty(0, 2 * n)
+    rows = torch.arange(v * n, device=z.device)
+    views = [rows.roll(-k * n) for k in range(v)]  # of the row's example, its own first
+    same = None
+    if x.query_ids is not None:
+        ids = x.query_ids.repeat(v)
+        same = (ids[:, None] == ids) & (ids >= 0)
+    logged = z.new_empty(0, v * n)
     if x.count_exceeding:
-        positive = similarity.detach()[rows, rows.roll(n)]
-        exceeding = (similarity > positive[:, None]).fill_diagonal_(False).sum(1)
-        logged = torch.stack([positive, exceeding.to(wide)])
+        negatives = similarity.detach().clone()
+        positives = [negatives[rows, view] for view in views[1:]]
+        for view in views:
+            negatives[rows, view] = -torch.inf
+        if same is not None:
+            negatives.masked_fill_(same, -torch.inf)
+        exceeding = [(negatives > positive[:, None]).sum(1).to(wide) for positive in positives]
+        logged = torch.stack(positives + exceeding)
     logits = similarity / x.temperature
     del similarity
-    logits.fill_diagonal_(float("-inf"))
-    return F.cross_entropy(logits, rows.roll(n), reduction="none"), logged
+    if same is not None:
+        own = same.new_zeros(same.shape)
+        for view in views:
+            own[rows, view] = True
+        logits = logits.masked_fill(same & ~own, -torch.inf)
+    losses = z.new_zeros(v * n)
+    for positive in views[1:]:
+        of_pair = logits if v == 2 else logits.clone()
+        for view in views:
+            if view is not positive:
+                of_pair[rows, view] = -torch.inf
+        losses = losses + F.cross_entropy(of_pair, positive, reduction="none")
+    return losses / (v - 1), logged
 
 
 # A kernel with a distributed form also takes a Part: of its examples it gives the losses, what is logged and the stats
-# [.., 2B], or from those of all the gradients [B, D].
+# [.., V B], or from those of all the gradients [B, D] or [V, B, D]. query_ids come as classes.
+def _to_kernel(x: Arguments, views: Tensor | None = None) -> Arguments:
+    """The arguments of a kernel, with the embeddings of all ranks"""
+    if x.query_ids is not None:
+        x = x._replace(query_ids=classes(distributed.all_gather(x.query_ids, x.group) if x.group else x.query_ids))
+    if views is None:
+        return x
+    return x._replace(z0=views) if x.z1 is None else x._replace(z0=views[0], z1=views[1])
+
+
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
     run = kernel(x.backend, "nt_xent").forward
     if not x.group:
-        return run(x)
-    views = distributed.gather_views([x.z0, x.z1], x.group)
-    part = distributed.part(x.group, len(x.z0))
-    losses, logged, inv_norm, stats = run(x._replace(z0=views[0], z1=views[1]), part)
-    rows = torch.cat([losses[None], stats, logged]).unflatten(1, (2, -1))
-    losses, stats, logged = distributed.all_gather(rows, x.group, 2).flatten(1).split([1, 3, len(logged)])
+        return run(_to_kernel(x))
+    v, own, _ = _sizes(x)
+    views = (
+        distributed.all_gather(x.z0, x.group, 1) if x.z1 is None else distributed.gather_views([x.z0, x.z1], x.group)
+    )
+    losses, logged, inv_norm, stats = run(_to_kernel(x, views), distributed.part(x.group, own))
+    rows = torch.cat([losses[None], stats, logged]).unflatten(1, (v, -1))
+    losses, stats, logged = distributed.all_gather(rows, x.group, 2).flatten(1).split([1, v + 1, len(logged)])
     return losses[0].clone(), logged.clone(), inv_norm, stats.clone(), views
 
 
@@ -88,14 +140,14 @@ def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
     _, inv_norm, stats, views = saved
     run = kernel(x.backend, "nt_xent").backward
     if not x.group:
-        return run(grad, x, inv_norm, stats)
+        return run(grad, _to_kernel(x), inv_norm, stats)
+    v, rows, _ = _sizes(x)
     if x.shared:
         grad = grad * distributed.size(x.group)
     else:
-        own = distributed.own_rows(grad, x.group, parts=2)
-        grad = distributed.all_gather(own.view(2, -1), x.group, 1).view(-1)
-    part = distributed.part(x.group, len(x.z0))
-    return run(grad, x._replace(z0=views[0], z1=views[1]), inv_norm, stats, part)
+        own = distributed.own_rows(grad, x.group, parts=v)
+        grad = distributed.all_gather(own.view(v, -1), x.group, 1).view(-1)
+    return run(grad, _to_kernel(x, views), inv_norm, stats, distributed.part(x.group, rows))
 
 
 _run = register(
@@ -103,6 +155,8 @@ _run = register(
     Arguments,
     outputs,
     reference=reference,
+    check=_check_views,
+    form=_form,
     gradients=("z0", "z1", "temperature"),
     forward=_forward,
     backward=_backward,
@@ -111,40 +165,49 @@ _run = register(
 
 def nt_xent(
     z0: Tensor,
-    z1: Tensor,
+    z1: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.5,
     normalize: bool = True,
     reduction: str = "mean",
+    query_ids: Tensor | None = None,
     return_metrics: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
 ) -> Any:
-    """Normalised temperature-scaled cross entropy over 2N embeddings, the loss of SimCLR.
+    """Normalised temperature-scaled cross entropy over the embeddings of two views or more, the loss of SimCLR.
 
     With z = [z0; z1] and p(i) the other view of i, row i's loss is -log softmax over j != i of
     <z_i, z_j> / temperature, at j = p(i). Memory is linear in N: no [2N, 2N] matrix.
 
+    Of V views, row i has V - 1 positives, the other views of its example, and its loss is the mean over them, one at a
+    time: each stands beside the views of all other examples, and its further positives are no negatives of that pair.
+
     Args:
-        z0, z1: two views, [N, D] each, row k of one being the positive of row k of the other; float32, float16,
-            bfloat16 or float64 (float64 runs the eager reference). Under autocast the matmul operands have its dtype.
+        z0, z1: two views, [N, D] each, row k of one being the positive of row k of the other; or z0 alone, V views
+            [V, N, D], row k of each being of one example (`torch.stack`, or a projector's [V * N, D] viewed so);
+            float32, float16, bfloat16 or float64 (float64 runs the eager reference). Under autocast the matmul operands
+            have its dtype.
         temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient and is not
             checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step should be a
             tensor: a number that changes recompiles.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
-        reduction: "mean" or "sum" over the 2N rows, or "none": the losses [2N], rows of z0 first.
-        return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of the positive among all other rows, and its
-            mean similarity. In Triton a pass of its own, 2 M^2 D FLOP for M = 2N.
-        group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W rows on each: the
+        reduction: "mean" or "sum" over all rows, or "none": the losses [2N], rows of z0 first, or [V, N].
+        query_ids: int64 or int32 [N], of the examples: the views of another one with an equal id are left out of the
+            negatives (the same image twice in a batch, say). Ids below 0 are equal to none.
+        return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of a positive among the row's negatives, and
+            its mean similarity, over all pairs. In Triton a pass of its own, 2 M^2 D FLOP for M = 2N.
+        group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W examples on each: the
             negatives come from all of them. A mean or a sum is that of all rows, and so are the metrics, the same on
             every rank, and so must be what is built on it; "none" gives the rank's own losses. Gradients, the
             temperature's too, are W times the rank's share, which DDP's averaging makes those of the whole batch.
-            Backward communicates only after "none".
-        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+            Backward communicates only after "none", or with query_ids.
+        backend: "cpu", "triton" (two views, no query_ids) or "eager"; the fastest that can run here if None (see
+            `sslops.explain`).
 
     Returns:
-        The loss in float32 (float64 for float64 input): 0-d, or [2N] for reduction="none". NaN for the mean of no rows.
-        With return_metrics, the pair.
+        The loss in float32 (float64 for float64 input): 0-d, or the losses for reduction="none". NaN for the mean of no
+        rows. With return_metrics, the pair.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
@@ -152,12 +215,17 @@ def nt_xent(
             have NaN until then).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
-    Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, arXiv:2002.05709, Eq. 1.
+    Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, arXiv:2002.05709, Eq. 1;
+    of V views, that loss over all pairs of them: Tian et al., Contrastive Multiview Coding, arXiv:1906.05849, Sec. 3.3
+    (full graph), with SimCLR's negatives.
     """
     check_options("nt_xent", normalize, reduction, return_metrics)
     group = distributed.name("nt_xent", group)
     shared = reduction != "none"
-    x = Arguments(z0, z1, temperature, normalize, count_exceeding=return_metrics, group=group, shared=shared)
+    x = Arguments(z0, z1, query_ids, temperature, normalize, return_metrics, group, shared)
     losses, logged, *_ = _run(x, backend)
-    loss = reduce(losses, reduction, group, parts=2)
-    return (loss, metrics(*logged)) if return_metrics else loss
+    views = 2 if z1 is not None else len(z0)
+    loss = reduce(losses, reduction, group, parts=views)
+    if z1 is None and not shared:
+        loss = loss.view(z0.shape[:-1])
+    return (loss, metrics(*logged.chunk(2))) if return_metrics else loss
