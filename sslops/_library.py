@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import _check, distributed
 from ._precision import compute_dtype
@@ -117,6 +118,10 @@ def _require(name: str, x: Any, dtype: torch.dtype, form: str = "") -> None:
 
 def _is_spread(x: Any) -> bool:
     return getattr(x, "group", "") != ""
+
+
+def _options(x: Any) -> str:
+    return distributed.options({k: v for k, v in zip(x._fields, x, strict=True) if k not in ("group", "version")})
 
 
 def _replaced(x: Any, **values: Any) -> Any:
@@ -228,7 +233,8 @@ def register(
         return _replaced(x, **moved) if moved else x
 
     def on_all_ranks(x: Any) -> Any:
-        with distributed.agreed(name, x.group, [value for value in x if isinstance(value, Tensor)]) as tensors:
+        tensors = [value for value in x if isinstance(value, Tensor)]
+        with distributed.agreed(name, x.group, tensors, _options(x)) as tensors:
             same = iter(tensors)
             return run_forward(type(x)(*(next(same) if isinstance(v, Tensor) else v for v in x)))
 
@@ -285,13 +291,17 @@ def register(
         if "operand_dtype" in x._fields:
             filled["operand_dtype"] = compute_dtype(_check.first(x))
         if group and not is_distributed(filled["backend"], name):
-            filled |= distributed.gathered_arguments(name, group, {field: getattr(x, field) for field in spread})
+            own = {field: getattr(x, field) for field in spread}
+            filled |= distributed.gathered_arguments(name, group, own, _options(_replaced(x, **filled)))
             if filled["backend"] != "eager":
                 filled["group"] = ""
+        # torch.func's levels: a tensor does not know of the outer ones
+        in_levels = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if "needs_grad" in x._fields:
             values = (filled.get(field, getattr(x, field)) for field in gradients)
             filled["needs_grad"] = [
-                torch.is_grad_enabled() and any(each.requires_grad for each in _tensors([value])) for value in values
+                torch.is_grad_enabled() and any(in_levels or each.requires_grad for each in _tensors([value]))
+                for value in values
             ]
         traced = _is_traced() or not all(type(each) in _PLAIN for each in _tensors(x))
         if not traced:
@@ -302,6 +312,8 @@ def register(
             if isinstance(filled[field], Tensor):
                 filled[field] = filled[field].float()
         x = _replaced(x, **filled)
+        if in_levels and gradients:
+            return _through_levels(name, op, schema.lower(x), transformed_context, differentiate)
         if traced or schema.lists:  # whose gradients torch.library sees to
             return op(*schema.lower(x))
         return direct(*schema.lower(x)) if gradients and torch.is_grad_enabled() else run(x)
@@ -344,8 +356,12 @@ def register(
                 results = list(ready.split([len(each) for each in values[schema.names.index(gradients[0])]]))
         else:
             del ready  # its memory is of use to the kernel
-            through = run_back if plain and not torch.is_grad_enabled() and not _is_traced() else backward_op
-            results = through(grad, *values, *tensors)
+            read = [grad, *values, *tensors]
+            if getattr(ctx, "transformed", False):
+                results = _through_levels(name, backward_op, read, lambda *_: None, refuse)
+            else:
+                through = run_back if plain and not torch.is_grad_enabled() and not _is_traced() else backward_op
+                results = through(*read)
         found = dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
         nothing = [
             [None] * count if n in schema.lists else None for n, count in zip(schema.names, ctx.counts, strict=True)
@@ -354,6 +370,10 @@ def register(
             found[n] if n in found and count else none
             for n, count, none in zip(schema.names, ctx.counts, nothing, strict=True)
         )
+
+    def transformed_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.unit, ctx.transformed = None, True
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"{name}: fused kernels have no second derivative; use backend='eager'")
@@ -386,6 +406,45 @@ def _is_traced() -> bool:
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def _through_levels(
+    name: str, op: Any, values: list[Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Any:
+    """op(*values) under torch.func, which takes autograd.Functions of this form through its levels, and no op of
+    torch.library that has a derivative. Batches go one by one.
+    """
+    flat, spec = tree_flatten(values, is_leaf=lambda x: isinstance(x, list) and not _tensors(x))
+    of_output: list[Any] = []
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*flat: Any) -> Any:
+            leaves, form = tree_flatten(op(*tree_unflatten(flat, spec)))
+            of_output[:] = [form]
+            return tuple(leaves)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, tree_unflatten(inputs, spec), tree_unflatten(output, of_output[0]))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return tuple(tree_leaves(backward(ctx, *grads)))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *flat: Any) -> Any:
+            if not info.batch_size:
+                _check.bad_value(name, "vmap", "at least one in the batch", "none")
+            dims = [d if isinstance(x, Tensor) else None for x, d in zip(flat, in_dims, strict=True)]
+            results = [
+                Function.apply(*(x if d is None else x.select(d, k) for x, d in zip(flat, dims, strict=True)))
+                for k in range(info.batch_size)
+            ]
+            return tuple(torch.stack(each) for each in zip(*results, strict=True)), 0
+
+    Function.__name__ = name  # in messages
+    return tree_unflatten(Function.apply(*flat), of_output[0])
 
 
 def _in_memory(value: Any, strided: bool) -> Any:

@@ -6,11 +6,12 @@ the same on every rank. Registered ops know a group by its name; "" is this proc
 """
 
 import contextlib
+import functools
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ __all__ = [
     "gathered",
     "gathered_arguments",
     "gathered_ids",
+    "in_step",
     "mean",
     "name",
     "own_rows",
@@ -129,26 +131,72 @@ class _Agreement:
 
     def __init__(self) -> None:
         self.tensors: list[tuple[torch.Size, torch.dtype]] | None = None  # when all were last known to agree
+        self.options = ""
         self.code = torch.empty(0)
+        self.asked = 0  # how often
         self.unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
 
 _agreements: weakref.WeakKeyDictionary[Any, dict[str, _Agreement]] = weakref.WeakKeyDictionary()
 _HOST_WAITS = {"cpu"}  # for every check, where that is no synchronisation
+_FAILED = -1  # instead of a number of rows
 
 
-def _require_equal(op: str, codes: Tensor) -> None:
-    rows, hashes = codes.t().tolist()
+def _require_equal(op: str, codes: Tensor, options: str) -> None:
+    rows, options_hashes, hashes = codes.t().tolist()
+    if failed := [rank for rank, each in enumerate(rows) if each == _FAILED]:
+        _check.bad_value(op, "group", "no error on any rank", f"one on ranks {failed}")
+    if len(set(options_hashes)) > 1:
+        got = f"equal ones on ranks {_alike(options_hashes)} only; here {options}"
+        _check.bad_value(op, "group", "the same options on all ranks", got)
     if len(set(rows)) > 1:
         _check.bad_value(op, "group", "batches of one size on all ranks", f"{rows} rows")
     if len(set(hashes)) > 1:
-        alike = [[rank for rank, other in enumerate(hashes) if other == each] for each in dict.fromkeys(hashes)]
-        _check.bad_value(op, "group", "inputs of one shape and dtype on all ranks", f"equal ones on ranks {alike} only")
+        got = f"equal ones on ranks {_alike(hashes)} only"
+        _check.bad_value(op, "group", "inputs of one shape and dtype on all ranks", got)
+
+
+def _alike(hashes: list[int]) -> list[list[int]]:
+    return [[rank for rank, other in enumerate(hashes) if other == each] for each in dict.fromkeys(hashes)]
+
+
+def _known(op: str, group: str) -> _Agreement:
+    return _agreements.setdefault(resolved(group), {}).setdefault(op, _Agreement())
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def in_step(function: _F) -> _F:
+    """A public function of a group whose first communication is `agreed`: if a rank's own arguments are refused before
+    that, the other ranks hear of it there and raise too. (Not on a GPU, where their hosts do not wait for it.)
+    """
+    op = function.__qualname__
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("group") is None or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        group, known = "", None
+        with contextlib.suppress(TypeError, ValueError):  # which the function raises itself
+            group = name(op, kwargs["group"])
+        if group:
+            known = _known(op, group)
+            asked = known.asked
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            if known is not None and known.asked == asked and torch.device("cpu") in resolved(group)._device_types:
+                all_gather(torch.tensor([[_FAILED, 0, 0]]), group)
+            raise
+
+    return run  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def agreed(op: str, group: str, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """`tensors`, if the other ranks have tensors of the same shapes and dtypes; ValueError on every rank if not.
+def agreed(op: str, group: str, tensors: list[Tensor], options: str = "") -> Iterator[list[Tensor]]:
+    """`tensors`, if the other ranks have tensors of the same shapes and dtypes, and the same options; ValueError on
+    every rank if not.
 
     Shapes travel at every call, but the host waits for them only when its own are not those of the last call. A rank
     that differs has thus been waiting. The others have not, and would wait for it on the device: it goes with them once
@@ -158,24 +206,27 @@ def agreed(op: str, group: str, tensors: list[Tensor]) -> Iterator[list[Tensor]]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         yield tensors  # a graph has the shapes of its warm-up
         return
-    known = _agreements.setdefault(resolved(group), {}).setdefault(op, _Agreement())
+    known = _known(op, group)
+    known.asked += 1
     while known.unread and (known.unread[0][1] is None or known.unread[0][1].query()):
-        _require_equal(op, known.unread.popleft()[0])
+        _require_equal(op, known.unread.popleft()[0], known.options)
     own = [(x.shape, x.dtype) for x in tensors]
-    changed = own != known.tensors
-    code = torch.tensor([len(tensors[0]), zlib.crc32(repr(own).encode())], device=device) if changed else known.code
-    codes = all_gather(code[None], group)  # [W, 2]
+    changed, code = own != known.tensors or options != known.options, known.code
+    if changed:
+        hashes = [zlib.crc32(text.encode()) for text in (options, repr(own))]
+        code = torch.tensor([len(tensors[0]), *hashes], device=device)
+    codes = all_gather(code[None], group)  # [W, 3]
     waits_always = device.type in _HOST_WAITS
     if changed or waits_always:
         try:
-            _require_equal(op, codes)
+            _require_equal(op, codes, options)
         except ValueError:
             if not waits_always and known.tensors is not None and bool((codes == known.code).all(1).any()):
                 yield [_stand_in(shape, dtype, device) for shape, dtype in known.tensors]
             raise
     else:
         known.unread.append(_read_later(codes))
-    known.tensors, known.code = own, code
+    known.tensors, known.options, known.code = own, options, code
     yield tensors
 
 
@@ -195,6 +246,20 @@ def _read_later(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 # ---- what public functions call, in a trace or not ----
 
+
+def options(arguments: dict[str, Any]) -> str:
+    """What must be the same on all ranks besides shapes: the choices, and which tensors there are. On the CPU numbers
+    too: on a GPU a schedule's would keep the host waiting at every step, and they leave no rank waiting.
+    """
+    kinds: tuple[type, ...] = (bool, str, torch.dtype, Tensor, type(None))
+    on_cpu = not any(isinstance(x, Tensor) and x.device.type not in _HOST_WAITS for x in arguments.values())
+    kinds = (*kinds, float, int) if on_cpu else kinds
+    texts = [
+        f"{name}={'a tensor' if isinstance(x, Tensor) else x}" for name, x in arguments.items() if isinstance(x, kinds)
+    ]
+    return ", ".join(texts)
+
+
 _LIBRARY = torch.library.Library("sslops", "FRAGMENT")
 
 
@@ -206,8 +271,8 @@ def _define(schema: str, forward: Any, fake: Any, setup_context: Any, backward: 
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def _gather(x: Tensor, group: str, dim: int, op: str) -> Tensor:
-    with agreed(op, group, [x.movedim(dim, 0)]) as (rows,):
+def _gather(x: Tensor, group: str, dim: int, op: str, options: str = "") -> Tensor:
+    with agreed(op, group, [x.movedim(dim, 0)], options) as (rows,):
         return all_gather(rows.movedim(0, dim), group, dim)
 
 
@@ -220,11 +285,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 _define(
-    "all_gather(Tensor x, str group, int dim, str op) -> Tensor",
+    'all_gather(Tensor x, str group, int dim, str op, str options="") -> Tensor',
     _gather,
-    lambda x, group, dim, op: _resized(x, dim, x.shape[dim] * size(group)),
+    lambda x, group, dim, op, options="": _resized(x, dim, x.shape[dim] * size(group)),
     _keep,
-    lambda ctx, grad: (torch.ops.sslops.reduce_scatter(grad, *ctx.rest), None, None, None),
+    lambda ctx, grad: (torch.ops.sslops.reduce_scatter(grad, *ctx.rest[:3]), None, None, None, None),
 )
 _define(
     "reduce_scatter(Tensor x, str group, int dim, str op) -> Tensor",
@@ -256,12 +321,12 @@ def mean(x: Tensor, group: str) -> Tensor:
     return torch.ops.sslops.all_reduce(x, group, "sum", "") / size(group) if group else x
 
 
-def gathered(op: str, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+def gathered(op: str, group: str, *tensors: Tensor, options: str = "") -> tuple[Tensor, ...]:
     """The ranks' [.., B, D], of one shape, as [.., N, D] in float32 (or float64), differentiable where they are."""
     if not group:
         return tensors
     wide = torch.stack(tensors).to(torch.promote_types(tensors[0].dtype, torch.float32))
-    together = torch.ops.sslops.all_gather(wide, group, wide.dim() - 2, op).unbind()
+    together = torch.ops.sslops.all_gather(wide, group, wide.dim() - 2, op, options).unbind()
     return tuple(t if x.requires_grad else t.detach() for t, x in zip(together, tensors, strict=True))
 
 
@@ -273,10 +338,12 @@ def gathered_ids(op: str, group: str, ids: Tensor | None) -> Tensor | None:
     return together
 
 
-def gathered_arguments(op: str, group: str, arguments: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def gathered_arguments(
+    op: str, group: str, arguments: dict[str, Tensor | None], options: str
+) -> dict[str, Tensor | None]:
     """The ranks' parts of a batch together: embeddings as `gathered` has them, and ids."""
     embeddings = {name: x for name, x in arguments.items() if x is not None and x.is_floating_point()}
-    together = dict(zip(embeddings, gathered(op, group, *embeddings.values()), strict=True))
+    together = dict(zip(embeddings, gathered(op, group, *embeddings.values(), options=options), strict=True))
     return {name: together[name] if name in together else gathered_ids(op, group, x) for name, x in arguments.items()}
 
 

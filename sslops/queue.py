@@ -68,6 +68,7 @@ class NegativeQueue(nn.Module):
         return torch.arange(len(self.negatives), device=self.negatives.device) < self.filled
 
     @torch.no_grad()
+    @distributed.in_step
     def enqueue(
         self,
         keys: Tensor,

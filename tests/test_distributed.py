@@ -661,6 +661,75 @@ def test_different_widths_are_refused(two):
     two(different_widths)
 
 
+def caught(op, inputs, options):
+    try:
+        op(*inputs, group="world", **options)
+        return None
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
+
+
+def one_rank_is_wrong(rank, world, op, options, wrong):
+    """What each rank says when the last one has other options; and then all go on."""
+    inputs = views(4, 6)
+    message = caught(op, inputs, options | (wrong if rank == world - 1 else {}))
+    assert caught(op, inputs, options) is None
+    return message
+
+
+RELIC = {"temperature": 0.3, "alpha": 1.0, "beta": 0.5}
+WRONG = [
+    (sslops.nt_xent, {}, {"temperature": -1.0}),
+    (sslops.nt_xent, {}, {"reduction": "nonsense"}),
+    (sslops.nt_xent, {}, {"backend": "triton"}),
+    (sslops.info_nce, {}, {"normalize": 1}),
+    (sslops.info_nce, {}, {"query_ids": torch.zeros(3, dtype=torch.int64)}),
+    (sslops.relic, RELIC, {"alpha": -1.0}),
+    (sslops.barlow_twins, {}, {"route": "nonsense"}),
+    (sslops.vicreg, {}, {"eps": -1.0}),
+    (sslops.cross_correlation, {}, {"eps": float("nan")}),
+]
+OTHER = [
+    (sslops.nt_xent, {}, {"reduction": "none"}),
+    (sslops.nt_xent, {}, {"temperature": 0.7}),
+    (sslops.nt_xent, {}, {"backend": "eager"}),
+    (sslops.nt_xent, {"backend": "eager"}, {"normalize": False}),
+    (sslops.info_nce, {}, {"query_ids": torch.zeros(4, dtype=torch.int64)}),
+    (sslops.relic, RELIC, {"num_negatives": 2}),
+    (sslops.barlow_twins, {"route": "gram"}, {"route": "panels"}),
+    (sslops.vicreg, {"route": "gram"}, {"covariance": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("op", "options", "wrong"), WRONG)
+def test_an_error_on_one_rank_is_raised_on_all(ranks, op, options, wrong):
+    *others, own = ranks(one_rank_is_wrong, op, options, wrong)
+    assert own.startswith(f"{op.__name__}: {next(iter(wrong))}")
+    for message in others:
+        assert message == f"{op.__name__}: group: wanted no error on any rank, got one on ranks [{ranks.world - 1}]"
+
+
+@pytest.mark.parametrize(("op", "options", "wrong"), OTHER)
+def test_other_options_on_one_rank_are_refused_on_all(ranks, op, options, wrong):
+    alike = f"[{list(range(ranks.world - 1))}, [{ranks.world - 1}]]"
+    for message in ranks(one_rank_is_wrong, op, options, wrong):
+        wanted = (
+            f"{op.__name__}: group: wanted the same options on all ranks, got equal ones on ranks {alike} only; here "
+        )
+        assert message.startswith(wanted), message
+
+
+def enqueued_by_one(rank, world):
+    queue = sslops.NegativeQueue(8, 6)
+    with pytest.raises(ValueError, match="NegativeQueue.enqueue: group: wanted no error" if rank else "keys: wanted "):
+        queue.enqueue(views(4, 6 if rank else 5)[0], group="world")
+    queue.enqueue(views(4, 6)[0], group="world")
+
+
+def test_an_error_on_one_rank_of_a_queue(two):
+    two(enqueued_by_one)
+
+
 def in_subgroups(rank, world, inputs):
     pairs, alone = dist.new_subgroups(2)[0], dist.new_subgroups(1)[0]
     one = dist.new_group([0])

@@ -215,16 +215,16 @@ def test_empty_and_single(device, backend, backend_of_case):
 
 
 @each_target
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_rows_as_eager(device, backend, bad):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("columns", [slice(2, 3), slice(None)], ids=["element", "row"])
+def test_non_finite_rows_as_eager(device, backend, bad, normalize, columns):
     inputs = views(40, 8, device=device)
-    inputs["z1"][3, 2] = bad
-    for ours, eager in zip(
-        oracle.evaluate(losses, list(inputs.values()), backend),
-        oracle.evaluate(losses, list(inputs.values()), "eager"),
-        strict=True,
-    ):
-        assert torch.equal(ours.isnan(), eager.isnan())
+    inputs["z1"][3, columns] = bad
+    ours, eager = (oracle.evaluate(losses, list(inputs.values()), b, normalize=normalize) for b in (backend, "eager"))
+    for x, y in zip(ours, eager, strict=True):
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x.isinf(), y.isinf())
 
 
 @each_target

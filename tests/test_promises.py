@@ -161,6 +161,53 @@ def test_second_derivative_is_refused(case, device, backend):
         sum(g.square().sum() for g in gradients).backward()
 
 
+@each_graded
+def test_torch_func(case, device, backend):
+    """grad, vjp outside its transform, jacrev; vmap inside and outside: each row's own bits"""
+    case = on(device, case)
+    if case.call.__name__ == "drawn":
+        pytest.skip("random numbers in a vmap are torch's to refuse")
+    given = {name: case.inputs[name] for name in case.graded}
+
+    def loss(given, backend=backend):
+        return case.run(backend, case.inputs | given).sum()
+
+    expected = torch.func.grad(lambda x: loss(x, "eager"))(given)
+    _, pull_back = torch.func.vjp(loss, given)
+    for found in (
+        torch.func.grad(loss)(given),
+        torch.func.jacrev(loss)(given),
+        *pull_back(torch.ones((), device=device)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+    many = {name: torch.stack([x, 2 * x + 1]) for name, x in given.items()}
+    inside = torch.func.vmap(torch.func.grad(loss))(many)
+    outside = torch.func.grad(lambda many: torch.func.vmap(loss)(many).sum())(many)
+    for k in range(2):
+        alone = torch.func.grad(loss)({name: x[k] for name, x in many.items()})
+        for name in given:
+            assert torch.equal(inside[name][k], alone[name])
+            assert torch.equal(outside[name][k], alone[name])
+
+
+@each_graded
+def test_torch_func_is_refused_by_name(case, device, backend):
+    case = on(device, case)
+    (name, *_), refused = case.graded, f"{case.op}: fused kernels have no "
+
+    def loss(x):
+        return case.run(backend, case.inputs | {name: x}).square().sum()
+
+    x = case.inputs[name]
+    with pytest.raises(RuntimeError, match=refused + "second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(x)
+    with pytest.raises(RuntimeError, match=refused + "forward-mode derivative"):
+        torch.func.jvp(loss, (x,), (x,))
+    if case.call.__name__ != "drawn":
+        with pytest.raises(ValueError, match=rf"{case.op}: vmap: wanted at least one in the batch, got none"):
+            torch.func.vmap(loss)(x.new_empty(0, *x.shape))
+
+
 @each_target
 def test_same_bits(case, device, backend):
     case = on(device, case)

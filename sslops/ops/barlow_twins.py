@@ -92,6 +92,7 @@ _run = register(
 )
 
 
+@distributed.in_step
 def barlow_twins(
     z_a: Tensor,
     z_b: Tensor,
@@ -131,8 +132,8 @@ def barlow_twins(
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; views of other shapes on other ranks (on a GPU some ranks notice at their next call, and have
-            NaN until then).
+            initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
+            their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, arXiv:2103.03230, Eq. 1;

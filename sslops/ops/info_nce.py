@@ -172,6 +172,7 @@ _run = register(
 )
 
 
+@distributed.in_step
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -220,8 +221,8 @@ def info_nce(
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; inputs of other shapes on other ranks (on a GPU some ranks notice at their next call, and have
-            NaN until then).
+            initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
+            their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend; trainable
             negatives, or under activation checkpointing (not the reentrant one) any, that changed before backward.
 

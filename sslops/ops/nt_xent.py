@@ -163,6 +163,7 @@ _run = register(
 )
 
 
+@distributed.in_step
 def nt_xent(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -211,8 +212,8 @@ def nt_xent(
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; embeddings of other shapes on other ranks (on a GPU some ranks notice at their next call, and
-            have NaN until then).
+            initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
+            their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, arXiv:2002.05709, Eq. 1;

@@ -155,7 +155,8 @@ def _losses(
         _check.bad_type(op, "generator", "a torch.Generator", type(generator).__name__)
     if isinstance(backend, str):
         _check.choice(op, "backend", backend, BACKENDS)
-    together = [x.to(first.dtype) for x in distributed.gathered(op, group, *crops.values())]
+    same = distributed.options(options | {"backend": backend})
+    together = [x.to(first.dtype) for x in distributed.gathered(op, group, *crops.values(), options=same)]
     n, found = together[0].shape[0], []  # len() would fix it in torch.export
     options |= {"alpha": float(options["alpha"]), "beta": float(options["beta"])}
     for o, t in itertools.product(together[: len(online)], together[len(online) :]):
@@ -171,6 +172,7 @@ def _losses(
     return found
 
 
+@distributed.in_step
 def relic(
     online: Tensor,
     target: Tensor,
@@ -225,8 +227,8 @@ def relic(
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; inputs of other shapes on other ranks (on a GPU some ranks notice at their next call, and have
-            NaN until then).
+            initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
+            their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Mitrovic et al., Representation Learning via Invariant Causal Mechanisms, arXiv:2010.07922, Eq. 3, in the
@@ -243,6 +245,7 @@ def relic(
     return (loss, metrics(*logged)) if return_metrics else loss
 
 
+@distributed.in_step
 def relic_multicrop(
     online_large: Sequence[Tensor],
     online_small: Sequence[Tensor],
