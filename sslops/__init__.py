@@ -14,6 +14,7 @@ from .ops.gather_tokens import gather_tokens
 from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_patch_mse import masked_patch_mse
+from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
 from .ops.random_token_corruption import random_token_corruption
@@ -40,6 +41,7 @@ __all__ = [
     "ibot",
     "info_nce",
     "masked_patch_mse",
+    "masked_token_cross_entropy",
     "nn",
     "nt_xent",
     "patch_lightly",

@@ -27,6 +27,7 @@ class Of(NamedTuple):
     spread: bool = False  # with a group, the rank's part of a batch: rows [.., B, D] or ids [B]
     optional: bool = False  # found in the annotation: Tensor | None
     below: Callable[[Any], int] | None = None  # indices in [0, below(the arguments))
+    ignored: str = ""  # the argument that is the one value which need not be
     each: bool = False  # a list of such tensors
 
 
@@ -97,7 +98,7 @@ def indices(op: str, x: Any, declared: Mapping[str, Of]) -> None:
     """That those of x's tensors that are indices are in range: looked at on the CPU only."""
     for name, of in declared.items():
         if of.below is not None and getattr(x, name) is not None:
-            id_range(op, of.below(x), **{name: getattr(x, name)})
+            id_range(op, of.below(x), getattr(x, of.ignored, None), **{name: getattr(x, name)})
 
 
 def ids64(x: Any) -> Any:
@@ -164,14 +165,18 @@ def ids(op: str, shape: str, **tensors: Tensor) -> None:
         _dimensions(op, name, x, shape)
 
 
-def id_range(op: str, end: int, **tensors: Tensor) -> None:
-    """All in [0, end): looked at on the CPU only."""
+def id_range(op: str, end: int, ignored: int | None = None, /, **tensors: Tensor) -> None:
+    """All in [0, end), or ignored: looked at on the CPU only."""
     for name, x in tensors.items():
         if x.device.type == "cpu" and x.numel():
             low, high = torch.aminmax(x)
             if low < 0 or high >= end:
-                position = ((x < 0) | (x >= end)).nonzero()[0].tolist()
-                bad_value(op, f"{name}{position}", f"an index from 0 to {end - 1}", int(x[tuple(position)]))
+                bad = (x < 0) | (x >= end)
+                if ignored is not None:
+                    bad &= x != ignored
+                for position in bad.nonzero()[:1].tolist():
+                    wanted = f"an index from 0 to {end - 1}" + (f", or {ignored}" if ignored is not None else "")
+                    bad_value(op, f"{name}{position}", wanted, int(x[tuple(position)]))
 
 
 def same_device(op: str, first_name: str, first: Tensor, **tensors: Tensor) -> None:

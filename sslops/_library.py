@@ -154,7 +154,7 @@ def register(
     forward: Callable[[Any], Any] | None = None,
     backward: Callable[..., Any] | None = None,
     kept: Callable[[Any], Any] = lambda x: x,
-    unit: str | None = None,
+    unit: str | Sequence[str] = (),
 ) -> Callable[[Any, str | None], Any]:
     """The op as a function of its arguments and the backend asked for, or None.
 
@@ -177,9 +177,10 @@ def register(
     forward(x), backward(grad, x, *saved): the kernel's, or what is to be done around it. Differentiating backward
         raises: that is for backend="eager".
     kept(x): the arguments as backward gets them, those tensors None that it does not need.
-    unit: the output that backward does not get: the gradient itself where grad is 1 (a list's in one piece, along the
-        first dimension), or empty. In eager mode on the CPU it is handed out once, scaled in place (half precision only
-        under 1): from there on it is the caller's. Hooks on saved tensors do not see it.
+    unit: the outputs that backward does not get, one for each gradient: that gradient itself where grad is 1 (a list's
+        in one piece, along the first dimension), of its dtype or float32, or empty. In eager mode they are handed out
+        once, scaled in place (half precision only under 1): from there on they are the caller's. A compiled graph
+        scales a copy. Hooks on saved tensors do not see them.
     """
     schema, declared = Schema(arguments), _check.declared(arguments)
     spread = [field for field, of in declared.items() if of.spread]
@@ -276,7 +277,8 @@ def register(
 
     names = getattr(get_type_hints(outputs)["return"], "_fields", ("result",))
     names = ("result",) if names == Out._fields else names
-    saved, of_forward = names[1:], [each for each in names[1:] if each != unit]
+    units = [unit] if isinstance(unit, str) else list(unit)
+    saved, of_forward = names[1:], [each for each in names[1:] if each not in units]
     _define(name, f"({schema.text}) -> ({', '.join(f'Tensor {each}' for each in names)})", implementation, fake)
     op = getattr(torch.ops.sslops, name)
 
@@ -329,7 +331,7 @@ def register(
         extra = dict(zip(saved, output[1:] if saved else (), strict=True))
         values = schema.lower(kept(schema.lift(inputs)))
         ctx.mark_non_differentiable(*extra.values())
-        ctx.unit = extra.pop(unit, None) if unit else None
+        ctx.unit = [extra.pop(each) for each in units]
         ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
         ctx.counts = [len(_tensors([value])) for value in values]
         ctx.rest = [None if count else value for value, count in zip(values, ctx.counts, strict=True)]
@@ -341,21 +343,25 @@ def register(
             [next(tensors) for _ in range(count)] if n in schema.lists else next(tensors) if count else value
             for n, count, value in zip(schema.names, ctx.counts, ctx.rest, strict=True)
         ]
-        ready, ctx.unit = ctx.unit, None
+        ready, ctx.unit = ctx.unit, []
+        there = any(each.numel() for each in ready)
         # vmap's (is_grads_batched) have another key, no value that can be read, and no memory for a kernel
         keys = torch._C._dispatch_keys(grad)
         on_cpu = type(grad) is Tensor and keys.has(torch._C.DispatchKey.CPU)
         plain = on_cpu or (type(grad) is Tensor and keys.has(torch._C.DispatchKey.CUDA))
-        eager = on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        factor = grad.item() if eager and ready is not None and ready.numel() else None
-        # not by inf or NaN: zeros, of what has no part in the result, stay zeros
-        scales = factor is not None and math.isfinite(factor) and ready.dtype == torch.float32
-        if ready is not None and (factor == 1 or scales):
-            results = ready if factor == 1 else ready.mul_(grad)
-            if gradients[0] in schema.lists:
-                results = list(ready.split([len(each) for each in values[schema.names.index(gradients[0])]]))
+        compiling = torch.compiler.is_compiling()
+        eager = plain and not torch.is_grad_enabled() and not compiling
+        factor = grad.item() if there and eager and on_cpu else None  # a GPU is not waited for
+        # in place not by inf or NaN: zeros, of what has no part in the result, stay zeros
+        scales = eager and (factor is None or math.isfinite(factor)) and all(z.dtype == torch.float32 for z in ready)
+        if there and (factor == 1 or scales or compiling):
+            if factor != 1:
+                scaled = torch.Tensor.mul_ if factor is not None else _scaled
+                ready = [scaled(each, grad) for each in ready]
+            of = (values[schema.names.index(field)] for field in gradients)
+            results = tuple(_handed(each, value) for each, value in zip(ready, of, strict=True))
         else:
-            del ready  # its memory is of use to the kernel
+            ready.clear()  # their memory is of use to the kernel
             read = [grad, *values, *tensors]
             if getattr(ctx, "transformed", False):
                 results = _through_levels(name, backward_op, read, lambda *_: None, refuse)
@@ -373,7 +379,7 @@ def register(
 
     def transformed_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs, output)
-        ctx.unit, ctx.transformed = None, True
+        ctx.unit, ctx.transformed = [], True
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"{name}: fused kernels have no second derivative; use backend='eager'")
@@ -393,6 +399,18 @@ def register(
 
     direct = Direct.apply
     return call
+
+
+def _scaled(unit: Tensor, grad: Tensor) -> Tensor:
+    """By a number that is not known; 0 stays 0"""
+    return torch.where(unit == 0, unit, unit * grad)
+
+
+def _handed(gradient: Tensor, value: Any) -> Any:
+    """As autograd wants it for that argument"""
+    if isinstance(value, list):
+        return list(gradient.split([len(each) for each in value]))
+    return gradient.to(value.dtype) if isinstance(value, Tensor) else gradient
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory to read: torch knows what to do with them

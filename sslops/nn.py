@@ -18,6 +18,7 @@ from .ops.gather_patches import gather_patches
 from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_patch_mse import masked_patch_mse
+from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
 from .ops.vicreg import vicreg
@@ -31,6 +32,7 @@ __all__ = [
     "InfoNCELoss",
     "MaskedPatchEmbed",
     "MaskedPatchMSE",
+    "MaskedTokenCrossEntropy",
     "NTXentLoss",
     "PrototypeCenter",
     "RELICLoss",
@@ -102,6 +104,10 @@ class InfoNCELoss(_Loss, op=info_nce):
 
 class MaskedPatchMSE(_Loss, op=masked_patch_mse):
     """MAE's loss, (pred [B, L, p * p * C], images [B, C, H, W], mask [B, L]) -> []: see `sslops.masked_patch_mse`."""
+
+
+class MaskedTokenCrossEntropy(_Loss, op=masked_token_cross_entropy):
+    """BERT's loss, (hidden [N, D], weight [V, D], labels [N], bias=[V]) -> [] or [N]: see the op of that name."""
 
 
 class RELICLoss(_Loss, op=relic):

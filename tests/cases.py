@@ -73,6 +73,8 @@ _CORRUPTION = {"ids": _ids(4, 10, 50), "mask_token_id": 3, "vocab_size": 50}
 
 _CROPS = {"student": _random(4, 6, 30), "teacher": _random(2, 6, 30, seed=1)}
 _PATCHES = {"student": _random(9, 30), "teacher": _random(9, 30, seed=1)}
+_LABELS = torch.tensor([3, -100, 29, -100, -100, 0, -100, 29, -100, 7, 1, -100])
+_WORDS = {"hidden": _random(12, 20), "weight": _random(30, 20, seed=1), "bias": _random(30, seed=2)}
 
 # fmt: off
 CASES = [
@@ -103,6 +105,13 @@ CASES = [
          {"ids": _ids(3, 4, 6), "patch_size": (4, 2), "layout": "hwc"} | _PIXELS | _UNIT, batched=False),
     Case("masked_patch_mse", "norm", sslops.masked_patch_mse, _PRED, {"patch_size": 4}, ("pred",)),
     Case("masked_patch_mse", "pixels", sslops.masked_patch_mse, _PRED, {"patch_size": 4, "norm_pix": False}, ("pred",)),
+    Case("masked_token_cross_entropy", "mean", sslops.masked_token_cross_entropy, _WORDS,
+         {"labels": _LABELS}, ("hidden", "weight", "bias"), batched=False),
+    Case("masked_token_cross_entropy", "rows", sslops.masked_token_cross_entropy, _WORDS,
+         {"labels": _LABELS, "reduction": "none", "label_smoothing": 0.1}, ("hidden", "weight", "bias"), batched=False),
+    Case("masked_token_cross_entropy", "frozen", sslops.masked_token_cross_entropy,
+         {"hidden": _random(3, 4, 20), "weight": _random(30, 20, seed=1)},
+         {"labels": _LABELS.view(3, 4).int(), "reduction": "sum"}, ("hidden",), batched=False),
     Case("gather_tokens", "rows", sslops.gather_tokens, {"tokens": _random(3, 6, 10)},
          {"ids": _ids(3, 4, 6)}, ("tokens",), batched=False),
     Case("gather_tokens", "unique", sslops.gather_tokens, {"tokens": _random(3, 6, 10)},

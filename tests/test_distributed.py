@@ -474,6 +474,35 @@ def test_swav(ranks, backend):
     check_prototypes(ranks, swav, student, student[:2], backend=backend)
 
 
+def masked_tokens(rank, world, tensors, labels, reduction, backend):
+    rows = uneven(len(labels), rank, world)
+    leaves = [x.clone().requires_grad_() for x in (tensors[0][rows], *tensors[1:])]
+    hidden, weight, bias = leaves
+    loss = sslops.masked_token_cross_entropy(
+        hidden, weight, labels[rows], bias=bias, reduction=reduction, group="world", backend=backend
+    )
+    return [loss.detach(), *torch.autograd.grad(loss.sum() * 0.7, leaves)]
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("share", [0.4, 0.0])
+def test_masked_token_cross_entropy(ranks, backend, reduction, share):
+    """The mean is over the labelled tokens of all ranks, of which each has its own number."""
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=g) for shape in ((60, 8), (20, 8), (20,))]
+    labels = torch.randint(20, (60,), generator=g).masked_fill(torch.rand(60, generator=g) >= share, -100)
+    whole = [x.clone().requires_grad_() for x in tensors]
+    loss = sslops.masked_token_cross_entropy(whole[0], whole[1], labels, bias=whole[2], reduction=reduction)
+    expected = [loss.detach(), *torch.autograd.grad(loss * 0.7, whole)]
+    answers = ranks(masked_tokens, tensors, labels, reduction, backend)
+    assert all(torch.equal(found[0], answers[0][0]) for found in answers) or expected[0].isnan()
+    hidden = torch.cat([found[1] for found in answers]) / ranks.world
+    means = [torch.stack([found[k] for found in answers]).mean(0) for k in (0, 2, 3)]
+    for x, y in zip([means[0], hidden, *means[1:]], expected, strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
+
+
 def centered(rank, world, batches):
     center = sslops.nn.PrototypeCenter(batches[0].shape[-1])
     for batch in batches:
