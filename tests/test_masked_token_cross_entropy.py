@@ -1,14 +1,15 @@
 import importlib.util
 
-import oracle
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sslops
+from benchmarks import peers
 from sslops.kernels.native import masked_token_cross_entropy as kernel
 from sslops.ops.masked_token_cross_entropy import Arguments
+
+from . import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("masked_token_cross_entropy"))
