@@ -21,7 +21,6 @@ from .. import distributed
 from ..backend import resolve
 from ..ops import random_mask
 from ..ops.barlow_twins import barlow_twins
-from ..ops.cross_correlation import cross_correlation
 from ..ops.dino import dino
 from ..ops.ema_update import ema_update_
 from ..ops.gather_tokens import gather_tokens
@@ -29,7 +28,7 @@ from ..ops.ibot import ibot
 from ..ops.info_nce import info_nce
 from ..ops.nt_xent import nt_xent
 from ..ops.sinkhorn import sinkhorn
-from ..ops.vicreg import vicreg
+from ._ranks import barlow_twins_of_average, vicreg_of_own_invariance, world
 
 
 class NTXentLoss(nn.Module):
@@ -385,36 +384,6 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     assert images.shape[2] % patch_size == 0
     grid = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # [B, C, rows, columns, p, p]
     return grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-
-
-# ---- what differs from our own ops over ranks, and is alike in solo-learn ----
-
-
-def barlow_twins_of_average(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
-    """Of the mean over the ranks of their own [D, D] matrices: each rank normalises by its own batch."""
-    from torch.distributed.nn.functional import all_reduce  # knows its gradient
-
-    c = all_reduce(cross_correlation(z_a, z_b) / torch.distributed.get_world_size())
-    diagonal = c.diagonal()
-    return (1 - diagonal).square().sum() + lambd * (c - diagonal.diag()).square().sum()
-
-
-def vicreg_of_own_invariance(
-    z_a: Tensor, z_b: Tensor, invariance: float, variance: float, covariance: float, eps: float, group: str | None
-) -> Tensor:
-    """Variance and covariance of all ranks' rows, but the invariance of this rank's: the gradient is vicreg's."""
-    loss = vicreg(
-        z_a, z_b, invariance=0.0 if group else invariance, variance=variance, covariance=covariance, eps=eps,
-        group=group,
-    )  # fmt: skip
-    wide = torch.promote_types(z_a.dtype, torch.float32)
-    return loss + invariance * F.mse_loss(z_a.to(wide), z_b.to(wide)) if group else loss
-
-
-def world() -> str | None:
-    """The group of all ranks, where there is one."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return "world" if ready and torch.distributed.get_world_size() > 1 else None
 
 
 def _group(module: nn.Module) -> str | None:

@@ -21,7 +21,7 @@ from ..ops.info_nce import info_nce
 from ..ops.masked_patch_mse import masked_patch_mse
 from ..ops.nt_xent import nt_xent
 from ..ops.sinkhorn import sinkhorn
-from .lightly import barlow_twins_of_average, vicreg_of_own_invariance, world
+from ._ranks import barlow_twins_of_average, vicreg_of_own_invariance, world
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
@@ -31,7 +31,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     other with the same distinct indexes, take nt_xent; anything else takes info_nce, at about twice its work. Which of
     them it is, is read on the host. torch.compile takes two views for granted and asserts them on the device.
     """
-    _check.embeddings("simclr_loss_func", z=z)
+    _check.tensors("simclr_loss_func", {"z": z}, {"z": _check.Of("N D")})
     if indexes.shape != z.shape[:1]:
         _check.bad_value("simclr_loss_func", "indexes", f"shape {[len(z)]}", list(indexes.shape))
     group = world()

@@ -1,0 +1,35 @@
+"""What lightly and solo-learn do over ranks, alike, where our own ops do something else."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.cross_correlation import cross_correlation
+from ..ops.vicreg import vicreg
+
+
+def barlow_twins_of_average(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
+    """Of the mean over the ranks of their own [D, D] matrices: each rank normalises by its own batch."""
+    from torch.distributed.nn.functional import all_reduce  # knows its gradient
+
+    c = all_reduce(cross_correlation(z_a, z_b) / torch.distributed.get_world_size())
+    diagonal = c.diagonal()
+    return (1 - diagonal).square().sum() + lambd * (c - diagonal.diag()).square().sum()
+
+
+def vicreg_of_own_invariance(
+    z_a: Tensor, z_b: Tensor, invariance: float, variance: float, covariance: float, eps: float, group: str | None
+) -> Tensor:
+    """Variance and covariance of all ranks' rows, but the invariance of this rank's: the gradient is vicreg's."""
+    loss = vicreg(
+        z_a, z_b, invariance=0.0 if group else invariance, variance=variance, covariance=covariance, eps=eps,
+        group=group,
+    )  # fmt: skip
+    wide = torch.promote_types(z_a.dtype, torch.float32)
+    return loss + invariance * F.mse_loss(z_a.to(wide), z_b.to(wide)) if group else loss
+
+
+def world() -> str | None:
+    """The group of all ranks, where there is one."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "world" if ready and torch.distributed.get_world_size() > 1 else None
