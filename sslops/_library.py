@@ -6,88 +6,19 @@ kernels and fakes take it, and torch's schema is derived from its fields.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import _check, distributed
+from ._levels import through_levels
 from ._precision import compute_dtype
+from ._schema import LIBRARY, Out, Outputs, Schema, define
 from .backend import BACKENDS, is_distributed, kernel, refusal, resolve
 
-__all__ = ["LIBRARY", "Out", "Schema", "register"]
-
-LIBRARY = torch.library.Library("sslops", "FRAGMENT")
-_SCHEMA_TYPES = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    list[Tensor]: "Tensor[]",
-    torch.dtype: "ScalarType",
-    bool: "bool",
-    float: "float",
-    int: "SymInt",
-    int | None: "SymInt?",
-    str: "str",
-    list[bool]: "bool[]",
-    list[float]: "float[]",
-}
-
-
-class Out(NamedTuple):
-    """An output of an op, on the device of its first argument"""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-
-
-Outputs = Out | tuple[Out, ...]
-
-
-class Schema:
-    """An op's arguments as torch's schema has them: a number that may be a tensor is two of them."""
-
-    def __init__(self, arguments: type[Any]) -> None:
-        hints = get_type_hints(arguments)
-        self.arguments, self.numbers = arguments, {name for name, kind in hints.items() if kind == float | Tensor}
-        self.lists = {name for name, kind in hints.items() if kind == list[Tensor]}
-        self.names: list[str] = []  # as the schema has them
-        parts = []
-        for name, kind in hints.items():
-            self.names.append(name)
-            if name in self.numbers:
-                self.names.append(f"{name}_value")
-                parts += [f"Tensor? {name}", f"float {name}_value"]
-            else:
-                parts.append(f"{_SCHEMA_TYPES[kind]} {name}")
-        self.text, self.count = ", ".join(parts), len(parts)
-
-    def lower(self, x: Any) -> list[Any]:
-        if not self.numbers:
-            return list(x)
-        values: list[Any] = []
-        for name, value in zip(x._fields, x, strict=True):
-            if name not in self.numbers:
-                values.append(value)
-            elif isinstance(value, Tensor):
-                values += [value, 0.0]
-            else:
-                values += [None, value]
-        return values
-
-    def lift(self, values: Sequence[Any]) -> Any:
-        if not self.numbers:
-            return self.arguments(*values)
-        taken = iter(values)
-        found = []
-        for name in self.arguments._fields:
-            value = next(taken)
-            if name in self.numbers:
-                number = next(taken)
-                value = number if value is None else value
-            found.append(value)
-        return self.arguments(*found)
+__all__ = ["Out", "register"]
 
 
 def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
@@ -120,8 +51,12 @@ def _is_spread(x: Any) -> bool:
     return getattr(x, "group", "") != ""
 
 
+def _named(x: Any) -> dict[str, Any]:
+    return dict(zip(x._fields, x, strict=True))
+
+
 def _options(x: Any) -> str:
-    return distributed.options({k: v for k, v in zip(x._fields, x, strict=True) if k not in ("group", "version")})
+    return distributed.options({k: v for k, v in _named(x).items() if k not in ("group", "version")})
 
 
 def _replaced(x: Any, **values: Any) -> Any:
@@ -279,7 +214,7 @@ def register(
     names = ("result",) if names == Out._fields else names
     units = [unit] if isinstance(unit, str) else list(unit)
     saved, of_forward = names[1:], [each for each in names[1:] if each not in units]
-    _define(name, f"({schema.text}) -> ({', '.join(f'Tensor {each}' for each in names)})", implementation, fake)
+    define(name, f"({schema.text}) -> ({', '.join(f'Tensor {each}' for each in names)})", implementation, fake)
     op = getattr(torch.ops.sslops, name)
 
     def call(x: Any, backend: str | None) -> Any:
@@ -315,7 +250,7 @@ def register(
                 filled[field] = filled[field].float()
         x = _replaced(x, **filled)
         if in_levels and gradients:
-            return _through_levels(name, op, schema.lower(x), transformed_context, differentiate)
+            return through_levels(name, op, schema.lower(x), transformed_context, differentiate)
         if traced or schema.lists:  # whose gradients torch.library sees to
             return op(*schema.lower(x))
         return direct(*schema.lower(x)) if gradients and torch.is_grad_enabled() else run(x)
@@ -324,7 +259,7 @@ def register(
         return call
     inputs = ", ".join(["Tensor grad", schema.text, *(f"Tensor {each}" for each in of_forward)])
     results = ", ".join("Tensor[]" if field in schema.lists else "Tensor" for field in gradients)
-    _define(f"{name}_backward", f"({inputs}) -> ({results})", backward_implementation, backward_fake)
+    define(f"{name}_backward", f"({inputs}) -> ({results})", backward_implementation, backward_fake)
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -364,7 +299,7 @@ def register(
             ready.clear()  # their memory is of use to the kernel
             read = [grad, *values, *tensors]
             if getattr(ctx, "transformed", False):
-                results = _through_levels(name, backward_op, read, lambda *_: None, refuse)
+                results = through_levels(name, backward_op, read, lambda *_: None, refuse)
             else:
                 through = run_back if plain and not torch.is_grad_enabled() and not _is_traced() else backward_op
                 results = through(*read)
@@ -426,45 +361,6 @@ def _is_traced() -> bool:
     )
 
 
-def _through_levels(
-    name: str, op: Any, values: list[Any], setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Any:
-    """op(*values) under torch.func, which takes autograd.Functions of this form through its levels, and no op of
-    torch.library that has a derivative. Batches go one by one.
-    """
-    flat, spec = tree_flatten(values, is_leaf=lambda x: isinstance(x, list) and not _tensors(x))
-    of_output: list[Any] = []
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(*flat: Any) -> Any:
-            leaves, form = tree_flatten(op(*tree_unflatten(flat, spec)))
-            of_output[:] = [form]
-            return tuple(leaves)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, tree_unflatten(inputs, spec), tree_unflatten(output, of_output[0]))
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return tuple(tree_leaves(backward(ctx, *grads)))
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[Any, ...], *flat: Any) -> Any:
-            if not info.batch_size:
-                _check.bad_value(name, "vmap", "at least one in the batch", "none")
-            dims = [d if isinstance(x, Tensor) else None for x, d in zip(flat, in_dims, strict=True)]
-            results = [
-                Function.apply(*(x if d is None else x.select(d, k) for x, d in zip(flat, dims, strict=True)))
-                for k in range(info.batch_size)
-            ]
-            return tuple(torch.stack(each) for each in zip(*results, strict=True)), 0
-
-    Function.__name__ = name  # in messages
-    return tree_unflatten(Function.apply(*flat), of_output[0])
-
-
 def _in_memory(value: Any, strided: bool) -> Any:
     if isinstance(value, list):
         return [_in_memory(each, strided) for each in value]
@@ -479,9 +375,3 @@ def _empties(x: Any, specs: Sequence[Any]) -> tuple[Any, ...]:
 
 def _bare(values: tuple[Tensor, ...]) -> Any:
     return values if len(values) > 1 else values[0]
-
-
-def _define(op: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    LIBRARY.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sslops::{op}", fake, lib=LIBRARY)

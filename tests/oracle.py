@@ -29,7 +29,7 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from sslops._contrastive import Metrics
-from sslops._library import Schema
+from sslops._schema import Schema
 from sslops.backend import BACKENDS, refusal
 
 # Two units in the last place of float32. Half-precision errors come from rounded operands and results, which eager

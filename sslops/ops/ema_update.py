@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import _C, _check
-from .._library import LIBRARY
 from .._random import RandomStream, philox
+from .._schema import LIBRARY
 from ..backend import kernel, resolve
 
 _CHUNK = 16384  # the random numbers of each tensor begin at a multiple of it (kChunk in csrc/common/ema_update.h)
@@ -265,6 +265,7 @@ def _impl(
     )  # fmt: skip
 
 
+# By hand: register's ops return what they make, and these lists are written in place.
 LIBRARY.define(
     "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor? momentum, float momentum_value, "
     "Tensor? seed, int? seed_value, str backend) -> ()",
