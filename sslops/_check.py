@@ -49,11 +49,14 @@ def declared(arguments: type[Any]) -> dict[str, Of]:
     }
 
 
-def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
-    """That x's tensors are what they are declared to be, one another's in shape, dtype and device."""
+def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> None:
+    """That the tensors among the arguments given are what they are declared to be, one another's in shape, dtype and
+    device.
+    """
     sizes: dict[str, int] = {}
+    device: torch.device | None = None
     whole: list[int] | None = None  # the shape of "..."
-    for name, of, value in _each(op, x, declared):
+    for name, of, value in _each(op, given, declared):
         wanted = of.shape.split()
         text = f"[{', '.join(wanted)}]"
         if not isinstance(value, Tensor):
@@ -72,20 +75,21 @@ def tensors(op: str, x: Any, declared: Mapping[str, Of]) -> None:
         elif value.dim() != len(wanted):
             bad_value(op, name, f"shape {text}", list(value.shape))
         for dimension, size in zip(wanted, value.shape, strict=False):
-            known = sizes.setdefault(dimension, getattr(x, dimension, size))
+            known = sizes.setdefault(dimension, given.get(dimension, size))
             if known != size and dimension != "*":
                 shape = ", ".join(str(sizes.get(each, each)) for each in wanted)
                 bad_value(op, name, f"shape [{shape}]", list(value.shape))
-        if of.like and value.dtype != (like := getattr(x, of.like)).dtype:
+        if of.like and value.dtype != (like := given[of.like]).dtype:
             bad_value(op, name, f"the dtype of {of.like}, {like.dtype}", value.dtype)
-        if value.device != first(x).device:
-            bad_value(op, name, f"the device of {x._fields[0]}, {first(x).device}", value.device)
+        device = value.device if device is None else device
+        if value.device != device:
+            bad_value(op, name, f"the device of {next(iter(given))}, {device}", value.device)
 
 
-def _each(op: str, x: Any, declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:
+def _each(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:
     """The tensors that are there, one by one"""
     for name, of in declared.items():
-        value = getattr(x, name)
+        value = given[name]
         if of.each:
             if not value:
                 bad_value(op, name, "at least one tensor", "none")
@@ -135,36 +139,6 @@ def flag(op: str, argument: str, value: bool) -> None:
         bad_type(op, argument, "True or False", repr(value))
 
 
-def embeddings(op: str, **tensors: Tensor) -> None:
-    """Floating-point [N, D] tensors of one shape, dtype and device."""
-    first_name, first = next(iter(tensors.items()))
-    for name, x in tensors.items():
-        floats(op, "[N, D]", **{name: x})
-        if x.shape != first.shape:
-            bad_value(op, name, f"the shape of {first_name}, {list(first.shape)}", list(x.shape))
-        if x.dtype != first.dtype:
-            bad_value(op, name, f"the dtype of {first_name}, {first.dtype}", x.dtype)
-        same_device(op, first_name, first, **{name: x})
-
-
-def floats(op: str, shape: str, **tensors: Tensor) -> None:
-    """Dense floating-point tensors of as many dimensions as `shape` names: "[B, L, D]"."""
-    for name, x in tensors.items():
-        _dense(op, name, x, shape)
-        if x.dtype not in FLOAT_DTYPES:
-            bad_type(op, name, "a floating-point tensor", x.dtype)
-        _dimensions(op, name, x, shape)
-
-
-def ids(op: str, shape: str, **tensors: Tensor) -> None:
-    """Dense int64 tensors of as many dimensions as `shape` names."""
-    for name, x in tensors.items():
-        _dense(op, name, x, shape)
-        if x.dtype != torch.int64:
-            bad_type(op, name, "an int64 tensor", x.dtype)
-        _dimensions(op, name, x, shape)
-
-
 def id_range(op: str, end: int, ignored: int | None = None, /, **tensors: Tensor) -> None:
     """All in [0, end), or ignored: looked at on the CPU only."""
     for name, x in tensors.items():
@@ -183,18 +157,6 @@ def same_device(op: str, first_name: str, first: Tensor, **tensors: Tensor) -> N
     for name, x in tensors.items():
         if x.device != first.device:
             bad_value(op, name, f"the device of {first_name}, {first.device}", x.device)
-
-
-def _dense(op: str, name: str, x: Tensor, shape: str) -> None:
-    if not isinstance(x, Tensor):
-        bad_type(op, name, f"a tensor {shape}", type(x).__name__)
-    if x.layout != torch.strided:
-        bad_type(op, name, "a dense tensor", x.layout)
-
-
-def _dimensions(op: str, name: str, x: Tensor, shape: str) -> None:
-    if x.dim() != len(shape.strip("[]").split(", ")) * (shape != "[]"):
-        bad_value(op, name, f"shape {shape}", list(x.shape))
 
 
 def scalars(op: str, x: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def register(
 
     def verify(x: Any) -> None:
         """What a direct call of torch.ops.sslops could have wrong"""
-        _check.tensors(name, x, declared)
+        _check.tensors(name, _named(x), declared)
         for field in schema.numbers:
             if isinstance(value := getattr(x, field), Tensor):
                 _check.output(name, field, value, (), torch.float32, _check.first(x).device)
@@ -218,7 +218,7 @@ def register(
     op = getattr(torch.ops.sslops, name)
 
     def call(x: Any, backend: str | None) -> Any:
-        _check.tensors(name, x, declared)
+        _check.tensors(name, _named(x), declared)
         filled = _check.scalars(name, x, schema.numbers)
         check(x)
         group = getattr(x, "group", "")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _check
+from ._check import Of
 from .ops.gather_tokens import gather_tokens
 from .ops.random_mask import draw
 
@@ -31,11 +32,9 @@ def random_masking(
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
     """
     op = "random_masking"
-    _check.floats(op, "[B, L, D]", tokens=tokens)
+    wanted = {"tokens": Of("B L D"), "noise": Of("B L", optional=True)}
+    _check.tensors(op, {"tokens": tokens, "noise": noise}, wanted)
     _check.fraction(op, mask_ratio=mask_ratio)
-    if noise is not None:
-        _check.floats(op, "[B, L]", noise=noise)
-        _check.same_device(op, "tokens", tokens, noise=noise)
     batch, length, _ = tokens.shape
     ids_keep, _, mask, ids_restore = draw(op, batch, length, mask_ratio, 0, noise, generator, tokens.device, backend)
     return gather_tokens(tokens, ids_keep, unique=True, backend=backend), mask, ids_restore

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,11 +122,10 @@ class VICRegLoss(_Loss, op=vicreg):
     """VICReg's loss of two views or one, (z_a [N, D], z_b [N, D]) -> []: see `sslops.vicreg`."""
 
 
-class _Patched(NamedTuple):
-    """What MaskedPatchEmbed is given"""
-
-    images: Annotated[Tensor, Of("B C H W", (*_check.FLOAT_DTYPES, torch.uint8))]
-    ids: Annotated[Tensor | None, Of("B K", _check.ID_DTYPES)]
+_PATCHED = {
+    "images": Of("B C H W", (*_check.FLOAT_DTYPES, torch.uint8)),
+    "ids": Of("B K", _check.ID_DTYPES, optional=True),
+}
 
 
 class MaskedPatchEmbed(nn.Module):
@@ -170,7 +169,7 @@ class MaskedPatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, ids: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
         op, ids, wanted = "MaskedPatchEmbed", _check.ids64(ids), (self.proj.in_channels, *self.img_size)
-        _check.tensors(op, _Patched(images, ids), _check.declared(_Patched))
+        _check.tensors(op, {"images": images, "ids": ids}, _PATCHED)
         if tuple(images.shape[1:]) != wanted:
             _check.bad_value(op, "images", f"shape [B, {', '.join(map(str, wanted))}]", list(images.shape))
         _check.same_device(op, "the weights", self.proj.weight, images=images)

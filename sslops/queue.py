@@ -5,10 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, distributed
+from ._check import Of
 
 __all__ = ["NegativeQueue"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BESIDE = Of("N", _check.ID_DTYPES, optional=True)
+ENQUEUED = {"negatives": Of("K D"), "keys": Of("N D"), "ids": BESIDE, "labels": BESIDE}
 
 
 class NegativeQueue(nn.Module):
@@ -91,22 +94,15 @@ class NegativeQueue(nn.Module):
             TypeError, ValueError: arguments of the wrong type, shape, device or value; torch.distributed not
                 initialised; other shapes on other ranks (see `info_nce`). The queue is as it was.
         """
-        size, dim = self.negatives.shape
-        op = "NegativeQueue.enqueue"
+        size, op = len(self.negatives), "NegativeQueue.enqueue"
         group = distributed.name(op, group)
-        _check.floats(op, "[N, D]", keys=keys)
-        if keys.shape[1] != dim:
-            _check.bad_value(op, "keys", f"shape [N, {dim}]", list(keys.shape))
-        _check.same_device(op, "the queue", self.negatives, keys=keys)
         beside = {"ids": ids, "labels": labels}
+        _check.tensors(op, {"negatives": self.negatives, "keys": keys, **beside}, ENQUEUED)
         for name, x in beside.items():
-            if x is not None:
-                _check.ids(op, "[N]", **{name: x})
-                _check.same_device(op, "the queue", self.negatives, **{name: x})
-                if len(x) != len(keys):
-                    _check.bad_value(op, name, f"shape [{len(keys)}]", list(x.shape))
-                if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((x < 0).any()):
-                    _check.bad_value(op, name, "no negative numbers (-1 stands for none)", int(x.min()))
+            if x is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+                continue
+            if bool((x < 0).any()):
+                _check.bad_value(op, name, "no negative numbers (-1 stands for none)", int(x.min()))
         if group:
             keys = torch.ops.sslops.all_gather(keys, group, 0, op)
             beside = {name: distributed.gathered_ids(op, group, x) for name, x in beside.items()}
@@ -123,7 +119,7 @@ class NegativeQueue(nn.Module):
     @classmethod
     def from_moco(cls, queue: Tensor, queue_ptr: Tensor) -> "NegativeQueue":
         """From the buffers of MoCo's model: queue [D, K], queue_ptr [1]. All rows count as filled."""
-        _check.floats("NegativeQueue.from_moco", "[D, K]", queue=queue)
+        _check.tensors("NegativeQueue.from_moco", {"queue": queue}, {"queue": Of("D K")})
         return cls.from_lightly(queue.t(), queue_ptr)
 
     def to_moco(self) -> dict[str, Tensor]:
@@ -133,10 +129,9 @@ class NegativeQueue(nn.Module):
     @classmethod
     def from_lightly(cls, bank: Tensor, bank_ptr: Tensor) -> "NegativeQueue":
         """From the buffers of lightly's MemoryBankModule: bank [K, D], bank_ptr [1]. All rows count as filled."""
-        _check.floats("NegativeQueue.from_lightly", "[K, D]", bank=bank)
-        _check.ids("NegativeQueue.from_lightly", "[1]", bank_ptr=bank_ptr)
-        if len(bank_ptr) != 1:
-            _check.bad_value("NegativeQueue.from_lightly", "bank_ptr", "shape [1]", list(bank_ptr.shape))
+        op = "NegativeQueue.from_lightly"
+        _check.tensors(op, {"bank": bank}, {"bank": Of("K D")})
+        _check.tensors(op, {"bank_ptr": bank_ptr, "P": 1}, {"bank_ptr": Of("P", _check.ID_DTYPES)})
         with torch.no_grad(), bank.device:
             made = cls(bank.shape[0], bank.shape[1], bank.dtype)
             made.negatives.copy_(bank)

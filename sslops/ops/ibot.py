@@ -18,7 +18,7 @@ class Arguments(NamedTuple):
     teacher_temp: float | Tensor
     bias: Annotated[Tensor | None, Of("K", (torch.float32, torch.float64))]
     weights: Annotated[Tensor | None, Of("R", (torch.float32, torch.float64))]
-    index: Annotated[Tensor | None, Of("R", (torch.int64,), below=lambda x: len(x.teacher))]  # type: ignore[assignment]  # tuple.index
+    index: Annotated[Tensor | None, Of("R", _check.ID_DTYPES, below=lambda x: len(x.teacher))]  # type: ignore[assignment]  # tuple.index
     reduction: str
     ready: bool  # whether the gradient is to be found in forward
     backend: str = ""

@@ -94,9 +94,7 @@ def draw(
     if noise is None:
         noise = draw_key(op, generator, _there(op, device))
     else:
-        _check.floats(op, "[B, L]", noise=noise)
-        if noise.shape != (batch, length):
-            _check.bad_value(op, "noise", f"shape {[batch, length]}", list(noise.shape))
+        _check.tensors(op, {"noise": noise, "B": batch, "L": length}, {"noise": Of("B L")})
         if generator is not None:
             _check.bad_value(op, "generator", "None beside noise", generator)
         if device is not None and _there(op, device).type != noise.device.type:

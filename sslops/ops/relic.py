@@ -22,7 +22,7 @@ class Arguments(NamedTuple):
     alpha: float
     beta: float
     num_negatives: int | None  # the rows that follow in cyclic order; None: all others
-    order: Annotated[Tensor | None, Of("B", dtypes=(torch.int64,))]  # of the rows; None: as they come
+    order: Annotated[Tensor | None, Of("B", _check.ID_DTYPES)]  # of the rows; None: as they come
     normalize: bool
     count_exceeding: bool  # whether to count the negatives that exceed a positive
     operand_dtype: torch.dtype = torch.float32
@@ -145,7 +145,7 @@ def _losses(
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each online with each target, under its name for messages: losses [B], of all ranks, and what is logged."""
     crops = online | target
-    _check.embeddings(op, **crops)
+    _check.tensors(op, crops, dict.fromkeys(crops, Of("N D", like=next(iter(crops)))))
     first, negatives = next(iter(crops.values())), options["num_negatives"]
     _check.scalars(op, Arguments(first, first, order=None, **options), ["temperature"])
     _check.non_negative(op, alpha=options["alpha"], beta=options["beta"])
