@@ -1,5 +1,6 @@
 """What losses on columns share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, distributed
+from .backend import kernel
 
 ROUTES = ("gram", "panels")  # by [N, N] matrices or by rows of the [D, D] one; "" in an op's arguments: the cheaper
 
@@ -40,15 +42,28 @@ def own_part(x: Any) -> tuple[distributed.Part, ...]:
     return (distributed.part(x.group, len(x.z_a)),) if x.group else ()
 
 
-def gathered(x: Any, route: str) -> tuple[Any, Tensor]:
-    """x by `route`, with the views of all ranks if that needs them, and these, if there are others"""
-    views = x.z_a.new_empty(0)
-    if x.group and route == "gram":
-        views = distributed.gather_views([z for z in (x.z_a, x.z_b) if z is not None], x.group)
-    return of_all_ranks(x, route, views), views
+Kernel = Callable[..., tuple[Tensor, ...]]
 
 
-def of_all_ranks(x: Any, route: str, views: Tensor) -> Any:
-    """x by `route`, with `views` for its own, if there are any"""
-    x = x._replace(route=route)
-    return x._replace(**dict(zip(("z_a", "z_b"), views.unbind(), strict=False))) if views.numel() else x
+def by_route(op: str, route: Callable[[Any], str]) -> tuple[Kernel, Kernel]:
+    """forward and backward by an op's kernels, of x by the route it takes, and with the views of all ranks for its own
+    if that needs them: the last output, if there are others.
+    """
+
+    def of_all_ranks(x: Any, views: Tensor) -> Any:
+        x = x._replace(route=route(x))
+        return x._replace(**dict(zip(("z_a", "z_b"), views.unbind(), strict=False))) if views.numel() else x
+
+    def forward(x: Any) -> tuple[Tensor, ...]:
+        views = x.z_a.new_empty(0)
+        if x.group and route(x) == "gram":
+            views = distributed.gather_views([z for z in (x.z_a, x.z_b) if z is not None], x.group)
+        return *kernel(x.backend, op).forward(of_all_ranks(x, views), *own_part(x)), views
+
+    def backward(grad: Tensor, x: Any, *kept: Tensor) -> tuple[Tensor, ...]:
+        *saved, views = kept
+        run, grad = kernel(x.backend, op).backward, grad * distributed.size(x.group)
+        gradients: tuple[Tensor, ...] = run(grad, of_all_ranks(x, views), *saved, *own_part(x))
+        return gradients
+
+    return forward, backward

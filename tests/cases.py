@@ -94,6 +94,7 @@ CASES = [
     Case("cross_correlation", "matrix", sslops.cross_correlation, _AB, {}, ("z_a", "z_b")),
     Case("vicreg", "gram", sslops.vicreg, _AB, {"route": "gram"}, ("z_a", "z_b")),
     Case("vicreg", "panels", sslops.vicreg, _AB, {"route": "panels"}, ("z_a", "z_b")),
+    Case("vicreg", "one view", sslops.vicreg, {"z_a": _AB["z_a"]}, {"route": "gram"}, ("z_a",)),
     Case("sinkhorn", "scores", sslops.sinkhorn, {"scores": _random(12, 30)}, {"temperature": 0.1}),
     Case("dino", "crops", sslops.dino, _CROPS, {}, ("student",), batched=False),
     Case("ibot", "rows", sslops.ibot, _PATCHES, {}, ("student",)),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .columns import LARGEST_DIAGONAL_SHARE, all_reduce, moments_of, normalize_backward, operand, panels
+from .columns import LARGEST_DIAGONAL_SHARE, all_reduce, moments_of_views, normalize_backward, operand, own_rows, panels
 from .memory import FLOAT32, FLOAT64, empty, refuses  # noqa: F401
 
 if TYPE_CHECKING:
@@ -80,11 +80,7 @@ def _where(x: Arguments, part: Part | None) -> tuple[int, int]:
 
 
 def _own(x: Arguments, part: Part | None) -> Arguments:
-    """x of this rank's rows, on the gram route"""
-    if part is None or x.route == "panels":
-        return x
-    rows = slice(part.first, part.first + part.rows)
-    return x._replace(z_a=x.z_a[rows], z_b=x.z_b[rows])
+    return x._replace(z_a=own_rows(x.z_a, x.route, part), z_b=own_rows(x.z_b, x.route, part))
 
 
 def _empties(x: Arguments) -> list[Tensor | None]:
@@ -96,8 +92,8 @@ def _panels(x: Arguments, c: Tensor, g: Tensor | None, part: Part | None) -> Ten
     if part is None:
         loss = _C.barlow_twins_forward_panels(x.z_a, x.z_b, x.lambd, x.eps, x.operand_dtype, c, g)
         return torch.tensor(loss, **FLOAT32)
-    moments = [moments_of(z, part) if x.synced else None for z in (x.z_a, x.z_b)]
-    a, b = (operand(z, x.eps, m, x.operand_dtype) for z, m in zip((x.z_a, x.z_b), moments, strict=True))
+    moments = zip((x.z_a, x.z_b), moments_of_views(x, part), strict=True)
+    a, b = (operand(z, x.eps, m, x.operand_dtype) for z, m in moments)
     n, loss = len(a) * part.group.size(), 0.0
     for first, p in panels(a.shape[1]):
         own = a[:, first : first + p]

@@ -6,7 +6,7 @@ What is summed over the ranks comes out the same on all: decisions may hang on i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,16 @@ def moments_of(z: Tensor, part: Part) -> Tensor:
     mean = all_reduce(local[0] / ranks, part)
     var = all_reduce((local[1] + (local[0] - mean).square()) / ranks, part)
     return torch.stack([mean, var])
+
+
+def moments_of_views(x: Any, part: Part | None) -> tuple[Tensor | None, Tensor | None]:
+    """Of x's two views over all ranks; None where each rank's rows are normalised by their own"""
+    return (moments_of(x.z_a, part), moments_of(x.z_b, part)) if part is not None and x.synced else (None, None)
+
+
+def own_rows(z: Tensor, route: str, part: Part | None) -> Tensor:
+    """This rank's rows of a view, which the gram route has of all ranks"""
+    return z if part is None or route == "panels" else z[part.first : part.first + part.rows]
 
 
 def operand(z: Tensor, eps: float, moments: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .columns import LARGEST_DIAGONAL_SHARE, all_reduce, moments_of, operand, panels
+from .columns import LARGEST_DIAGONAL_SHARE, all_reduce, moments_of, operand, own_rows, panels
 from .memory import FLOAT32, FLOAT64, empty, refuses  # noqa: F401
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ DISTRIBUTED = True
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     """loss []; moments [V, 3, D] of the V views; rows of the Grams [V, B, N] or products with S [V, B, D]"""
     views = _views(x)
-    own = [_own(z, x, part) for z in views]
+    own = [own_rows(z, x.route, part) for z in views]
     (rows, d), n = own[0].shape, _size(own[0], part)
     moments = torch.empty(len(views), 3, d, **FLOAT32)
     by_gram, keeps = x.route == "gram", any(x.needs_grad)
@@ -51,7 +51,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
 
 def backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor, part: Part | None = None) -> tuple[Tensor, ...]:
     views = _views(x)
-    own = [_own(z, x, part) for z in views]
+    own = [own_rows(z, x.route, part) for z in views]
     d, n = views[0].shape[1], _size(own[0], part)
     std = _std(moments, n, x.eps)
     # A constant column's standard deviation has 0 among its subgradients.
@@ -84,11 +84,6 @@ def backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor, part: Pa
 
 def _views(x: Arguments) -> list[Tensor]:
     return [z for z in (x.z_a, x.z_b) if z is not None]
-
-
-def _own(z: Tensor, x: Arguments, part: Part | None) -> Tensor:
-    """This rank's rows of a view"""
-    return z if part is None or x.route == "panels" else z[part.first : part.first + part.rows]
 
 
 def _size(own: Tensor, part: Part | None) -> int:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._columns import ROUTES, batch_norm, batches, check_batch, gathered, kept_width, of_all_ranks, own_part
+from .._columns import ROUTES, batch_norm, batches, by_route, check_batch, kept_width
 from .._library import Out, register
-from ..backend import kernel
 
 
 class Arguments(NamedTuple):
@@ -67,19 +66,7 @@ def _check_arguments(x: Arguments) -> None:
     _check.choice("barlow_twins", "route", x.route, (*ROUTES, ""))
 
 
-def _forward(x: Arguments) -> tuple[Tensor, ...]:
-    run, part = kernel(x.backend, "barlow_twins").forward, own_part(x)
-    x, views = gathered(x, _route(x))
-    return *run(x, *part), views
-
-
-def _backward(grad: Tensor, x: Arguments, diagonal: Tensor, kept: Tensor, views: Tensor) -> tuple[Tensor, ...]:
-    run, part = kernel(x.backend, "barlow_twins").backward, own_part(x)
-    x = of_all_ranks(x, _route(x), views)
-    gradients: tuple[Tensor, ...] = run(grad * distributed.size(x.group), x, diagonal, kept, *part)
-    return gradients
-
-
+_forward, _backward = by_route("barlow_twins", _route)
 _run = register(
     "barlow_twins",
     Arguments,

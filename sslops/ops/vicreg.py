@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._columns import ROUTES, check_batch, gathered, kept_width, of_all_ranks, own_part
+from .._columns import ROUTES, by_route, check_batch, kept_width
 from .._library import Out, register
-from ..backend import kernel
 
 
 class Arguments(NamedTuple):
@@ -87,19 +86,7 @@ def _check_arguments(x: Arguments) -> None:
         _check.bad_value("vicreg", "needs_grad", "no gradient of a view that is not there", x.needs_grad)
 
 
-def _forward(x: Arguments) -> tuple[Tensor, ...]:
-    run, part = kernel(x.backend, "vicreg").forward, own_part(x)
-    x, views = gathered(x, _route(x))
-    return *run(x, *part), views
-
-
-def _backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor, views: Tensor) -> tuple[Tensor, ...]:
-    run, part = kernel(x.backend, "vicreg").backward, own_part(x)
-    grad, x = grad * distributed.size(x.group), of_all_ranks(x, _route(x), views)
-    gradients: tuple[Tensor, ...] = run(grad, x, moments, kept, *part)
-    return gradients
-
-
+_forward, _backward = by_route("vicreg", _route)
 _run = register(
     "vicreg",
     Arguments,

@@ -18,6 +18,7 @@ from sslops.ops.cross_correlation import Arguments as CrossCorrelation
 from sslops.ops.vicreg import Arguments as VICReg
 
 from .. import test_barlow_twins as of_barlow_twins
+from .. import test_columns as of_columns
 from .. import test_cross_correlation as of_cross_correlation
 from .. import test_vicreg as of_vicreg
 from ..oracle import check, evaluate, poisoned_memory
@@ -127,11 +128,11 @@ def cases() -> Iterator[object]:
         yield case(of_barlow_twins.test_large_means, route, 1e5)
         for dtype in (torch.float16, torch.bfloat16):
             yield case(of_barlow_twins.test_autocast, route, dtype)
-        yield case(of_barlow_twins.test_backward_twice_and_without_grad, route)
-        yield case(of_barlow_twins.test_non_contiguous_and_nan, route)
+        yield case(of_columns.test_backward_twice_and_without_grad, "barlow_twins", route, 0)
+        for op in of_columns.VIEWS:
+            yield case(of_columns.test_non_contiguous_and_nan, op, route)
         yield case(of_vicreg.test_collapsed_columns, route)
         yield case(of_vicreg.test_a_tie_at_the_hinge, route)
-        yield case(of_vicreg.test_non_contiguous_and_nan, route)
     yield case(of_barlow_twins.test_few_live_columns, "gram", 64, 32)
     yield case(of_vicreg.test_unequal_variances, "panels", 64)
 
