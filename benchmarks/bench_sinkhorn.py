@@ -24,11 +24,11 @@ CASES = {
 }
 
 
-def matrix(scores: torch.Tensor) -> torch.Tensor:
-    """As SwAV's and DINOv2's code have it: Q [B, K]"""
-    q = torch.exp(scores.float() / TEMPERATURE).t()
+def matrix(scores: torch.Tensor, temperature: float = TEMPERATURE, iterations: int = ITERATIONS) -> torch.Tensor:
+    """As SwAV's and DINOv2's code have it: Q [B, K], in float64 for float64"""
+    q = torch.exp(scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature).t()
     q /= q.sum()
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         q /= q.sum(1, keepdim=True) * q.shape[0]
         q /= q.sum(0, keepdim=True) * q.shape[1]
     return (q * q.shape[1]).t()
