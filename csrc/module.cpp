@@ -218,6 +218,7 @@ void bind_ema_update(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native core of sslops: no dependency on libtorch.";
   m.def("build_info", &build_info, "What this binary holds: version, compiler, instruction sets, CUDA targets.");
+  m.attr("WORTH_HUGE_PAGES") = kWorthHugePages;
   m.def("advise_huge_pages", [](Address x, int64_t bytes) { advise_huge_pages(at<void>(x), bytes); });
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");

@@ -8,6 +8,7 @@ namespace sslops {
 
 void advise_huge_pages(void* address, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
+  if (bytes < kWorthHugePages) return;
   constexpr uintptr_t kPage = 1 << 16;  // a multiple of any page size in use: madvise wants whole pages
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(address) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes)) / kPage * kPage;

@@ -7,12 +7,11 @@
 
 namespace sslops {
 
-// Asks for huge pages in [address, address + bytes); a hint that may come to nothing.
+constexpr int64_t kWorthHugePages = 4 << 20;  // bytes: fewer come from memory that malloc has kept, or cost little
+
+// Asks for huge pages in [address, address + bytes), which nothing has touched yet; a hint that may come to nothing.
 void advise_huge_pages(void* address, int64_t bytes);
 
-// For memory that nothing has touched yet. Smaller ones come from memory that malloc has kept, or cost little.
-SSLOPS_HOST void on_huge_pages(const Tensor& x) {
-  if (const int64_t bytes = x.numel * x.item_size; bytes >= 4 << 20) advise_huge_pages(x.data, bytes);
-}
+SSLOPS_HOST void on_huge_pages(const Tensor& x) { advise_huge_pages(x.data, x.numel * x.item_size); }
 
 }  // namespace sslops

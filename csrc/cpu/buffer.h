@@ -12,11 +12,11 @@ template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t n) {
-    constexpr int64_t kLine = 64, kWorthHugePages = 4 << 20;
+    constexpr int64_t kLine = 64;
     const int64_t bytes = (n * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
     data_ = static_cast<T*>(aligned_alloc(kLine, bytes ? bytes : kLine));
     if (!data_) abort();  // as a stack overflow would: there is no exception to cross the thread pool with
-    if (bytes >= kWorthHugePages) advise_huge_pages(data_, bytes);
+    advise_huge_pages(data_, bytes);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

@@ -13,7 +13,7 @@ from sslops import _C
 FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
-WORTH_IT = 4 << 20  # bytes: smaller ones come from memory that malloc has kept, or cost little
+WORTH_IT: int = _C.WORTH_HUGE_PAGES  # bytes; here too, as a call for each small tensor would cost more
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
