@@ -16,26 +16,47 @@ struct Row {
   DType dtype;
 };
 
+// visit(j, k, lanes) over n elements in vectors, for four chains k = 0 .. 3 of sums or maxima.
+template <typename Visit>
+SSLOPS_INLINE void in_chains(int64_t n, Visit&& visit) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) visit(j + k * kLanes, k, kLanes);
+  for_each_vector(n - j, [&](int64_t i, int lanes) { visit(j + i, 0, lanes); });
+}
+SSLOPS_INLINE float sum(const F (&chains)[4]) { return sum((chains[0] + chains[1]) + (chains[2] + chains[3])); }
+
+// For chain k: of what in_chains reads next, the tile behind this one, a cache line a time.
+SSLOPS_INLINE void prefetch(const char* next, int64_t j, int k, int64_t item) {
+  if (k % (16 / kLanes) == 0) __builtin_prefetch(next + j * item);
+}
+
+// v, and behind its lanes `fill`.
+SSLOPS_INLINE F filled(F v, int lanes, float fill) {
+  if (lanes == kLanes) return v;
+  F found = splat(fill);
+  std::memcpy(&found, &v, lanes * sizeof(float));
+  return found;
+}
+
+// The maximum of at(j, lanes) over n elements.
+template <typename At>
+SSLOPS_INLINE float largest(int64_t n, At&& at) {
+  F top[4] = {splat(kLowest), splat(kLowest), splat(kLowest), splat(kLowest)};
+  in_chains(n, [&](int64_t j, int k, int lanes) { top[k] = max(filled(at(j, lanes), lanes, kLowest), top[k]); });
+  return max(max(max(top[0], top[1]), max(top[2], top[3])));
+}
+
 // y [n, to whole vectors], the lowest number behind n; returns the maximum. bias may be null.
 template <DType kType, bool kBias>
 float scale_tile(const char* x, int64_t first, int64_t n, float inverse, const float* bias, float* y) {
-  F top[4] = {splat(kLowest), splat(kLowest), splat(kLowest), splat(kLowest)};
-  const auto one = [&](int64_t j, int lanes, F& best) {
+  return largest(n, [&](int64_t j, int lanes) {
     F v = load_as_float(x, kType, first + j, lanes) * inverse;
     if (kBias) v += load_lanes(bias + first + j, lanes, 0.f);
-    if (lanes < kLanes) {
-      F padded = splat(kLowest);
-      std::memcpy(&padded, &v, lanes * sizeof(float));
-      v = padded;
-    }
-    best = max(v, best);
+    v = filled(v, lanes, kLowest);
     store(y + j, v);
-  };
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) one(j + k * kLanes, kLanes, top[k]);
-  for_each_vector(n - j, [&](int64_t i, int lanes) { one(j + i, lanes, top[0]); });
-  return max(max(max(top[0], top[1]), max(top[2], top[3])));
+    return v;
+  });
 }
 inline float scale_tile(const Row& x, int64_t first, int64_t n, float inverse, const float* bias, float* y) {
   const auto run = x.dtype == DType::f32    ? (bias ? scale_tile<DType::f32, true> : scale_tile<DType::f32, false>)
@@ -48,19 +69,12 @@ inline float scale_tile(const Row& x, int64_t first, int64_t n, float inverse, c
 // `next`, of the tile to come, are fetched.
 template <typename Visit>
 SSLOPS_INLINE void exponentials(const float* y, int64_t n, float top, const char* next, Visit&& visit) {
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) {
-      if (k % (16 / kLanes) == 0) __builtin_prefetch(next + (j + k * kLanes) * sizeof(float));
-      const F d = load(y + j + k * kLanes) - top;
-      visit(j + k * kLanes, k, d, exp_nonpositive(d));
-    }
-  for (; j < n; j += kLanes) {
+  in_chains(n, [&](int64_t j, int k, int) {
+    prefetch(next, j, k, sizeof(float));
     const F d = load(y + j) - top;
-    visit(j, 0, d, exp_nonpositive(d));
-  }
+    visit(j, k, d, exp_nonpositive(d));
+  });
 }
-SSLOPS_INLINE float sum(const F (&chains)[4]) { return sum((chains[0] + chains[1]) + (chains[2] + chains[3])); }
 
 constexpr int64_t tiles_of(int64_t k) { return (k + kTile - 1) / kTile; }
 

@@ -78,22 +78,13 @@ struct Batch {
 // Of x, or of x inverse + bias.
 template <DType kType>
 float top_of(const char* x, int64_t first, int64_t n, float inverse, const float* bias) {
-  F top[4] = {splat(kLowest), splat(kLowest), splat(kLowest), splat(kLowest)};
-  const auto at = [&](int64_t j, int lanes) {
+  return largest(n, [&](int64_t j, int lanes) {
     const F v = load_as_float(x, kType, first + j, lanes);
     return bias ? v * inverse + load_lanes(bias + first + j, lanes, 0.f) : v;
-  };
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) top[k] = max(at(j + k * kLanes, kLanes), top[k]);
-  for_each_vector(n - j, [&](int64_t i, int lanes) {
-    const F v = at(j + i, lanes);
-    F padded = splat(kLowest);
-    std::memcpy(&padded, &v, lanes * sizeof(float));
-    top[0] = max(padded, top[0]);
   });
-  return max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
+
+constexpr float kNothing = -1000.f;  // an exponent behind the end, which adds nothing to either sum
 
 // The tile's sum of e^d, and of q d.
 struct Sums {
@@ -105,23 +96,13 @@ Sums sums_of(const char* x, int64_t item, int64_t first, int64_t n, float invers
              float* e) {
   F z[4]{}, cross[4]{};
   const char* const next = x + (first + kTile) * item;
-  const auto one = [&](int64_t j, int k, F d, int lanes) {
+  in_chains(n, [&](int64_t j, int k, int lanes) {
+    prefetch(next, j, k, item);
+    const F d = filled((load_as_float(x, kType, first + j, lanes) - top) * inverse, lanes, kNothing);
     const F v = exp_nonpositive(d);
     if (kKeep) store_lanes(e + j, lanes, v);
     z[k] += v;
     cross[k] += load(q + j) * d;
-  };
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) {
-      if (k % (16 / kLanes) == 0) __builtin_prefetch(next + (j + k * kLanes) * item);
-      one(j + k * kLanes, k, (load_as_float(x, kType, first + j + k * kLanes, kLanes) - top) * inverse, kLanes);
-    }
-  for_each_vector(n - j, [&](int64_t i, int lanes) {
-    const F v = (load_as_float(x, kType, first + j + i, lanes) - top) * inverse;
-    F d = splat(-1000.f);  // behind the end: nothing in both sums
-    std::memcpy(&d, &v, lanes * sizeof(float));
-    one(j + i, 0, d, lanes);
   });
   return {sum(z), sum(cross)};
 }
@@ -161,23 +142,12 @@ Sums exponentials_of(const char* x, int64_t item, int64_t first, int64_t n, cons
     const F lost = (v * inverse.high - product) - ((y - product) - b) + v * inverse.low;
     return (y - top) + select(lost * 0.f == F{}, lost, F{});  // where y is not finite
   };
-  const auto one = [&](int64_t j, int k, F d) {
-    const F v = exp_nonpositive(d);
+  in_chains(n, [&](int64_t j, int k, int lanes) {
+    prefetch(next, j, k, item);
+    const F d = filled(exponent(j, lanes), lanes, kNothing), v = exp_nonpositive(d);
     store(e + j, v);
     z[k] += v;
     cross[k] += v * max(d, splat(-100.f));  // 0 where v is, not 0 times infinity
-  };
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) {
-      if (k % (16 / kLanes) == 0) __builtin_prefetch(next + (j + k * kLanes) * item);
-      one(j + k * kLanes, k, exponent(j + k * kLanes, kLanes));
-    }
-  for_each_vector(n - j, [&](int64_t i, int lanes) {
-    const F v = exponent(j + i, lanes);
-    F d = splat(-1000.f);
-    std::memcpy(&d, &v, lanes * sizeof(float));
-    one(j + i, 0, d);
   });
   return {sum(z), sum(cross)};
 }
@@ -340,10 +310,7 @@ class Example {
   }
   static float mass_of(const float* q, int64_t n) {
     F total[4]{};
-    int64_t j = 0;
-    for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-      for (int k = 0; k < 4; ++k) total[k] += load(q + j + k * kLanes);
-    for (; j < n; j += kLanes) total[0] += load(q + j);
+    in_chains(n, [&](int64_t j, int k, int) { total[k] += load(q + j); });
     return sum(total);
   }
 
