@@ -119,6 +119,7 @@ def register(
     """
     schema, declared = Schema(arguments), _check.declared(arguments)
     spread = [field for field, of in declared.items() if of.spread]
+    beside = [field for field in spread if declared[field].beside]
 
     def default_forward(x: Any) -> Any:
         return kernel(x.backend, name).forward(x)
@@ -229,7 +230,8 @@ def register(
             filled["operand_dtype"] = compute_dtype(_check.first(x))
         if group and not is_distributed(filled["backend"], name):
             own = {field: getattr(x, field) for field in spread}
-            filled |= distributed.gathered_arguments(name, group, own, _options(_replaced(x, **filled)))
+            options = _options(_replaced(x, **filled))
+            filled |= distributed.gathered_arguments(name, group, own, beside, options)
             if filled["backend"] != "eager":
                 filled["group"] = ""
         # torch.func's levels: a tensor does not know of the outer ones

@@ -331,18 +331,20 @@ def gathered(op: str, group: str, *tensors: Tensor, options: str = "") -> tuple[
 
 
 def gathered_ids(op: str, group: str, ids: Tensor | None) -> Tensor | None:
-    """The ranks' [B] as [N]"""
+    """The ranks' [.., B] as [.., N]"""
     if ids is None or not group:
         return ids
-    together: Tensor = torch.ops.sslops.all_gather(ids, group, 0, f"{op}'s ids")
+    together: Tensor = torch.ops.sslops.all_gather(ids, group, ids.dim() - 1, f"{op}'s ids")
     return together
 
 
 def gathered_arguments(
-    op: str, group: str, arguments: dict[str, Tensor | None], options: str
+    op: str, group: str, arguments: dict[str, Tensor | None], beside: list[str], options: str
 ) -> dict[str, Tensor | None]:
-    """The ranks' parts of a batch together: embeddings as `gathered` has them, and ids."""
-    embeddings = {name: x for name, x in arguments.items() if x is not None and x.is_floating_point()}
+    """The ranks' parts of a batch together: embeddings as `gathered` has them, ids, and what is named in `beside`."""
+    embeddings = {
+        name: x for name, x in arguments.items() if x is not None and x.is_floating_point() and name not in beside
+    }
     together = dict(zip(embeddings, gathered(op, group, *embeddings.values(), options=options), strict=True))
     return {name: together[name] if name in together else gathered_ids(op, group, x) for name, x in arguments.items()}
 

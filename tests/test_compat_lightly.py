@@ -1,6 +1,7 @@
 """Ours in place of lightly's, with lightly itself as the oracle."""
 
 import copy
+import functools
 import importlib
 import pickle
 
@@ -26,6 +27,9 @@ LOSSES = [
     ("NTXentLoss", {"temperature": 0.07}, (1, 8)),
     ("NTXentLoss", {"temperature": 0.1, "memory_bank_size": (64, 40)}, (24, 40)),
     ("NTXentLoss", {"temperature": 0.1, "memory_bank_size": (1000, 50)}, (96, 50)),
+    ("DCLLoss", {}, (24, 40)),
+    ("DCLWLoss", {}, (257, 33)),
+    ("DCLWLoss", {"temperature": 0.5, "sigma": 0.1}, (24, 40)),
     ("BarlowTwinsLoss", {}, (24, 40)),
     ("BarlowTwinsLoss", {"lambda_param": 0.1}, (65, 300)),
     ("VICRegLoss", {}, (24, 40)),
@@ -82,6 +86,15 @@ def test_values_and_gradients(name, options, shape):
     assert_same(name, options, views(shape))
 
 
+def squared_distance(out0, out1):
+    """As lightly's documentation weights: with a gradient; and of one view otherwise than of the other"""
+    return ((out0 - out1 * 0.5) ** 2).sum(1)
+
+
+def test_weights_with_a_gradient():
+    assert_same("DCLLoss", {"temperature": 0.1, "weight_fn": squared_distance}, views((65, 33)))
+
+
 @pytest.mark.parametrize("name", sorted(HOMES))
 def test_signature(name):
     theirs, mine = original(name), getattr(ours, name)
@@ -98,7 +111,9 @@ def test_attributes_and_state(name, options):
     unused = {"cross_entropy"}  # theirs computes with it
     assert public(mine).keys() == public(theirs).keys() - unused
     for attribute, value in public(mine).items():
-        if not isinstance(value, nn.Module):
+        if isinstance(value, functools.partial):
+            assert value.keywords == getattr(theirs, attribute).keywords
+        elif not isinstance(value, nn.Module):
             assert value == getattr(theirs, attribute), attribute
     assert mine.state_dict().keys() == theirs.state_dict().keys() == set()
     for (at, x), (their_at, y) in zip(mine.named_buffers(), theirs.named_buffers(), strict=True):

@@ -107,11 +107,13 @@ def test_nt_xent(ranks, backend, dtype, reduction, rows, temperature):
     check(ranks, nt_xent, views(rows * ranks.world, 40, dtype), backend, reduction=reduction, tau=temperature)
 
 
-def of_views(*views, tau, query_ids=None, group=None, **options):
+def of_views(*views, tau, query_ids=None, positive_weights=None, group=None, **options):
     """Of views [B, D] in one tensor; the rank's losses in one dimension"""
-    if group is not None and query_ids is not None:
-        query_ids = shard(query_ids, dist.get_rank(), dist.get_world_size())
-    loss = sslops.nt_xent(torch.stack(views), temperature=tau, query_ids=query_ids, group=group, **options)
+    beside = {"query_ids": query_ids, "positive_weights": positive_weights}
+    if group is not None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        beside = {name: x if x is None else x.chunk(world, -1)[rank] for name, x in beside.items()}
+    loss = sslops.nt_xent(torch.stack(views), temperature=tau, group=group, **beside, **options)
     return loss.flatten() if loss.dim() else loss
 
 
@@ -124,6 +126,8 @@ def test_nt_xent_of_many_views(ranks, backend, dtype, reduction, tau):
     inputs, options = [*views(rows, 40, dtype), views(rows, 40, dtype)[0].flip(1)], {"reduction": reduction, "tau": tau}
     check(ranks, of_views, inputs, backend, **options)
     check(ranks, of_views, inputs[:2], backend, query_ids=torch.arange(rows) % 50, **options)
+    weights = torch.linspace(0.5, 1.5, 3 * rows).view(3, rows)
+    check(ranks, of_views, inputs, backend, decoupled=True, positive_weights=weights, **options)
 
 
 @each_backend
@@ -598,7 +602,7 @@ def opcheck(rank, world, inputs):
     torch.library.opcheck(ops.reduce_scatter.default, (z0, name, 0, "opcheck"))
     float32, both = torch.float32, [True, True]
     calls = [
-        (ops.nt_xent, nt_xent_op.Arguments(z0, z1, None, 0.3, True, True, name, True, float32, "cpu")),
+        (ops.nt_xent, nt_xent_op.Arguments(z0, z1, None, None, 0.3, True, False, True, name, True, float32, "cpu")),
         (ops.cross_correlation, cross_correlation.Arguments(z0, z1, 1e-5, name, True, float32, both, "cpu")),
     ]
     for route in ("gram", "panels"):

@@ -30,7 +30,7 @@ def pairs(b: int, d: int, k: int = 0, *, dtype=torch.float32, device="cpu", nois
 
 def arguments(query, key, negatives, ids=(None, None), wanted=(True,) * 4, temperature=0.2, backend="cpu"):
     """As register fills them in"""
-    options = temperature, True, 0, "", False, torch.float32, backend, list(wanted)
+    options = temperature, True, False, 0, "", False, torch.float32, backend, list(wanted)
     return Arguments(query, key, negatives, *ids, *options)
 
 
@@ -184,6 +184,29 @@ def of_ids(query, key, negatives=None, **kwargs):
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
 def test_ids(device, backend, kind, dtype, temperature):
     check(pairs(120, 40, 1200, dtype=dtype, device=device), backend, kind, of_ids, temperature=temperature)
+
+
+def decoupled(*args, **kwargs):
+    return losses(*args, decoupled=True, **kwargs)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_decoupled(device, backend, kind, dtype, temperature):
+    check(pairs(70, 40, 1200, dtype=dtype, device=device), backend, kind, decoupled, temperature=temperature)
+
+
+def test_decoupled_against_the_formula():
+    query, key, negatives = pairs(5, 4, 7, dtype=torch.float64).values()
+    q, k, n = (F.normalize(x) for x in (query, key, negatives))
+    expected = (q @ n.t() / 0.3).logsumexp(1) - (q * k).sum(1) / 0.3
+    torch.testing.assert_close(losses(query, key, negatives, temperature=0.3, decoupled=True), expected)
+    logits = (q @ k.t() / 0.3).fill_diagonal_(-torch.inf)
+    torch.testing.assert_close(
+        losses(query, key, temperature=0.3, decoupled=True), logits.logsumexp(1) - (q * k).sum(1) / 0.3
+    )
 
 
 @each_target

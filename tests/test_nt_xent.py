@@ -31,7 +31,7 @@ def losses(z0, z1=None, **kwargs):
 def lowered(z0, z1, backend, temperature=0.5, count_exceeding=False):
     """The arguments of a direct call of the registered op"""
     return oracle.lowered(
-        Arguments(z0, z1, None, temperature, True, count_exceeding, "", False, torch.float32, backend)
+        Arguments(z0, z1, None, None, temperature, True, False, count_exceeding, "", False, torch.float32, backend)
     )
 
 
@@ -469,8 +469,59 @@ def test_metrics_of_many_views(device, backend, op):
     oracle.assert_metrics(found, positive, negatives.repeat(2, 1), torch.float32)
 
 
+def decoupled(z0, z1=None, **kwargs):
+    """DCLW's weights where there are two views, others where there are more"""
+    v, n = z0.shape[:2] if z1 is None else (2, len(z0))
+    weights = torch.linspace(0.3, 1.9, v * n, device=z0.device, dtype=torch.float64).view(v, n).to(z0.dtype)
+    if z1 is not None:
+        weights[:] = 2 - n * ((F.normalize(z0.detach()) * F.normalize(z1.detach())).sum(1) / 0.5).softmax(0)
+    return losses(z0, z1, decoupled=True, positive_weights=weights, **kwargs)
+
+
+def test_decoupled_against_the_formula():
+    (z,) = crops(3, 4, 5, dtype=torch.float64).values()
+    unit, weights, ids = F.normalize(z, dim=2), torch.rand(3, 4), torch.tensor([3, 3, -1, 4])
+    expected = torch.zeros(3, 4, dtype=torch.float64)
+    for v in range(3):
+        for i in range(4):
+            others = [j for j in range(4) if j != i and {i, j} != {0, 1}]
+            negatives = torch.stack([unit[v, i] @ unit[w, j] / 0.3 for w in range(3) for j in others])
+            positives = [unit[v, i] @ unit[w, i] / 0.3 for w in {0, 1, 2} - {v}]
+            expected[v, i] = negatives.logsumexp(0) - weights[v, i] * sum(positives) / 2
+    found = losses(z, temperature=0.3, query_ids=ids, decoupled=True, positive_weights=weights)
+    torch.testing.assert_close(found, expected)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("many", [False, True])
+def test_decoupled(device, backend, dtype, many):
+    inputs = crops(3, 67, 24, dtype=dtype, device=device) if many else views(301, 33, dtype=dtype, device=device)
+    for temperature in (1.0, 0.1, 0.01):
+        with oracle.poisoned_memory():
+            oracle.check(decoupled, inputs, backend, temperature=temperature)
+    oracle.check(lambda *z, **kwargs: losses(*z, decoupled=True, **kwargs), inputs, backend)
+
+
+@each_target
+@pytest.mark.parametrize("normalize", [True, False])
+def test_temperature_gradient_when_decoupled(device, backend, normalize):
+    inputs = {name: x * 0.3 for name, x in views(100, 24, device=device).items()}
+    inputs["temperature"] = torch.tensor(0.1, device=device)
+
+    def op(z0, z1, temperature, **kwargs):
+        return decoupled(z0, z1, temperature=temperature, **kwargs)
+
+    oracle.check(op, inputs, backend, normalize=normalize)
+
+
+@each_target
+def test_decoupled_without_negatives(device, backend):
+    assert losses(*views(1, 8, device=device).values(), decoupled=True, backend=backend).eq(-torch.inf).all()
+
+
 def test_kernels_say_what_they_lack():
-    for form in ("views in one tensor", "query_ids"):
+    for form in ("views in one tensor", "query_ids", "decoupled form"):
         reason = refusal("triton", "nt_xent", torch.device("cuda"), torch.float32, form=form)
         assert reason == f"nt_xent's triton kernel has no {form}"
     z0, z1 = views(4, 8).values()
@@ -515,6 +566,10 @@ def test_bad_input():
     refused(ValueError, "query_ids", torch.stack([z0, z1]), query_ids=torch.arange(2))
     refused(TypeError, "query_ids", z0, z1, query_ids=torch.ones(4))
     refused(TypeError, "query_ids", z0, z1, query_ids=[0, 1, 2, 3])
+    refused(TypeError, "decoupled", z0, z1, decoupled=1)
+    refused(ValueError, "positive_weights", z0, z1, positive_weights=torch.ones(2, 4))
+    refused(ValueError, "positive_weights", z0, z1, decoupled=True, positive_weights=torch.ones(4))
+    refused(ValueError, "positive_weights", z0, z1, decoupled=True, positive_weights=torch.ones(2, 3))
 
 
 def test_bad_input_to_the_registered_op():

@@ -184,7 +184,7 @@ void add(Chunk& c, int64_t n, float inverse, const float* similarity, const Sums
 }
 
 void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tensor negative_ids, double temperature,
-             bool normalize, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor dquery,
+             bool normalize, DType operand, int64_t first, bool decoupled, Tensor losses, Tensor logged, Tensor dquery,
              Tensor dtemperature, Tensor stats) {
   const Batch x(query, key, negatives, query_ids, negative_ids, temperature, normalize, operand, first);
   const int64_t b = x.b, d = x.d, ld = x.q.ld, blocks = ceil_div(b, kBlock), chunks = ceil_div(x.k, x.chunk);
@@ -232,7 +232,8 @@ void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tenso
         return x.scale.fixed ? 1.f : expf((top[row] - highest) * x.scale.inverse);
       };
       for (int64_t row = i; row < rows; row += x.padded) r_neg += r[row] * shrink(row), count += exceeding[row];
-      const Close close(similarity[i], r_neg, highest, x.scale);
+      const Close close = decoupled ? Close::decoupled(similarity[i], r_neg, highest, 1.f, x.scale)
+                                    : Close(similarity[i], r_neg, highest, x.scale);
       losses.as<float>()[i] = close.loss;
       logged.as<float>()[i] = similarity[i];
       logged.as<float>()[b + i] = count;

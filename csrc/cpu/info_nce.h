@@ -15,8 +15,8 @@ struct Table {
   // dtemperature [B], float32, unless they have no elements: of each row's loss. Scratch: the queries
   // again, and D + 3 floats for B + 16384 rows at most.
   void (*forward)(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tensor negative_ids, double temperature,
-                  bool normalize, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor dquery,
-                  Tensor dtemperature, Tensor stats);
+                  bool normalize, DType operand, int64_t first, bool decoupled, Tensor losses, Tensor logged,
+                  Tensor dquery, Tensor dtemperature, Tensor stats);
   // dkey, dnegatives in their inputs' shapes and dtypes, unless they have no elements. grad [B].
   void (*backward)(Tensor grad, Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tensor negative_ids,
                    double temperature, bool normalize, DType operand, int64_t first, Tensor stats, Tensor dkey,

@@ -201,8 +201,9 @@ void count_exceeding(const Part& t, const float* similarity, float* exceeding) {
   for (int64_t j = 0; j < t.columns && t.mirrored; ++j) exceeding[t.j0 + j] += columns[j];
 }
 
-void forward(Tensor z0, Tensor z1, Tensor classes, double temperature, bool normalize, DType operand, int64_t first,
-             Tensor losses, Tensor logged, Tensor inv_norm, Tensor stats) {
+void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, double temperature, bool normalize,
+             bool decoupled, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor inv_norm,
+             Tensor stats) {
   const Batch x(z0, z1, classes, temperature, normalize, operand, inv_norm);
   const int64_t rows = losses.numel, count = rows / x.views, padded = x.padded, pairs = x.views - 1;
   Buffer<float> top(padded), sums(padded), similarity(pairs * padded), exceeding(logged.numel ? pairs * padded : 0);
@@ -228,14 +229,17 @@ void forward(Tensor z0, Tensor z1, Tensor classes, double temperature, bool norm
     float loss = 0.f, inverse = 0.f, lowest = similarity[i];
     for (int64_t p = 1; p < pairs; ++p)
       lowest = similarity[p * padded + i] < lowest ? similarity[p * padded + i] : lowest;
-    const float base = x.scale.fixed ? 1.f : max(lowest, top[i]);
+    const float base = x.scale.fixed ? 1.f : decoupled ? top[i] : max(lowest, top[i]);
+    const float weight = positive_weights ? positive_weights.as<float>()[i] : 1.f;
     for (int64_t p = 0; p < pairs; ++p) {
-      const Close close(similarity[p * padded + i], sums[i], top[i], x.scale);
+      const float s = similarity[p * padded + i];
+      const Close close =
+          decoupled ? Close::decoupled(s, sums[i], top[i], weight, x.scale) : Close(s, sums[i], top[i], x.scale);
       loss += close.loss * part;
       inverse += close.inverse * expf((base - close.top) * x.scale.inverse) * part;
       kept[(2 + p) * rows] = close.share * part;
       if (!logged.numel) continue;
-      logged.as<float>()[p * rows + k] = similarity[p * padded + i];
+      logged.as<float>()[p * rows + k] = s;
       logged.as<float>()[(pairs + p) * rows + k] = exceeding[p * padded + i];
     }
     losses.as<float>()[k] = loss;

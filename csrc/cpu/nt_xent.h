@@ -14,8 +14,11 @@ struct Table {
   // negatives j of row i and its positive p, m_i any number that keeps them in range, stats [V + 1, V B] = m_i, the
   // mean of 1 / r_ip over p, and the negatives' share of r_ip over V - 1 for p = 1 ..; logged [2 (V - 1), V B], unless
   // it has no elements, = the positives' s and how many negatives exceed them. inv_norm [V N].
-  void (*forward)(Tensor z0, Tensor z1, Tensor classes, double temperature, bool normalize, DType operand,
-                  int64_t first, Tensor losses, Tensor logged, Tensor inv_norm, Tensor stats);
+  // If decoupled, r_ip is without p, and the share is p's weight of positive_weights float32 [V N], 1 if there are
+  // none.
+  void (*forward)(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, double temperature, bool normalize,
+                  bool decoupled, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor inv_norm,
+                  Tensor stats);
   // dz0, dz1 [B, D], or dz0 [V, B, D], of the examples from `first` on, and dots [V B] = <z_i, dL/dz_i>, from the
   // gradients [V N] and stats [V + 1, V N] of all: W_ij = p_ij grad_i + p_ji grad_j is symmetric, dz = (W z - what the
   // positives pull) / tau.

@@ -47,7 +47,8 @@ SSLOPS_INLINE float exp_nonpositive(float x) { return exp_nonpositive(splat(x))[
 
 // A row's softmax once all its negatives have passed: r_neg, their sum of exp((s - top) / tau), and the positive's s.
 struct Close {
-  float loss, top, inverse, share;  // top: over the positive too; 1 / r with it; share of the negatives in r
+  float loss, top, inverse, share;  // top: over the positive too; 1 / r with it; share of the negatives in r, which is
+                                    // what the positive pulls
   float shrink;                     // what r_neg was multiplied by
 
   Close(float s, float r_neg, float top_neg, const Scale& scale) {
@@ -59,6 +60,16 @@ struct Close {
     inverse = 1.f / total;
     share = r_neg / total;
   }
+
+  // Decoupled (arXiv 2110.06848): the positive is no term of the sum, and is weighted.
+  static Close decoupled(float s, float r_neg, float top_neg, float weight, const Scale& scale) {
+    const float top = scale.fixed ? 1.f : top_neg;
+    return {logf(r_neg) + static_cast<float>((top - weight * s) / scale.tau), top, 1.f / r_neg, weight, 1.f};
+  }
+
+ private:
+  Close(float loss, float top, float inverse, float share, float shrink)
+      : loss(loss), top(top), inverse(inverse), share(share), shrink(shrink) {}
 };
 
 }  // namespace

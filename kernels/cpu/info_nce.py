@@ -28,7 +28,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     graded = b if x.needs_grad[0] or x.needs_grad[3] else 0
     shapes = (b,), (2, b), (graded, d), (graded,), (3, b)
     found = tuple(torch.empty(shape, **FLOAT32) for shape in shapes)
-    _C.info_nce_forward(*_common(x, part), *found)
+    _C.info_nce_forward(*_common(x, part), x.decoupled, *found)
     return found
 
 

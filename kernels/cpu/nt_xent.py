@@ -18,17 +18,15 @@ if TYPE_CHECKING:
 DISTRIBUTED = True
 
 
-def _common(x: Arguments, part: Part | None) -> tuple[object, ...]:
-    options = float(x.temperature), x.normalize, x.operand_dtype
-    return x.z0, x.z1, x.query_ids, *options, part.first if part else 0
-
-
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     v, n = (len(x.z0), x.z0.shape[1]) if x.z1 is None else (2, len(x.z0))
     rows = v * (part.rows if part else n)
     losses, inv_norm = torch.empty(rows, **FLOAT32), torch.empty(v * n, **FLOAT32)
     stats, logged = torch.empty(v + 1, rows, **FLOAT32), torch.empty(2 * (v - 1) * x.count_exceeding, rows, **FLOAT32)
-    _C.nt_xent_forward(*_common(x, part), losses, logged, inv_norm, stats)
+    _C.nt_xent_forward(
+        x.z0, x.z1, x.query_ids, x.positive_weights, float(x.temperature), x.normalize, x.decoupled, x.operand_dtype,
+        part.first if part else 0, losses, logged, inv_norm, stats,
+    )  # fmt: skip
     return losses, logged, inv_norm, stats
 
 
@@ -39,6 +37,9 @@ def backward(
     shape = (*views, part.rows if part else n, d)
     dz0, dz1 = x.z0.new_empty(shape), x.z0.new_empty(0 if x.z1 is None else shape)
     dots = torch.empty((views[0] if views else 2) * shape[-2], **FLOAT32)
-    _C.nt_xent_backward(grad, *_common(x, part), inv_norm, stats, dz0, dz1, dots)
+    _C.nt_xent_backward(
+        grad, x.z0, x.z1, x.query_ids, float(x.temperature), x.normalize, x.operand_dtype, part.first if part else 0,
+        inv_norm, stats, dz0, dz1, dots,
+    )  # fmt: skip
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
     return dz0, dz1, dots.sum() * (-0.5 / float(x.temperature))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sslops.ops.info_nce import Arguments
 
 DISTRIBUTED = True
+LACKS = ("decoupled form",)
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("B", "K", "first", "span", "splits")

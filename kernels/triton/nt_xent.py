@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sslops.ops.nt_xent import Arguments
 
 DISTRIBUTED = True
-LACKS = ("views in one tensor", "query_ids")
+LACKS = ("views in one tensor", "query_ids", "decoupled form")
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("N", "M", "panel", "span", "row0", "row1", "total", "column0", "width", "panels")

@@ -11,7 +11,8 @@ each rank normalised by itself. The ops' `group=` takes one batch that is spread
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,45 @@ class NTXentLoss(nn.Module):
         if out0.requires_grad:
             self.memory_bank._dequeue_and_enqueue(key)
         return loss
+
+
+def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
+    similarity = (out0.detach() * out1.detach()).sum(1) / sigma
+    return 2 - len(out0) * similarity.softmax(0)
+
+
+class DCLLoss(nn.Module):
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.gather_distributed = gather_distributed
+        _check_gather(gather_distributed)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        weights = None
+        if self.weight_fn:
+            unit0, unit1 = F.normalize(out0), F.normalize(out1)
+            weights = torch.stack([self.weight_fn(unit0, unit1), self.weight_fn(unit1, unit0)])
+        losses = nt_xent(
+            out0, out1, temperature=self.temperature, reduction="none", decoupled=True,
+            positive_weights=None if weights is None else weights.detach(), group=_group(self),
+        )  # fmt: skip
+        if weights is None or not weights.requires_grad:
+            return losses.mean()
+        similarity = (unit0 * unit1).sum(1).detach() / self.temperature
+        return losses.mean() - ((weights - weights.detach()) * similarity).mean()  # what reaches the weights
+
+
+class DCLWLoss(DCLLoss):
+    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False) -> None:
+        weight_fn = partial(negative_mises_fisher_weights, sigma=sigma)
+        super().__init__(temperature, weight_fn, gather_distributed)
 
 
 class MemoryBankModule(nn.Module):
@@ -400,6 +440,7 @@ def _check_gather(gather_distributed: bool, name: str = "gather_distributed") ->
 
 REPLACED = {
     "lightly.loss.ntx_ent_loss": (NTXentLoss,),
+    "lightly.loss.dcl_loss": (DCLLoss, DCLWLoss, negative_mises_fisher_weights),
     "lightly.loss.barlow_twins_loss": (BarlowTwinsLoss,),
     "lightly.loss.vicreg_loss": (VICRegLoss,),
     "lightly.loss.dino_loss": (DINOLoss,),

@@ -21,6 +21,7 @@ class Arguments(NamedTuple):
     negative_ids: Annotated[Tensor | None, Of("K", IDS)]
     temperature: float | Tensor
     normalize: bool
+    decoupled: bool
     version: int  # of the negatives, to know them again in backward
     group: str
     shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
@@ -39,7 +40,8 @@ class Outputs(NamedTuple):
     dquery: Out  # derivatives of each row's loss, empty if neither will be wanted
     dtemperature: Out
     stats: Out  # m_i, any maximum that keeps exp((s_ij - m_i) / tau) in range; 1 / r_i, their sum over the positive and
-    # the negatives: all but those of the query's id and, in-batch, the positive; the negatives' share of r_i
+    # the negatives (decoupled: over these): all but those of the query's id and, in-batch, the positive; the negatives'
+    # share of r_i, 1 if decoupled
     seen: Out  # as long as the negatives' version is high
 
 
@@ -86,8 +88,11 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
     logits = similarity / x.temperature
     for mask in left_out:  # after the division: the temperature's gradient would be NaN
         similarity, logits = (each.masked_fill(mask, float("-inf")) for each in (similarity, logits))
-    logits = torch.cat([positive[:, None] / x.temperature, logits], 1)
-    losses = F.cross_entropy(logits, torch.zeros_like(positive, dtype=torch.int64), reduction="none")
+    if x.decoupled:
+        losses = logits.logsumexp(1) - positive / x.temperature
+    else:
+        logits = torch.cat([positive[:, None] / x.temperature, logits], 1)
+        losses = F.cross_entropy(logits, torch.zeros_like(positive, dtype=torch.int64), reduction="none")
     positive, similarity = positive.detach(), similarity.detach()
     return losses, torch.stack([positive, (similarity > positive[:, None]).sum(1).to(wide)])
 
@@ -165,6 +170,7 @@ _run = register(
     outputs,
     reference=reference,
     check=_check_pairs,
+    form=lambda x: "decoupled form" if x.decoupled else "",
     gradients=("query", "key", "negatives", "temperature"),
     forward=_forward,
     backward=_backward,
@@ -183,6 +189,7 @@ def info_nce(
     reduction: str = "mean",
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    decoupled: bool = False,
     return_metrics: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
@@ -208,13 +215,14 @@ def info_nce(
         query_ids, negative_ids: int64 or int32, [B] and [K]; a negative with its query's id is left out (the same
             sample in the queue, say). Ids below 0, as -1 in a queue, are equal to none. In-batch, query_ids are the
             keys' too.
+        decoupled: leave the positive out of the sum (DCL, arXiv:2110.06848): -inf where there is no negative.
         return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of the positive, and its mean similarity.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, B rows on each: in-batch, all
             ranks' keys are negatives; given negatives are replicated. A mean or a sum is that of all rows, and so are
             the metrics, the same on every rank, and so must be what is built on it; "none" gives the rank's own losses.
             Gradients are W times the rank's share, which DDP's averaging makes those of the whole batch. Backward
             communicates only for in-batch keys that require a gradient.
-        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" (not decoupled) or "eager"; the fastest that can run here if None (`sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no rows.
@@ -230,9 +238,10 @@ def info_nce(
     He et al., Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722, Eq. 1.
     """
     check_options("info_nce", normalize, reduction, return_metrics)
+    _check.flag("info_nce", "decoupled", decoupled)
     group = distributed.name("info_nce", group)
     tensors = (query, key, negatives, query_ids, negative_ids)
-    x = Arguments(*tensors, temperature, normalize, _version(negatives), group, shared=reduction != "none")
+    x = Arguments(*tensors, temperature, normalize, decoupled, _version(negatives), group, shared=reduction != "none")
     losses, logged, *_ = _run(x, backend)
     loss = reduce(losses, reduction, group)
     return (loss, metrics(*logged)) if return_metrics else loss

@@ -17,8 +17,10 @@ class Arguments(NamedTuple):
     z0: Annotated[Tensor, Of("...", spread=True)]  # one view [N, D], or without z1 all of them [V, N, D]
     z1: Annotated[Tensor | None, Of("...", like="z0", spread=True)]
     query_ids: Annotated[Tensor | None, Of("N", IDS, spread=True)]
+    positive_weights: Annotated[Tensor | None, Of("V N", spread=True, beside=True)]
     temperature: float | Tensor
     normalize: bool
+    decoupled: bool
     count_exceeding: bool  # whether to count the negatives that exceed a positive
     group: str
     shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
@@ -33,7 +35,8 @@ class Outputs(NamedTuple):
     logged: Out  # each positive's s, of rounded rows or not, and how many negatives exceed it, if that is to be counted
     inv_norm: Out  # 1 without normalize
     stats: Out  # m_i, any number that keeps exp((s_ij - m_i) / tau) in range; with r_ip their sum over the negatives j
-    # of row i and its positive p, k views on, the mean of 1 / r_ip and, for k = 1 .., the negatives' share / (V - 1)
+    # of row i and its positive p, k views on, the mean of 1 / r_ip and, for k = 1 .., the negatives' share / (V - 1);
+    # decoupled, r_ip has no p, and its weight stands for the share
     views: Out  # the embeddings of all ranks, if there are others
 
 
@@ -61,10 +64,19 @@ def _check_views(x: Arguments) -> None:
         _check.bad_value("nt_xent", "z0", "at least 2 views [V, N, D]", list(x.z0.shape))
     if x.query_ids is not None and x.query_ids.shape != x.z0.shape[-2:-1]:
         _check.bad_value("nt_xent", "query_ids", f"shape {list(x.z0.shape[-2:-1])}", list(x.query_ids.shape))
+    if x.positive_weights is None:
+        return
+    if not x.decoupled:
+        _check.bad_value("nt_xent", "positive_weights", "None, or decoupled=True beside them", "weights")
+    if x.positive_weights.shape != _sizes(x)[:2]:
+        shape = list(_sizes(x)[:2])
+        _check.bad_value("nt_xent", "positive_weights", f"shape {shape}", list(x.positive_weights.shape))
 
 
 def _form(x: Arguments) -> str:
-    return "views in one tensor" if x.z1 is None else "query_ids" if x.query_ids is not None else ""
+    if x.z1 is None:
+        return "views in one tensor"
+    return "query_ids" if x.query_ids is not None else "decoupled form" if x.decoupled else ""
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -101,6 +113,13 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
         for view in views:
             own[rows, view] = True
         logits = logits.masked_fill(same & ~own, -torch.inf)
+    if x.decoupled:
+        positive = sum(logits[rows, view] for view in views[1:]) / (v - 1)
+        if x.positive_weights is not None:
+            positive = positive * x.positive_weights.detach().flatten().to(wide)
+        for view in views:
+            logits[rows, view] = -torch.inf
+        return logits.logsumexp(1) - positive, logged
     losses = z.new_zeros(v * n)
     for positive in views[1:]:
         of_pair = logits if v == 2 else logits.clone()
@@ -112,11 +131,14 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
 
 
 # A kernel with a distributed form also takes a Part: of its examples it gives the losses, what is logged and the stats
-# [.., V B], or from those of all the gradients [B, D] or [V, B, D]. query_ids come as classes.
+# [.., V B], or from those of all the gradients [B, D] or [V, B, D].
 def _to_kernel(x: Arguments, views: Tensor | None = None) -> Arguments:
-    """The arguments of a kernel, with the embeddings of all ranks"""
+    """The arguments of a kernel: ids as classes, weights in float32, with a group all of them and the embeddings"""
     if x.query_ids is not None:
         x = x._replace(query_ids=classes(distributed.all_gather(x.query_ids, x.group) if x.group else x.query_ids))
+    if x.positive_weights is not None:
+        weights = x.positive_weights.float()
+        x = x._replace(positive_weights=distributed.all_gather(weights, x.group, 1) if x.group else weights)
     if views is None:
         return x
     return x._replace(z0=views) if x.z1 is None else x._replace(z0=views[0], z1=views[1])
@@ -172,6 +194,8 @@ def nt_xent(
     normalize: bool = True,
     reduction: str = "mean",
     query_ids: Tensor | None = None,
+    decoupled: bool = False,
+    positive_weights: Tensor | None = None,
     return_metrics: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
@@ -196,6 +220,10 @@ def nt_xent(
         reduction: "mean" or "sum" over all rows, or "none": the losses [2N], rows of z0 first, or [V, N].
         query_ids: int64 or int32 [N], of the examples: the views of another one with an equal id are left out of the
             negatives (the same image twice in a batch, say). Ids below 0 are equal to none.
+        decoupled: leave the positive out of the softmax's denominator, so that it no longer weakens the gradient (DCL):
+            -inf where there is no negative.
+        positive_weights: [V, N] ([2, N] for two views), with decoupled: row i's <z_i, z_p> / temperature counts this
+            often (DCLW: `2 - N softmax(<z0, z1> / 0.5)`); without a gradient.
         return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of a positive among the row's negatives, and
             its mean similarity, over all pairs. In Triton a pass of its own, 2 M^2 D FLOP for M = 2N.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W examples on each: the
@@ -203,8 +231,8 @@ def nt_xent(
             every rank, and so must be what is built on it; "none" gives the rank's own losses. Gradients, the
             temperature's too, are W times the rank's share, which DDP's averaging makes those of the whole batch.
             Backward communicates only after "none", or with query_ids.
-        backend: "cpu", "triton" (two views, no query_ids) or "eager"; the fastest that can run here if None (see
-            `sslops.explain`).
+        backend: "cpu", "triton" (two views z0 and z1, no query_ids, not decoupled) or "eager"; the fastest that can run
+            here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or the losses for reduction="none". NaN for the mean of no
@@ -218,12 +246,15 @@ def nt_xent(
 
     Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, arXiv:2002.05709, Eq. 1;
     of V views, that loss over all pairs of them: Tian et al., Contrastive Multiview Coding, arXiv:1906.05849, Sec. 3.3
-    (full graph), with SimCLR's negatives.
+    (full graph), with SimCLR's negatives; decoupled: Yeh et al., Decoupled Contrastive Learning, arXiv:2110.06848,
+    Eq. 5 and 6.
     """
     check_options("nt_xent", normalize, reduction, return_metrics)
+    _check.flag("nt_xent", "decoupled", decoupled)
     group = distributed.name("nt_xent", group)
     shared = reduction != "none"
-    x = Arguments(z0, z1, query_ids, temperature, normalize, return_metrics, group, shared)
+    tensors = (z0, z1, query_ids, positive_weights)
+    x = Arguments(*tensors, temperature, normalize, decoupled, return_metrics, group, shared)
     losses, logged, *_ = _run(x, backend)
     views = 2 if z1 is not None else len(z0)
     loss = reduce(losses, reduction, group, parts=views)

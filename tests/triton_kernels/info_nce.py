@@ -48,7 +48,8 @@ def arguments(
     query: Tensor, key: Tensor, negatives: Tensor | None, temperature: float | Tensor, operand: torch.dtype,
     needs_grad: list[bool], normalize: bool = True, ids: Sequence[Tensor | None] = (None, None),
 ) -> Arguments:  # fmt: skip
-    return Arguments(query, key, negatives, *ids, temperature, normalize, 0, "", False, operand, "triton", needs_grad)
+    options = temperature, normalize, False, 0, "", False, operand, "triton"
+    return Arguments(query, key, negatives, *ids, *options, needs_grad)
 
 
 def matmuls(call: Callable[[], None]) -> None:

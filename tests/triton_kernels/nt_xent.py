@@ -51,7 +51,7 @@ def call(
 def arguments(
     z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, operand: torch.dtype, count: bool = False
 ) -> Arguments:
-    return Arguments(z0, z1, None, temperature, normalize, count, "", False, operand, "triton")
+    return Arguments(z0, z1, None, None, temperature, normalize, False, count, "", False, operand, "triton")
 
 
 def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:
