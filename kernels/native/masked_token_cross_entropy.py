@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..cpu.memory import on_huge_pages, refuses  # noqa: F401
+from ..cpu.memory import refuses  # noqa: F401
 
 if TYPE_CHECKING:
     from sslops.ops.masked_token_cross_entropy import Arguments
 
 ROWS = 512  # of a chunk's logits: fewer make slower products, more need more memory
 BLOCK = 64  # rows of logits that a cache holds
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    x = torch.empty(shape, dtype=dtype, device=device)
-    return on_huge_pages(x) if device.type == "cpu" else x
 
 
 def _losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -28,9 +23,9 @@ def _losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, T
     return losses.lerp(-log_p.mean(1), smoothing) if smoothing else losses, log_p
 
 
-def _slope(log_p: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """The losses' derivatives by the logits, in place"""
-    slope = log_p.exp_()
+def _slope(log_p: Tensor, labels: Tensor, smoothing: float, out: Tensor) -> Tensor:
+    """The losses' derivatives by the logits, in out or in place"""
+    slope = torch.exp(log_p, out=out if out.dtype == log_p.dtype else log_p)
     slope.scatter_add_(1, labels, slope.new_full(labels.shape, smoothing - 1))
     return slope.sub_(smoothing / slope.shape[1]) if smoothing else slope
 
@@ -43,10 +38,10 @@ def _sweep(x: Arguments, ready: bool, grad: Tensor | None = None) -> tuple[Tenso
     inputs = zip((x.hidden, x.weight, x.bias), x.needs_grad, strict=True)
     shapes = [tuple(value.shape) if value is not None and needed and ready else (0,) for value, needed in inputs]
     wanted = [shape != (0,) for shape in shapes]
-    d_hidden, d_weight, d_bias = (_empty(shape, torch.float32, device).zero_() for shape in shapes)
+    d_hidden, d_weight, d_bias = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
     losses = torch.zeros(x.labels.shape, dtype=torch.float32, device=device)
     weight, bias = x.weight.to(operand), None if x.bias is None else x.bias.to(operand)
-    memory = _empty((min(ROWS, len(rows)), len(weight)), operand, device)
+    memory = torch.empty((min(ROWS, len(rows)), len(weight)), dtype=operand, device=device)
     for chunk in rows.split(ROWS):
         hidden, logits = x.hidden[chunk].to(operand), memory[: len(chunk)]
         if bias is None:
@@ -57,7 +52,7 @@ def _sweep(x: Arguments, ready: bool, grad: Tensor | None = None) -> tuple[Tenso
             labels = x.labels[some, None]
             losses[some], log_p = _losses(block, labels, smoothing)
             if any(wanted):
-                slope = _slope(log_p, labels, smoothing)
+                slope = _slope(log_p, labels, smoothing, block)
                 if grad is not None and grad.dim():
                     slope *= grad[some, None]
                 if wanted[2]:
