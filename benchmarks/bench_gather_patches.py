@@ -1,4 +1,7 @@
-"""Visible patches and their embedding beside eager PyTorch and the limits. Shapes: images x pixels x patch x width."""
+"""Visible patches and their embedding beside eager PyTorch and the limits. Shapes: images x pixels x patch x width.
+
+"video": the embedding of 16 frames of each, in tubelets of 2 x patch x patch.
+"""
 
 import pytest
 import torch
@@ -12,11 +15,11 @@ RATIO = 0.75
 CASES = {
     "cpu": [
         *cases("64x224x16x768", "float32", "gather"),
-        *cases("64x224x16x768", "float32", "embed"),
-        *cases("64x224x16x768", "float32", "memory"),
+        *cases("64x224x16x768", "float32", "embed memory"),
+        *cases("8x224x16x768", "float32", "video"),
     ],
     "cuda": cases("512x224x16x768", "float32 bfloat16", "gather embed"),
-    "small": cases("2x24x8x20", "float32 bfloat16", "gather embed"),
+    "small": cases("2x24x8x20", "float32 bfloat16", "gather embed video"),
 }
 WORK = {("gather", "512 images, 224, patch 16"): {"bytes": 4 * 512 * 49 * 768}}
 
@@ -74,12 +77,16 @@ def gather(benchmark, device, case):
 class Embedding:
     """Tokens of visible patches with positions, three ways on the same weights."""
 
-    def __init__(self, shape, dtype, device):
+    def __init__(self, shape, part, dtype, device):
         b, side, p, width = shape
-        self.module = sslops.nn.MaskedPatchEmbed(side, p, 3, width).to(device, dtype)
-        self.images, self.ids = pixels(shape, dtype, device), visible(shape, device)
-        self.positions = torch.randn(1, (side // p) ** 2, width, device=device).to(dtype)
-        self.p, self.grad = p, torch.randn(b, self.ids.shape[1], width, device=device).to(dtype)
+        video = part == "video"
+        size, self.patch = ((16, side, side), (2, p, p)) if video else ((side, side), (p, p))
+        self.module = sslops.nn.MaskedPatchEmbed(size, self.patch, 3, width).to(device, dtype)
+        count = self.module.num_patches
+        self.images = torch.randn(b, 3, *size, device=device).to(dtype)
+        self.ids = torch.rand(b, count, device=device).argsort(1)[:, : int(count * (1 - RATIO))].contiguous()
+        self.positions = torch.randn(1, count, width, device=device).to(dtype)
+        self.grad = torch.randn(b, self.ids.shape[1], width, device=device).to(dtype)
 
     def sslops(self):
         return self.module(self.images, self.ids, self.positions)
@@ -88,9 +95,18 @@ class Embedding:
         tokens = self.module.proj(self.images).flatten(2).transpose(1, 2) + self.positions
         return tokens.gather(1, self.ids[:, :, None].expand(-1, -1, tokens.shape[2]))
 
+    def patches(self):
+        """The strongest eager form of the visible ones"""
+        if self.images.dim() == 4:
+            return indexed(self.images, self.ids, self.patch[0])
+        b, c, *size = self.images.shape
+        (f, t), (h, p), (w, q) = ((side // each, each) for side, each in zip(size, self.patch, strict=True))
+        grid = self.images.view(b, c, f, t, h, p, w, q).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        of_image = torch.arange(b, device=self.ids.device)[:, None]
+        return grid[of_image, self.ids // (h * w), self.ids // w % h, self.ids % w].flatten(2)
+
     def indexed(self):
-        patches = indexed(self.images, self.ids, self.p)
-        tokens = F.linear(patches, self.module.proj.weight.flatten(1), self.module.proj.bias)
+        tokens = F.linear(self.patches(), self.module.proj.weight.flatten(1), self.module.proj.bias)
         return tokens + F.embedding(self.ids, self.positions[0])
 
     def both(self, forward):
@@ -98,10 +114,10 @@ class Embedding:
 
 
 def embed(benchmark, device, case):
-    e = Embedding(case.shape, case.dtype, device)
+    e = Embedding(case.shape, case.part, case.dtype, device)
     forwards = {"sslops": e.sslops, "eager": e.eager, "indexed": e.indexed}
     forwards["compile"] = torch.compile(e.eager, dynamic=False)
-    patches = indexed(e.images, e.ids, e.p).flatten(0, 1)
+    patches = e.patches().flatten(0, 1)
     weight, grad = e.module.proj.weight.detach().flatten(1), e.grad.flatten(0, 1)
     tokens, d_weight = torch.empty_like(grad), torch.empty_like(weight)
 
@@ -111,10 +127,10 @@ def embed(benchmark, device, case):
 
     variants = {name: lambda f=f: e.both(f) for name, f in forwards.items()} | {"matmuls": products}
     flop = 4 * len(patches) * weight.numel()
-    record(benchmark, variants, limit="matmuls", **facts(case), part="embed", flop=flop)
+    record(benchmark, variants, limit="matmuls", **facts(case), part=case.part, flop=flop)
 
 
 def test_memory(benchmark, device, case):
-    setup = f"import torch; from bench_gather_patches import *; e = Embedding({case.shape}, {case.dtype}, 'cpu')"
+    setup = f"import torch; from bench_gather_patches import *; e = Embedding({case.shape}, '', {case.dtype}, 'cpu')"
     found = {name: peak_memory(setup, f"e.both(e.{name})") for name in ("sslops", "eager", "indexed")}
     record_memory(benchmark, found, **facts(case), part="memory")

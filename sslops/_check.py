@@ -19,7 +19,7 @@ class Of(NamedTuple):
     """What a tensor argument must be."""
 
     # "N D": a name is the same number wherever it stands, or that of an integer argument; "*" is any; "": 0-d;
-    # "...": any dimensions, and one another's
+    # "...": any dimensions, and one another's; "N ...": further ones
     shape: str
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     like: str = ""  # of the dtype of this argument
@@ -73,11 +73,11 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
             whole, wanted = list(value.shape) if whole is None else whole, []
             if list(value.shape) != whole:
                 bad_value(op, name, f"shape {whole}", list(value.shape))
-        elif value.dim() != len(wanted):
+        elif value.dim() < len(wanted) if wanted[-1:] == ["..."] else value.dim() != len(wanted):
             bad_value(op, name, f"shape {text}", list(value.shape))
         for dimension, size in zip(wanted, value.shape, strict=False):
             known = sizes.setdefault(dimension, given.get(dimension, size))
-            if known != size and dimension != "*":
+            if known != size and dimension not in ("*", "..."):
                 shape = ", ".join(str(sizes.get(each, each)) for each in wanted)
                 bad_value(op, name, f"shape [{shape}]", list(value.shape))
         if of.like and value.dtype != (like := given[of.like]).dtype:

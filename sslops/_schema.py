@@ -19,6 +19,7 @@ _SCHEMA_TYPES = {
     str: "str",
     list[bool]: "bool[]",
     list[float]: "float[]",
+    list[int]: "SymInt[]",
 }
 
 

@@ -1,6 +1,8 @@
 """The losses as modules, and what else training code has as modules."""
 
 import inspect
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,7 +105,7 @@ class InfoNCELoss(_Loss, op=info_nce):
 
 
 class MaskedPatchMSE(_Loss, op=masked_patch_mse):
-    """MAE's loss, (pred [B, L, p * p * C], images [B, C, H, W], mask [B, L]) -> []: see `sslops.masked_patch_mse`."""
+    """MAE's loss, (pred [B, L, P], images [B, C, H, W], mask [B, L]) -> []: see `sslops.masked_patch_mse`."""
 
 
 class MaskedTokenCrossEntropy(_Loss, op=masked_token_cross_entropy):
@@ -123,7 +125,7 @@ class VICRegLoss(_Loss, op=vicreg):
 
 
 _PATCHED = {
-    "images": Of("B C H W", (*_check.FLOAT_DTYPES, torch.uint8)),
+    "images": Of("B C ...", _patches.PIXEL_DTYPES),
     "ids": Of("B K", _check.ID_DTYPES, optional=True),
 }
 
@@ -132,65 +134,95 @@ class MaskedPatchEmbed(nn.Module):
     """Patch embedding, positions and masking in one: only the patches that stay visible are embedded.
 
     In place of `x = patch_embed(images)`, `x = x + pos_embed` and a gather of the visible tokens, with the same tokens
-    and weight gradients. The weights are those of timm's and MAE's PatchEmbed, under the same names.
+    and weight gradients. The weights are those of timm's and MAE's PatchEmbed, and of VideoMAE's with its tubelets,
+    under the same names.
 
     Args:
-        img_size, patch_size: in pixels, a number or (height, width); the patches tile the image.
+        img_size, patch_size: in pixels: a number, (height, width), (length,) of signals, or (frames, height, width) of
+            videos and volumes. A number stands for as many as the other one has, or for (height, width). The patches
+            tile the images.
         in_chans: channels C of the images.
         embed_dim: length D of a token.
         bias: whether the projection has one.
+        mean, std: C numbers each; a pixel x becomes (x - mean) / std.
 
     Shapes:
-        images: [B, C, height, width], of the weights' dtype, or uint8, which is divided by 255.
+        images: [B, C, *img_size], of the weights' dtype, or uint8, which is divided by 255; or of any other size that
+            the patches tile.
         ids: [B, K] int64 or int32, the visible patches of each image in row-major order of the grid; all if None.
-        pos_embed: [L, D] or [1, L, D], added to the tokens of the patches that they belong to, or None.
+        pos_embed: [L, D] or [1, L, D], added to the tokens of the patches that they belong to, or None. For images of
+            another grid than img_size has, L patches of img_size's are interpolated (linear, bicubic, trilinear); any
+            other L must be that of the images.
         returns: [B, K, D].
     """
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
+        img_size: int | tuple[int, ...] = 224,
+        patch_size: int | tuple[int, ...] = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
         bias: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.img_size = _patches.pair("MaskedPatchEmbed", "img_size", img_size)
-        self.patch_size = _patches.pair("MaskedPatchEmbed", "patch_size", patch_size)
-        if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
-            wanted = f"a size that divides the image's, {self.img_size}"
-            _check.bad_value("MaskedPatchEmbed", "patch_size", wanted, self.patch_size)
-        self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        op = "MaskedPatchEmbed"
+        axes = next((len(given) for given in (img_size, patch_size) if isinstance(given, (tuple, list))), 2)
+        if not 1 <= axes <= 3:
+            _check.bad_value(op, "img_size", "1 to 3 sizes", axes)
+        self.img_size = tuple(_patches.sides(op, "img_size", img_size, axes))
+        self.patch_size = tuple(_patches.sides(op, "patch_size", patch_size, axes))
+        if len(self.patch_size) != axes or any(map(operator.mod, self.img_size, self.patch_size)):
+            _check.bad_value(op, "patch_size", f"a size that divides the images', {self.img_size}", self.patch_size)
+        self.grid_size = tuple(map(operator.floordiv, self.img_size, self.patch_size))
+        self.num_patches = math.prod(self.grid_size)
         for name, size in (("in_chans", in_chans), ("embed_dim", embed_dim)):
-            _check.count("MaskedPatchEmbed", name, size, 1, 2**31 - 1)
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
+            _check.count(op, name, size, 1, 2**31 - 1)
+        self.mean, self.std = mean, std
+        convolution: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+        self.proj = convolution(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
 
     def forward(self, images: Tensor, ids: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
-        op, ids, wanted = "MaskedPatchEmbed", _check.ids64(ids), (self.proj.in_channels, *self.img_size)
+        op, ids, channels = "MaskedPatchEmbed", _check.ids64(ids), self.proj.in_channels
         _check.tensors(op, {"images": images, "ids": ids}, _PATCHED)
-        if tuple(images.shape[1:]) != wanted:
-            _check.bad_value(op, "images", f"shape [B, {', '.join(map(str, wanted))}]", list(images.shape))
+        if images.dim() != 2 + len(self.patch_size) or images.shape[1] != channels:
+            sizes = [channels, *("size" for _ in self.patch_size)]
+            _check.bad_value(op, "images", f"shape [B, {', '.join(map(str, sizes))}]", list(images.shape))
+        mean, std = _patches.numbers(op, "mean", self.mean), _patches.numbers(op, "std", self.std)
+        _patches.check(op, images, self.patch_size, mean, std)
         _check.same_device(op, "the weights", self.proj.weight, images=images)
+        grid = _patches.grid(images, self.patch_size)
         if ids is None:
-            ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
+            ids = torch.arange(math.prod(grid), device=images.device).expand(len(images), -1)
         elif not torch.compiler.is_compiling():
-            _check.id_range(op, self.num_patches, ids=ids)
+            _check.id_range(op, math.prod(grid), ids=ids)
         if pos_embed is not None:
-            table = (self.num_patches, self.proj.out_channels)
-            if not isinstance(pos_embed, Tensor) or not pos_embed.is_floating_point():
-                got = getattr(pos_embed, "dtype", type(pos_embed).__name__)
-                _check.bad_type(op, "pos_embed", "a floating-point tensor", got)
-            if tuple(pos_embed.shape) not in (table, (1, *table)):
-                rows = f"{list(table)} or {[1, *table]}, a row for each patch and none for a class token"
-                _check.bad_value(op, "pos_embed", rows, list(pos_embed.shape))
-            _check.same_device(op, "images", images, pos_embed=pos_embed)
+            pos_embed = self._positions(images, grid, pos_embed)
         # What autocast would round the pixels to for the product, straight from the images.
-        patches = gather_patches(images, ids, self.patch_size, dtype=compute_dtype(self.proj.weight))
+        dtype = compute_dtype(self.proj.weight)
+        patches = gather_patches(images, ids, self.patch_size, mean=mean or None, std=std or None, dtype=dtype)
         # As a matrix: to add in place to a view would cost autograd a copy.
         tokens = F.linear(patches.flatten(0, 1), self.proj.weight.flatten(1), self.proj.bias)
         if pos_embed is not None:
-            positions = F.embedding(ids.flatten(), pos_embed.flatten(0, -2))
+            positions = F.embedding(ids.flatten(), pos_embed)
             tokens = tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions
         return tokens.unflatten(0, ids.shape)
+
+    def _positions(self, images: Tensor, grid: Sequence[int], pos_embed: Tensor) -> Tensor:
+        """A row for each patch of the images' grid, [L, D]"""
+        op, width, count = "MaskedPatchEmbed", self.proj.out_channels, math.prod(grid)
+        if not isinstance(pos_embed, Tensor) or not pos_embed.is_floating_point():
+            got = getattr(pos_embed, "dtype", type(pos_embed).__name__)
+            _check.bad_type(op, "pos_embed", "a floating-point tensor", got)
+        tables = [(rows, width) for rows in (count, self.num_patches)]
+        if tuple(pos_embed.shape) not in (*tables, *((1, *table) for table in tables)):
+            rows = f"{list(tables[0])} or {[1, *tables[0]]}, a row for each patch and none for a class token"
+            _check.bad_value(op, "pos_embed", rows, list(pos_embed.shape))
+        _check.same_device(op, "images", images, pos_embed=pos_embed)
+        table = pos_embed.flatten(0, -2)
+        if len(table) != self.num_patches or tuple(grid) == self.grid_size:
+            return table
+        mode = ("linear", "bicubic", "trilinear")[len(grid) - 1]
+        at_grid = table.t().reshape(1, width, *self.grid_size)
+        return F.interpolate(at_grid, list(grid), mode=mode, align_corners=False).flatten(2)[0].t()

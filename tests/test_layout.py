@@ -25,6 +25,7 @@ SHARED = {
     "kernels/cpu/prototypes.py",
     "kernels/cuda/device.py",
     "kernels/native/call.py",
+    "kernels/native/patches.py",
     "kernels/triton/columns.py",
     "kernels/triton/launch.py",
     "kernels/triton/off_diagonal.json",

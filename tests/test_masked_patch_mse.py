@@ -1,4 +1,6 @@
 import functools
+import itertools
+import math
 
 import pytest
 import torch
@@ -8,8 +10,16 @@ import sslops
 from . import oracle
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# [B, C, H, W] and patch size: lanes' worth, ragged ones, another channel count, one patch.
-CASES = [((3, 3, 64, 48), 16), ((2, 3, 28, 42), 14), ((2, 1, 20, 30), (5, 3)), ((2, 5, 34, 17), 17), ((1, 3, 8, 8), 8)]
+# [B, C, ...] and patch size: lanes' worth, ragged ones, another channel count, one patch, a signal, tubelets.
+CASES = [
+    ((3, 3, 64, 48), 16),
+    ((2, 3, 28, 42), 14),
+    ((2, 1, 20, 30), (5, 3)),
+    ((2, 5, 34, 17), 17),
+    ((1, 3, 8, 8), 8),
+    ((3, 2, 60), 20),
+    ((2, 3, 4, 16, 24), (2, 8, 8)),
+]
 each_target = pytest.mark.parametrize(("device", "backend"), oracle.targets("masked_patch_mse"))
 each_case = pytest.mark.parametrize(("shape", "patch"), CASES)
 each_norm = pytest.mark.parametrize("norm_pix", [True, False])
@@ -18,10 +28,10 @@ each_norm = pytest.mark.parametrize("norm_pix", [True, False])
 def inputs(shape, patch, *, dtype=torch.float32, device="cpu", scale=1.0, shift=0.0):
     """pred, images and a mask of about three quarters, never of none."""
     g = torch.Generator().manual_seed(sum(shape))
-    height, width = (patch, patch) if isinstance(patch, int) else patch
-    count = shape[2] // height * (shape[3] // width)
+    sides = (patch,) * (len(shape) - 2) if isinstance(patch, int) else patch
+    count = math.prod(side // p for side, p in zip(shape[2:], sides, strict=True))
     images = scale * torch.randn(shape, generator=g) + shift
-    pred = torch.randn(shape[0], count, shape[1] * height * width, generator=g)
+    pred = torch.randn(shape[0], count, shape[1] * math.prod(sides), generator=g)
     mask = (torch.rand(shape[0], count, generator=g) < 0.75).float()
     mask[:, -1] = 1
     return pred.to(device, dtype), images.to(device, dtype), mask.to(device)
@@ -31,7 +41,7 @@ def check(pred, images, mask, patch, backend, **options):
     """Against the reference, the images in float64 for the truth."""
 
     def op(pred, *, backend):
-        wide = images.double() if pred.dtype == torch.float64 else images
+        wide = images.double() if pred.dtype == torch.float64 and images.is_floating_point() else images
         return sslops.masked_patch_mse(pred, wide, mask, patch, backend=backend, **options)
 
     with oracle.poisoned_memory():
@@ -56,6 +66,18 @@ def test_other_dtype_of_pred(device, backend, norm_pix, dtype):
 
 
 @each_target
+@each_norm
+@pytest.mark.parametrize(("shape", "patch"), [((2, 3, 32, 32), 16), ((2, 1, 4, 10, 6), (2, 5, 3))])
+def test_uint8_images(device, backend, norm_pix, shape, patch):
+    pred, images, mask = inputs(shape, patch, device=device)
+    images = (images * 80 + 128).clamp(0, 255).byte()
+    means, stds = [0.4, 0.5, 0.6][: shape[1]], [0.2, 0.3, 0.5][: shape[1]]
+    check(pred, images, mask, patch, backend, norm_pix=norm_pix)
+    check(pred, images, mask, patch, backend, norm_pix=norm_pix, mean=means, std=stds)
+    check(pred, images.float(), mask, patch, backend, norm_pix=norm_pix, mean=means)
+
+
+@each_target
 @pytest.mark.parametrize(
     ("scale", "shift"), [(1e-3, 0.0), (1e-8, 0.0), (1e4, 0.0), (1.0, 1e3), (1e-2, 1.0), (1e18, 0.0)]
 )
@@ -68,7 +90,7 @@ def test_magnitudes(device, backend, scale, shift):
 def test_trained(device, backend):
     """A loss near zero: the difference is what float32 leaves of two numbers."""
     pred, images, mask = inputs((2, 3, 32, 32), 16, device=device)
-    target = sslops._patches.patchify(images.double(), 16, 16, "hwc")
+    target = sslops._patches.patchify(images.double(), (16, 16), "hwc")
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     check((target + 1e-3 * pred).float(), images, mask, 16, backend)
 
@@ -155,24 +177,29 @@ def test_any_strides(device, backend, norm_pix, dtype):
         check(p, x, mask, 8, backend, norm_pix=norm_pix)
 
 
-def mae_loss(imgs, pred, mask, p, norm_pix):
+def mae_loss(imgs, pred, mask, patch, norm_pix):
     """By the paper: patches with channels last, their own mean and variance, the mean over the masked ones."""
     total, masked = 0.0, 0
+    axes = [range(0, side, p) for side, p in zip(imgs.shape[2:], patch, strict=True)]
+    corners = list(itertools.product(*axes))
     for n, i in mask.nonzero().tolist():
-        y, x = divmod(i, imgs.shape[3] // p)
-        patch = imgs[n, :, y * p : (y + 1) * p, x * p : (x + 1) * p].permute(1, 2, 0).flatten()
+        window = imgs[n][(slice(None), *(slice(at, at + p) for at, p in zip(corners[i], patch, strict=True)))]
+        pixels = window.movedim(0, -1).flatten()
         if norm_pix:
-            variance = ((patch - patch.mean()) ** 2).sum() / (len(patch) - 1)
-            patch = (patch - patch.mean()) / (variance + 1e-6) ** 0.5
-        total, masked = total + ((pred[n, i] - patch) ** 2).sum() / len(patch), masked + 1
+            variance = ((pixels - pixels.mean()) ** 2).sum() / (len(pixels) - 1)
+            pixels = (pixels - pixels.mean()) / (variance + 1e-6) ** 0.5
+        total, masked = total + ((pred[n, i] - pixels) ** 2).sum() / len(pixels), masked + 1
     return total / masked
 
 
 @each_norm
-def test_against_the_formula(norm_pix):
-    pred, images, mask = (x.double() for x in inputs((2, 3, 12, 8), 4))
-    expected = mae_loss(images, pred, mask, 4, norm_pix)
-    torch.testing.assert_close(sslops.masked_patch_mse(pred, images, mask, 4, norm_pix=norm_pix), expected)
+@pytest.mark.parametrize(
+    ("shape", "patch"), [((2, 3, 12, 8), (4, 4)), ((2, 3, 12), (4,)), ((2, 3, 4, 6, 8), (2, 3, 4))]
+)
+def test_against_the_formula(norm_pix, shape, patch):
+    pred, images, mask = (x.double() for x in inputs(shape, patch))
+    expected = mae_loss(images, pred, mask, patch, norm_pix)
+    torch.testing.assert_close(sslops.masked_patch_mse(pred, images, mask, patch, norm_pix=norm_pix), expected)
 
 
 def test_gradients_of_the_reference():
@@ -265,7 +292,7 @@ def test_batched_gradients(device, backend):
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_opcheck(device, backend, norm_pix, needs_grad):
     pred, images, mask = inputs((2, 3, 8, 12), 4, device=device)
-    arguments = (pred.requires_grad_(), images, mask, 4, 4, norm_pix, 1e-6, needs_grad, backend)
+    arguments = (pred.requires_grad_(), images, mask, [4, 4], [], [], norm_pix, 1e-6, needs_grad, backend)
     torch.library.opcheck(torch.ops.sslops.masked_patch_mse.default, arguments)
     with torch.no_grad():
         loss, inverse, _ = torch.ops.sslops.masked_patch_mse(*arguments)
@@ -322,11 +349,14 @@ def test_bad_input():
     refused(ValueError, "pred", pred[:, 1:], images, mask, 4)
     refused(ValueError, "images", pred.to("meta"), images, mask, 4)
     refused(ValueError, "mask", pred, images, mask.to("meta"), 4)
-    refused(TypeError, "images", pred, images.byte(), mask, 4)
+    refused(TypeError, "images", pred, images.int(), mask, 4)
+    refused(ValueError, "mean", pred, images, mask, 4, mean=[0.5])
+    refused(ValueError, "std", pred, images, mask, 4, std=[1.0, 0.0, 1.0])
     refused(ValueError, "images", pred, images[:, :, 1:], mask, 4)
     refused(TypeError, "mask", pred, images, mask.to(torch.complex64), 4)
     refused(ValueError, "mask", pred, images, mask[..., None], 4)
     refused(ValueError, "pred", pred, images, mask, 2)
+    refused(ValueError, "patch_size", pred, images, mask, (2, 4, 4))
     refused(ValueError, "patch_size", pred, images, mask, -4)
     refused(TypeError, "norm_pix", pred, images, mask, 4, norm_pix=1)
     for bad in (-1e-6, float("nan"), float("inf")):
@@ -336,7 +366,7 @@ def test_bad_input():
 
 def test_bad_input_to_the_registered_op():
     pred, images, mask = inputs((2, 3, 8, 12), 4)
-    good = (pred, images, mask, 4, 4, True, 1e-6, True, "cpu")
+    good = (pred, images, mask, [4, 4], [], [], True, 1e-6, True, "cpu")
     loss, inverse, _ = torch.ops.sslops.masked_patch_mse(*good)
     for at, bad, named in ((0, pred[:, 1:], "pred"), (1, images[:, :, 1:], "images"), (2, mask[:, 1:], "mask")):
         arguments = [*good[:at], bad, *good[at + 1 :]]

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -125,7 +126,7 @@ def test_masked_patch_mse():
     for same in (module, pickle.loads(pickle.dumps(module)), compiled):
         assert all(map(torch.equal, gradients(lambda p, f=same: f(p, images, mask), [pred]), expected))
     assert torch.equal(exported(pred, images, mask), expected[0])
-    assert repr(module) == "MaskedPatchMSE(patch_size=8, norm_pix=False, eps=1e-06, backend=None)"
+    assert repr(module) == "MaskedPatchMSE(patch_size=8, norm_pix=False, eps=1e-06, mean=None, std=None, backend=None)"
 
 
 def test_subclass():
@@ -152,12 +153,16 @@ def test_a_learned_temperature_is_a_parameter():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_masked_patch_embed(bias):
+@pytest.mark.parametrize(
+    ("size", "patch", "convolution"),
+    [((32, 48), (8, 16), nn.Conv2d), ((96,), 8, nn.Conv1d), ((4, 12, 8), (2, 4, 4), nn.Conv3d)],
+)
+def test_masked_patch_embed(bias, size, patch, convolution):
     """The tokens and gradients of convolution, positions and gather; the weights travel by name."""
-    module = sslops.nn.MaskedPatchEmbed((32, 48), (8, 16), 3, 20, bias=bias)
-    conv = nn.ModuleDict({"proj": nn.Conv2d(3, 20, (8, 16), stride=(8, 16), bias=bias)})
+    module = sslops.nn.MaskedPatchEmbed(size, patch, 3, 20, bias=bias)
+    conv = nn.ModuleDict({"proj": convolution(3, 20, patch, stride=patch, bias=bias)})
     module.load_state_dict(conv.state_dict())
-    images, positions = torch.randn(5, 3, 32, 48), torch.randn(1, 12, 20)
+    images, positions = torch.randn(5, 3, *size), torch.randn(1, 12, 20)
     ids = torch.rand(5, 12).argsort(1)[:, :7]
     results = []
     for model in (module, conv):
@@ -176,6 +181,40 @@ def test_masked_patch_embed(bias):
         oracle.assert_refused(
             ValueError, "MaskedPatchEmbed", "pos_embed", lambda s=shape: module(images, ids, torch.randn(s))
         )
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "other", "mode"),
+    [((32, 48), 8, (24, 64), "bicubic"), ((96,), 8, (40,), "linear"), ((4, 12, 8), (2, 4, 4), (6, 8, 8), "trilinear")],
+)
+def test_masked_patch_embed_at_another_size(size, patch, other, mode):
+    """24 patches where the module has 24, too, but elsewhere: a table of the module's grid is interpolated"""
+    module = sslops.nn.MaskedPatchEmbed(size, patch, 3, 20)
+    images, table = torch.randn(2, 3, *other), torch.randn(1, module.num_patches, 20, requires_grad=True)
+    every = module.proj(images).flatten(2).transpose(1, 2)
+    grid = module.proj(images).shape[2:]
+    ids = torch.rand(2, grid.numel()).argsort(1)[:, :3]
+    shaped = table.mT.reshape(1, 20, *module.grid_size)
+    expected = every + F.interpolate(shaped, grid, mode=mode, align_corners=False).flatten(2).mT
+    expected = expected.gather(1, ids[:, :, None].expand(-1, -1, 20))
+    found = module(images, ids, table)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(tokens.square().sum(), table)[0] for tokens in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
+    given = torch.randn(grid.numel(), 20)
+    if len(given) != module.num_patches:
+        torch.testing.assert_close(module(images, None, given), every + given, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="MaskedPatchEmbed: images: wanted a size that patches of"):
+        module(images[..., 1:])
+
+
+def test_masked_patch_embed_of_bytes():
+    means, stds = [0.4, 0.5, 0.6], [0.2, 0.3, 0.5]
+    module = sslops.nn.MaskedPatchEmbed(32, 8, mean=means, std=stds, embed_dim=20)
+    images, ids = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), torch.tensor([[3, 1], [15, 0]])
+    mean, std = (torch.tensor(x)[:, None, None] for x in (means, stds))
+    expected = module.proj((images / 255 - mean) / std).flatten(2).mT.gather(1, ids[:, :, None].expand(-1, -1, 20))
+    torch.testing.assert_close(module(images, ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bad_input_to_masked_patch_embed():
@@ -204,5 +243,7 @@ def test_bad_input_to_masked_patch_embed():
     make = sslops.nn.MaskedPatchEmbed
     refused(TypeError, "img_size", "224", make=make)
     refused(ValueError, "patch_size", 224, 17, make=make)
+    refused(ValueError, "patch_size", (224, 224), (2, 16, 16), make=make)
+    refused(ValueError, "img_size", (2, 2, 2, 2), 2, make=make)
     refused(TypeError, "in_chans", 224, 16, 3.0, make=make)
     refused(ValueError, "embed_dim", 224, 16, 3, 0, make=make)

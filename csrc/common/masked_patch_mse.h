@@ -9,7 +9,7 @@
 
 namespace sslops::masked_patch_mse {
 
-// Predicted patches [B, L, C * height * width], channels last in each.
+// Predicted patches [B, L, patch_size], channels last in each.
 struct Prediction {
   const void* data;
   DType dtype;
@@ -28,8 +28,9 @@ SSLOPS_HOST Prediction prediction(const Tensor& pred) {
   return {pred.data, pred.dtype, pred.strides[0], pred.strides[1]};
 }
 
-SSLOPS_HOST Target target(const Tensor& images, int64_t height, int64_t width, bool normalized, double eps) {
-  return {images.data, images.dtype, patches_of(images, height, width), normalized, static_cast<float>(eps)};
+SSLOPS_HOST Target target(const Tensor& images, int64_t frames, int64_t height, int64_t width, bool normalized,
+                          double eps) {
+  return {images.data, images.dtype, patches_of(images, frames, height, width), normalized, static_cast<float>(eps)};
 }
 
 // A pixel becomes ((x - mean) - rest) scale.

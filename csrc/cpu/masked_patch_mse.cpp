@@ -30,7 +30,7 @@ Normal normal_of(const float* x, int64_t n, float eps) {
   return normal(n, mean, differences, mean_square, eps);
 }
 
-Sums loss(Prediction pred, Target t, const float* mask, float grad, float* errors, void* d_pred) {
+Sums loss(Prediction pred, Target t, const float* factors, const float* mask, float grad, float* errors, void* d_pred) {
   const Patches& p = t.patches;
   const int64_t size = patch_size(p), count = patch_count(p), patches = p.images * count;
   const int64_t row = size * (pred.dtype == DType::f32 ? 4 : 2);
@@ -51,6 +51,7 @@ Sums loss(Prediction pred, Target t, const float* mask, float grad, float* error
       while (next < end && mask[next] == 0.f) ++next;
       if (next == end) next = i;
       load_planes(t.images, t.dtype, p, of_image(i), of_image(next), planes.data);
+      if (factors) scale_planes(planes.data, p, factors);
       const Normal norm = t.normalized ? normal_of(planes.data, size, t.eps) : Normal{0.f, 0.f, 1.f};
       const float* const x = arrange(planes.data, p, Layout::hwc, planes.data + size);
       const int64_t from = of_pred(i), ahead = of_pred(next);
@@ -69,22 +70,23 @@ Sums loss(Prediction pred, Target t, const float* mask, float grad, float* error
   return sums;
 }
 
-void call_forward(Tensor pred, Tensor images, Tensor mask, int64_t height, int64_t width, bool normalized, double eps,
-                  Tensor errors, Tensor result, Tensor inverse, Tensor d_pred) {
+void call_forward(Tensor pred, Tensor images, Tensor mask, int64_t frames, int64_t height, int64_t width,
+                  Tensor factors, bool normalized, double eps, Tensor errors, Tensor result, Tensor inverse,
+                  Tensor d_pred) {
   on_huge_pages(d_pred);
-  const Sums sums = loss(prediction(pred), target(images, height, width, normalized, eps), mask.as<float>(), 1.f,
-                         errors.as<float>(), d_pred.data);
+  const Sums sums = loss(prediction(pred), target(images, frames, height, width, normalized, eps), factors.as<float>(),
+                         mask.as<float>(), 1.f, errors.as<float>(), d_pred.data);
   const double over = sums.weight == 0. ? 0. : 1. / sums.weight;
   *result.as<float>() = static_cast<float>(sums.error * over);
   *inverse.as<float>() = static_cast<float>(over);
 }
 
-void call_backward(Tensor pred, Tensor images, Tensor mask, int64_t height, int64_t width, bool normalized, double eps,
-                   Tensor grad, Tensor, Tensor d_pred) {
+void call_backward(Tensor pred, Tensor images, Tensor mask, int64_t frames, int64_t height, int64_t width,
+                   Tensor factors, bool normalized, double eps, Tensor grad, Tensor, Tensor d_pred) {
   on_huge_pages(d_pred);
   const Scratch<float> errors(mask.numel);
-  loss(prediction(pred), target(images, height, width, normalized, eps), mask.as<float>(), *grad.as<float>(),
-       errors.data, d_pred.data);
+  loss(prediction(pred), target(images, frames, height, width, normalized, eps), factors.as<float>(), mask.as<float>(),
+       *grad.as<float>(), errors.data, d_pred.data);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Patches in float32, one at a time: pixels of any dtype and strides in, planes [C, height * width] out.
+// Patches in float32, one at a time: pixels of any dtype and strides in, planes [C, frames * height * width] out.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -32,23 +32,32 @@ SSLOPS_INLINE void prefetch(const void* base, DType dtype, int64_t index) {
   __builtin_prefetch(static_cast<const char*>(base) + index * size, 0, 2);
 }
 
+// body(from, at, channel): where each row of a patch's pixels begins, from its corner and in planes.
+template <typename Body>
+SSLOPS_INLINE void for_each_row(const Patches& p, const Body& body) {
+  int64_t at = 0;
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t frame = 0; frame < p.frames; ++frame)
+      for (int64_t row = 0; row < p.height; ++row, at += p.width)
+        body(c * p.channel_stride + frame * p.frame_stride + row * p.row_stride, at, c);
+}
+
 // kWidth: that of a patch where it is a constant, else 0. `next`: the corner of the patch that comes after; a patch's
 // rows lie too far apart for the hardware to see what will be read, and asking for them is a fifth of the time.
 template <DType kDType, typename T, int kWidth, bool kContiguous>
 void load_planes(const void* images, const Patches& p, int64_t corner, int64_t next, float* planes) {
   const int64_t width = kWidth ? kWidth : p.width, ahead = next - corner;
-  for (int64_t c = 0; c < p.channels; ++c, corner += p.channel_stride) {
-    int64_t from = corner;
-    for (int64_t row = 0; row < p.height; ++row, from += p.row_stride, planes += width) {
-      prefetch(images, kDType, from + ahead);
-      for_each_vector(width, [&](int64_t j, int lanes) {
-        if constexpr (kContiguous) return store_lanes(planes + j, lanes, load_pixels(images, kDType, from + j, lanes));
-        T raw[kLanes];
-        for (int k = 0; k < lanes; ++k) raw[k] = static_cast<const T*>(images)[from + (j + k) * p.pixel_stride];
-        store_lanes(planes + j, lanes, load_pixels(raw, kDType, 0, lanes));
-      });
-    }
-  }
+  for_each_row(p, [&](int64_t row, int64_t at, int64_t) {
+    const int64_t from = corner + row;
+    prefetch(images, kDType, from + ahead);
+    for_each_vector(width, [&](int64_t j, int lanes) {
+      if constexpr (kContiguous)
+        return store_lanes(planes + at + j, lanes, load_pixels(images, kDType, from + j, lanes));
+      T raw[kLanes];
+      for (int k = 0; k < lanes; ++k) raw[k] = static_cast<const T*>(images)[from + (j + k) * p.pixel_stride];
+      store_lanes(planes + at + j, lanes, load_pixels(raw, kDType, 0, lanes));
+    });
+  });
 }
 
 template <DType kDType, typename T>
@@ -64,6 +73,16 @@ inline void load_planes(const void* images, DType dtype, const Patches& p, int64
   if (dtype == DType::u8) return load_planes<DType::u8, uint8_t>(images, p, corner, next, planes);
   if (dtype == DType::bf16) return load_planes<DType::bf16, uint16_t>(images, p, corner, next, planes);
   load_planes<DType::f16, uint16_t>(images, p, corner, next, planes);
+}
+
+// factors [2, C]: each pixel times the first row, plus the second.
+inline void scale_planes(float* planes, const Patches& p, const float* factors) {
+  const int64_t area = patch_area(p);
+  for (int64_t c = 0; c < p.channels; ++c, planes += area)
+    for_each_vector(area, [&](int64_t j, int lanes) {
+      const F v = load_lanes(planes + j, lanes, 0.f) * factors[c];
+      store_lanes(planes + j, lanes, v + factors[p.channels + c]);
+    });
 }
 
 // A constant number of channels lets the compiler shuffle vectors.

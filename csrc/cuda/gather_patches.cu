@@ -1,6 +1,5 @@
 #include <cassert>
 #include <cmath>
-#include <string>
 
 #include "gather_patches.h"
 #include "patches.cuh"
@@ -16,21 +15,21 @@ constexpr int kSums = 8;  // values that a thread adds up at a time
 __global__ void __launch_bounds__(kThreads)
     gather(const void* images, DType dtype, Patches p, const int64_t* ids, int64_t k, Layout layout, Factors factors,
            void* out, DType out_dtype) {
-  const int64_t row = blockIdx.x, id = ids[row], size = patch_size(p);
+  const int64_t row = blockIdx.x, id = ids[row];
+  const unsigned size = static_cast<unsigned>(patch_size(p));
   const bool there = is_patch(p, id);
   assert(there);
-  const int64_t from = there ? corner(p, row / k, id) : 0;
+  const int64_t from = there ? corner(p, blockIdx.x / static_cast<unsigned>(k), id) : 0;  // 32 bits: no call
   // Four values side by side in the images, too, where a row of pixels is a multiple of four.
   const bool together = layout == Layout::chw && p.pixel_stride == 1 && p.width % kSize == 0 && dtype != DType::u8;
-  for (int64_t e = kSize * threadIdx.x; e < size; e += kSize * blockDim.x) {
+  for (unsigned e = kSize * threadIdx.x; e < size; e += kSize * kThreads) {
     const int n = static_cast<int>(size - e < kSize ? size - e : kSize);
     float value[kSize] = {NAN, NAN, NAN, NAN};
     if (there && together) read(images, dtype, from + place(p, layout, e).offset, n, value);
     for (int u = 0; u < kSize; ++u) {
       if (!there || u >= n || (together && !factors.used)) continue;
       const Place at = place(p, layout, e + u);
-      const float x = together ? value[u] : pixel(images, dtype, from + at.offset);
-      value[u] = factors.used ? x * factors.scale[at.channel] + factors.shift[at.channel] : x;
+      value[u] = scaled(factors, together ? value[u] : pixel(images, dtype, from + at.offset), at.channel);
     }
     write(out, out_dtype, row * size + e, n, value);
   }
@@ -72,36 +71,18 @@ void cuda_backward(void* d_images, DType dtype, Patches p, const int64_t* ids, i
            grad_dtype);
 }
 
-namespace {
-
-// Of factors [2, C], or None.
-Factors packed(const Tensor& factors) {
-  Factors f{bool(factors), {}, {}};
-  if (!f.used) return f;
-  const int64_t channels = factors.sizes[1];
-  if (channels > kMaxChannels)
-    throw std::invalid_argument("gather_patches: mean, std: wanted at most " + std::to_string(kMaxChannels) +
-                                " channels, got " + std::to_string(channels));
-  for (int64_t c = 0; c < channels; ++c) {
-    f.scale[c] = factors.as<float>()[c];
-    f.shift[c] = factors.as<float>()[channels + c];
-  }
-  return f;
-}
-
-}  // namespace
-
 const CudaTable& cuda_table() {
   static constexpr CudaTable table{
-      [](Tensor images, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor out,
+      [](Tensor images, Tensor ids, int64_t frames, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor out,
          Stream stream) {
-        cuda_forward(images.data, images.dtype, patches_of(images, height, width), ids.as<int64_t>(), ids.sizes[1],
-                     Layout(hwc), packed(factors), out.data, out.dtype, stream.handle);
+        cuda_forward(images.data, images.dtype, patches_of(images, frames, height, width), ids.as<int64_t>(),
+                     ids.sizes[1], Layout(hwc), packed("gather_patches", factors), out.data, out.dtype, stream.handle);
       },
-      [](Tensor grad, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor d_images,
-         Stream stream) {
-        cuda_backward(d_images.data, d_images.dtype, patches_of(d_images, height, width), ids.as<int64_t>(),
-                      ids.sizes[1], Layout(hwc), packed(factors), grad.data, grad.dtype, stream.handle);
+      [](Tensor grad, Tensor ids, int64_t frames, int64_t height, int64_t width, bool hwc, Tensor factors,
+         Tensor d_images, Stream stream) {
+        cuda_backward(d_images.data, d_images.dtype, patches_of(d_images, frames, height, width), ids.as<int64_t>(),
+                      ids.sizes[1], Layout(hwc), packed("gather_patches", factors), grad.data, grad.dtype,
+                      stream.handle);
       }};
   return table;
 }

@@ -6,14 +6,11 @@
 #include "../common/dtype.h"
 #include "../common/patches.h"
 
+namespace sslops {
+struct Factors;  // patches.cuh
+}
+
 namespace sslops::gather_patches {
-
-constexpr int kMaxChannels = 16;  // with factors: they travel as kernel arguments
-
-struct Factors {
-  bool used;
-  float scale[kMaxChannels], shift[kMaxChannels];
-};
 
 // As the CPU's table says; a row of NaN for an id that is no patch, which backward passes over.
 void cuda_forward(const void* images, DType dtype, Patches patches, const int64_t* ids, int64_t k, Layout layout,
@@ -24,10 +21,10 @@ void cuda_backward(void* d_images, DType dtype, Patches patches, const int64_t* 
 // What Python calls, on the stream it gives.
 struct CudaTable {
   // factors: on the host, for at most kMaxChannels channels.
-  void (*forward)(Tensor images, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor out,
-                  Stream stream);
-  void (*backward)(Tensor grad, Tensor ids, int64_t height, int64_t width, bool hwc, Tensor factors, Tensor d_images,
-                   Stream stream);
+  void (*forward)(Tensor images, Tensor ids, int64_t frames, int64_t height, int64_t width, bool hwc, Tensor factors,
+                  Tensor out, Stream stream);
+  void (*backward)(Tensor grad, Tensor ids, int64_t frames, int64_t height, int64_t width, bool hwc, Tensor factors,
+                   Tensor d_images, Stream stream);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"cuda_gather_patches", &CudaTable::forward},

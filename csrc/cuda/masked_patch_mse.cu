@@ -22,10 +22,15 @@ __device__ T block_sum(T x) {
   return total;
 }
 
-__device__ Normal normal_of(const Target& t, int64_t from) {
-  const Patches& p = t.patches;
-  const int64_t size = patch_size(p);
-  const auto x = [&](int64_t e) { return pixel(t.images, t.dtype, from + place(p, Layout::chw, e).offset); };
+// Value e of the target's patch at `from`, before it is normalised.
+__device__ float value(const Target& t, const Factors& factors, int64_t from, Layout layout, int64_t e) {
+  const Place at = place(t.patches, layout, e);
+  return scaled(factors, pixel(t.images, t.dtype, from + at.offset), at.channel);
+}
+
+__device__ Normal normal_of(const Target& t, const Factors& factors, int64_t from) {
+  const int64_t size = patch_size(t.patches);
+  const auto x = [&](int64_t e) { return value(t, factors, from, Layout::chw, e); };
   float total = 0.f, differences = 0.f, squares = 0.f;
   for (int64_t e = threadIdx.x; e < size; e += blockDim.x) total += x(e);
   const float mean = block_sum(total) / size, share = 1.f / size;
@@ -40,25 +45,28 @@ __device__ Normal normal_of(const Target& t, int64_t from) {
 
 // take(e, n, difference): values e .. e + n of pred - target of patch i, of which this thread takes its share.
 template <typename Take>
-__device__ void for_each_difference(const Prediction& pred, const Target& t, int64_t i, const Take& take) {
+__device__ void for_each_difference(const Prediction& pred, const Target& t, const Factors& factors, unsigned i,
+                                    const Take& take) {
   const Patches& p = t.patches;
-  const int64_t size = patch_size(p), image = i / patch_count(p), id = i % patch_count(p), from = corner(p, image, id);
-  const Normal norm = t.normalized ? normal_of(t, from) : Normal{0.f, 0.f, 1.f};
+  const unsigned count = static_cast<unsigned>(patch_count(p));  // 32 bits: no call
+  const int64_t size = patch_size(p), image = i / count, id = i % count, from = corner(p, image, id);
+  const Normal norm = t.normalized ? normal_of(t, factors, from) : Normal{0.f, 0.f, 1.f};
   for (int64_t e = kSize * threadIdx.x; e < size; e += kSize * blockDim.x) {
     const int n = static_cast<int>(size - e < kSize ? size - e : kSize);
     float difference[kSize];
     read(pred.data, pred.dtype, image * pred.image_stride + id * pred.patch_stride + e, n, difference);
     for (int u = 0; u < kSize; ++u)
-      difference[u] -= u < n ? apply(norm, pixel(t.images, t.dtype, from + place(p, Layout::hwc, e + u).offset)) : 0.f;
+      difference[u] -= u < n ? apply(norm, value(t, factors, from, Layout::hwc, e + u)) : 0.f;
     take(e, n, difference);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) forward(Prediction pred, Target t, const float* mask, float* errors) {
-  const int64_t i = blockIdx.x;
+__global__ void __launch_bounds__(kThreads)
+    forward(Prediction pred, Target t, Factors factors, const float* mask, float* errors) {
+  const unsigned i = blockIdx.x;
   float squares = 0.f;
   if (mask[i] != 0.f)
-    for_each_difference(pred, t, i, [&](int64_t, int, float (&d)[kSize]) {
+    for_each_difference(pred, t, factors, i, [&](int64_t, int, float (&d)[kSize]) {
       for (const float each : d) squares += each * each;  // 0 past the end
     });
   const float total = block_sum(squares);
@@ -81,15 +89,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    backward(Prediction pred, Target t, const float* mask, const float* grad, const float* inverse, void* d_pred) {
-  const int64_t i = blockIdx.x, size = patch_size(t.patches);
+__global__ void __launch_bounds__(kThreads) backward(Prediction pred, Target t, Factors factors, const float* mask,
+                                                     const float* grad, const float* inverse, void* d_pred) {
+  const unsigned i = blockIdx.x;
+  const int64_t size = patch_size(t.patches);
   const float weight = 2.f / size * *grad * *inverse * mask[i];
   const auto put = [&](int64_t e, int n, float (&d)[kSize]) {
     for (float& each : d) each *= weight;
     write(d_pred, pred.dtype, i * size + e, n, d);
   };
-  if (mask[i] != 0.f) return for_each_difference(pred, t, i, put);
+  if (mask[i] != 0.f) return for_each_difference(pred, t, factors, i, put);
   for (int64_t e = kSize * threadIdx.x; e < size; e += kSize * blockDim.x) {
     const float zero[kSize] = {};
     write(d_pred, pred.dtype, i * size + e, static_cast<int>(size - e < kSize ? size - e : kSize), zero);
@@ -98,30 +107,32 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void cuda_forward(Prediction pred, Target t, const float* mask, float* errors, float* loss, float* inverse,
-                  void* stream) {
+void cuda_forward(Prediction pred, Target t, const Factors& factors, const float* mask, float* errors, float* loss,
+                  float* inverse, void* stream) {
   const int64_t patches = t.patches.images * patch_count(t.patches);
-  if (patches > 0) launch(forward, patches, kThreads, stream, pred, t, mask, errors);
+  if (patches > 0) launch(forward, patches, kThreads, stream, pred, t, factors, mask, errors);
   launch(finish, 1, kThreads, stream, errors, mask, patches, loss, inverse);
 }
 
-void cuda_backward(Prediction pred, Target t, const float* mask, const float* grad, const float* inverse, void* d_pred,
-                   void* stream) {
+void cuda_backward(Prediction pred, Target t, const Factors& factors, const float* mask, const float* grad,
+                   const float* inverse, void* d_pred, void* stream) {
   const int64_t patches = t.patches.images * patch_count(t.patches);
-  if (patches > 0) launch(backward, patches, kThreads, stream, pred, t, mask, grad, inverse, d_pred);
+  if (patches > 0) launch(backward, patches, kThreads, stream, pred, t, factors, mask, grad, inverse, d_pred);
 }
 
 const CudaTable& cuda_table() {
   static constexpr CudaTable table{
-      [](Tensor pred, Tensor images, Tensor mask, int64_t height, int64_t width, bool normalized, double eps,
-         Tensor errors, Tensor loss, Tensor inverse, Stream stream) {
-        cuda_forward(prediction(pred), target(images, height, width, normalized, eps), mask.as<float>(),
-                     errors.as<float>(), loss.as<float>(), inverse.as<float>(), stream.handle);
+      [](Tensor pred, Tensor images, Tensor mask, int64_t frames, int64_t height, int64_t width, Tensor factors,
+         bool normalized, double eps, Tensor errors, Tensor loss, Tensor inverse, Stream stream) {
+        cuda_forward(prediction(pred), target(images, frames, height, width, normalized, eps),
+                     packed("masked_patch_mse", factors), mask.as<float>(), errors.as<float>(), loss.as<float>(),
+                     inverse.as<float>(), stream.handle);
       },
-      [](Tensor pred, Tensor images, Tensor mask, int64_t height, int64_t width, bool normalized, double eps,
-         Tensor grad, Tensor inverse, Tensor d_pred, Stream stream) {
-        cuda_backward(prediction(pred), target(images, height, width, normalized, eps), mask.as<float>(),
-                      grad.as<float>(), inverse.as<float>(), d_pred.data, stream.handle);
+      [](Tensor pred, Tensor images, Tensor mask, int64_t frames, int64_t height, int64_t width, Tensor factors,
+         bool normalized, double eps, Tensor grad, Tensor inverse, Tensor d_pred, Stream stream) {
+        cuda_backward(prediction(pred), target(images, frames, height, width, normalized, eps),
+                      packed("masked_patch_mse", factors), mask.as<float>(), grad.as<float>(), inverse.as<float>(),
+                      d_pred.data, stream.handle);
       }};
   return table;
 }

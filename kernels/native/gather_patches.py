@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import call as native
+from . import patches
 from .call import call
 
 if TYPE_CHECKING:
@@ -19,14 +20,7 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _options(x: Arguments) -> tuple[Any, ...]:
-    """Of patches; and, if a pixel does not stay as it is, what it is multiplied by and what is added then, [2, C]"""
-    unit, channels = 255.0 if x.images.dtype == torch.uint8 else 1.0, x.images.shape[1]
-    factors = None
-    if x.mean or x.std or unit != 1:
-        means, stds = x.mean or [0.0] * channels, x.std or [1.0] * channels
-        scale, shift = [1 / (unit * s) for s in stds], [-m / s for m, s in zip(means, stds, strict=True)]
-        factors = torch.tensor([scale, shift], dtype=torch.float32, device="cpu")
-    return x.height, x.width, x.layout == "hwc", factors
+    return *patches.sizes(x.patch_size), x.layout == "hwc", patches.factors(x.images, x.mean, x.std)
 
 
 def forward(x: Arguments) -> Tensor:

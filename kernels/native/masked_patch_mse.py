@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import patches
 from .call import call, refuses  # noqa: F401
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def _operands(x: Arguments) -> tuple[Any, ...]:
     # A decoder's output without its class token is no contiguous tensor, but its patches are.
     pred = x.pred if x.pred.stride(2) == 1 else x.pred.contiguous()
-    return pred, x.images, x.mask.float(), x.height, x.width, x.norm_pix, x.eps
+    factors = patches.factors(x.images, x.mean, x.std)
+    return pred, x.images, x.mask.float(), *patches.sizes(x.patch_size), factors, x.norm_pix, x.eps
 
 
 def forward(x: Arguments) -> tuple[Tensor, ...]:

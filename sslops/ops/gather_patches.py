@@ -1,5 +1,6 @@
 """The patches that a mask leaves visible, straight from the images."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -12,10 +13,9 @@ from .._library import Out, register
 
 
 class Arguments(NamedTuple):
-    images: Annotated[Tensor, Of("B C H W", (*_check.FLOAT_DTYPES, torch.uint8), strided=True)]
-    ids: Annotated[Tensor, Of("B K", _check.ID_DTYPES, below=lambda x: _patches.count(x.images, x.height, x.width))]
-    height: int
-    width: int
+    images: Annotated[Tensor, Of("B C ...", _patches.PIXEL_DTYPES, strided=True)]
+    ids: Annotated[Tensor, Of("B K", _check.ID_DTYPES, below=lambda x: _patches.count(x.images, x.patch_size))]
+    patch_size: list[int]  # one for each size of the images
     layout: str
     mean: list[float]  # [C], or none
     std: list[float]
@@ -24,7 +24,7 @@ class Arguments(NamedTuple):
 
     @property
     def patch_values(self) -> int:
-        return self.images.shape[1] * self.height * self.width
+        return self.images.shape[1] * math.prod(self.patch_size)
 
 
 def outputs(x: Arguments) -> Out:
@@ -32,46 +32,27 @@ def outputs(x: Arguments) -> Out:
 
 
 def reference(x: Arguments) -> Tensor:
-    """[B, K, C * height * width]: normalise, patchify, gather, in float32 (float64 for float64)"""
-    pixels = x.images.to(torch.promote_types(x.images.dtype, torch.float32))
-    if x.images.dtype == torch.uint8:
-        pixels = pixels / 255
-    if x.mean:
-        pixels = pixels - pixels.new_tensor(x.mean)[:, None, None]
-    if x.std:
-        pixels = pixels / pixels.new_tensor(x.std)[:, None, None]
-    patches = _patches.patchify(pixels, x.height, x.width, x.layout)
+    """[B, K, C * patch]: normalise, patchify, gather, in float32 (float64 for float64)"""
+    pixels = _patches.pixels(x.images, x.mean, x.std, torch.promote_types(x.images.dtype, torch.float32))
+    patches = _patches.patchify(pixels, x.patch_size, x.layout)
     return patches.gather(1, x.ids[:, :, None].expand(-1, -1, patches.shape[2])).to(x.dtype)
 
 
 def _check_options(x: Arguments) -> None:
-    op, channels = "gather_patches", x.images.shape[1]
-    _patches.check_tiles(op, x.images, x.height, x.width)
+    op = "gather_patches"
+    _patches.check(op, x.images, x.patch_size, x.mean, x.std)
     _check.choice(op, "layout", x.layout, ("chw", "hwc"))
     if x.dtype not in _check.FLOAT_DTYPES:
         _check.bad_type(op, "dtype", "a floating-point dtype", x.dtype)
-    for name, values, each in (("mean", x.mean, _check.finite), ("std", x.std, _check.positive)):
-        if len(values) not in (0, channels):
-            _check.bad_value(op, name, f"{channels} numbers, one for each channel", f"{len(values)}")
-        for value in values:
-            each(op, **{name: value})
 
 
 _run = register("gather_patches", Arguments, outputs, reference=reference, check=_check_options, gradients=("images",))
 
 
-def _numbers(name: str, values: Sequence[float] | None) -> list[float]:
-    if values is None:
-        return []
-    if isinstance(values, (Tensor, str)) or not isinstance(values, Sequence):
-        _check.bad_type("gather_patches", name, "a sequence of numbers, one for each channel", type(values).__name__)
-    return list(values)
-
-
 def gather_patches(
     images: Tensor,
     ids: Tensor,
-    patch_size: int | tuple[int, int],
+    patch_size: int | tuple[int, ...],
     *,
     layout: str = "chw",
     mean: Sequence[float] | None = None,
@@ -82,19 +63,21 @@ def gather_patches(
     """The patches `ids` of each image, each as a row, without touching the others: patchify and gather in one pass.
 
     Args:
-        images: [B, C, H, W], float32, float16, bfloat16, float64 (which runs the eager reference) or uint8, of any
-            strides (channels_last too). uint8 pixels are divided by 255.
+        images: [B, C, H, W], or signals [B, C, W], or videos and volumes [B, C, T, H, W]; float32, float16, bfloat16,
+            float64 (which runs the eager reference) or uint8, of any strides (channels_last too). uint8 pixels are
+            divided by 255.
         ids: [B, K] int64 or int32, patches in row-major order of the grid, repeated or not; K may be 0. On a CUDA
             device they are not checked: an id that is no patch gives a row of NaN, and has no gradient.
-        patch_size: p, or (height, width), in pixels; patches must tile the image.
-        layout: "chw", the order of a convolution's weight, or "hwc", that of MAE's patchify: rows, columns, channels.
+        patch_size: in pixels, one number or one for each size of the images: (height, width); patches must tile them.
+        layout: "chw", the order of a convolution's weight, or "hwc", that of MAE's patchify, channels last: rows,
+            columns, channels; in a video frames come before rows.
         mean, std: C numbers each; a pixel x becomes (x - mean) / std. On CUDA, for at most 16 channels.
         dtype: of the result: float32, float16, bfloat16, or float64; that of the images if None, float32 for uint8.
         backend: "cpu", "cuda" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
-        [B, K, C * height * width]. Its gradient to the images is zero where no patch is, and the sum over ids that
-        repeat; the same bits on every run.
+        [B, K, P], P = C * height * width being the values of a patch. Its gradient to the images is zero where no patch
+        is, and the sum over ids that repeat; the same bits on every run.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; on the CPU, ids out of range.
@@ -102,11 +85,11 @@ def gather_patches(
 
     Source: the visible patches of He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
     """
-    height, width = _patches.pair("gather_patches", "patch_size", patch_size)
+    op = "gather_patches"
+    sides = _patches.sides(op, "patch_size", patch_size, images)
     if dtype is None:
         images_dtype = getattr(images, "dtype", torch.float32)
         dtype = torch.float32 if images_dtype == torch.uint8 else images_dtype
-    means, stds = _numbers("mean", mean), _numbers("std", std)
-    x = Arguments(images, _check.ids64(ids), height, width, layout, means, stds, dtype)
-    out: Tensor = _run(x, backend)
+    means, stds = _patches.numbers(op, "mean", mean), _patches.numbers(op, "std", std)
+    out: Tensor = _run(Arguments(images, _check.ids64(ids), sides, layout, means, stds, dtype), backend)
     return out

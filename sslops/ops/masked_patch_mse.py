@@ -1,5 +1,7 @@
 """The loss of MAE: the squared error on masked patches of images."""
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
@@ -12,10 +14,11 @@ from .._library import Out, register
 
 class Arguments(NamedTuple):
     pred: Annotated[Tensor, Of("B L P", strided=True)]
-    images: Annotated[Tensor, Of("B C H W", strided=True)]
+    images: Annotated[Tensor, Of("B C ...", _patches.PIXEL_DTYPES, strided=True)]
     mask: Annotated[Tensor, Of("B M")]  # M = L, as the images say
-    height: int
-    width: int
+    patch_size: list[int]  # one for each size of the images
+    mean: list[float]  # [C], or none
+    std: list[float]
     norm_pix: bool
     eps: float
     ahead: bool  # d_pred in forward, for a backward under a gradient of 1; on the CPU
@@ -36,7 +39,7 @@ def outputs(x: Arguments) -> Outputs:
 def reference(x: Arguments) -> tuple[Tensor]:
     """loss [], as MAE computes it, in float32 (float64 for float64); 0 where MAE's is 0 / 0"""
     wide = torch.promote_types(x.pred.dtype, torch.float32)
-    target = _patches.patchify(x.images.detach().to(wide), x.height, x.width, "hwc")
+    target = _patches.patchify(_patches.pixels(x.images.detach(), x.mean, x.std, wide), x.patch_size, "hwc")
     if x.norm_pix:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + x.eps).sqrt()
     weight = x.mask.to(wide)
@@ -48,9 +51,8 @@ def reference(x: Arguments) -> tuple[Tensor]:
 
 def _check_shapes(x: Arguments) -> None:
     op = "masked_patch_mse"
-    _patches.check_tiles(op, x.images, x.height, x.width)
-    count = _patches.count(x.images, x.height, x.width)
-    wanted = [len(x.images), count, x.images.shape[1] * x.height * x.width]
+    _patches.check(op, x.images, x.patch_size, x.mean, x.std)
+    wanted = [len(x.images), _patches.count(x.images, x.patch_size), x.images.shape[1] * math.prod(x.patch_size)]
     for name, tensor, shape in (("pred", x.pred, wanted), ("mask", x.mask, wanted[:2])):
         if list(tensor.shape) != shape:
             _check.bad_value(op, name, f"shape {shape}", list(tensor.shape))
@@ -72,10 +74,12 @@ def masked_patch_mse(
     pred: Tensor,
     images: Tensor,
     mask: Tensor,
-    patch_size: int | tuple[int, int],
+    patch_size: int | tuple[int, ...],
     *,
     norm_pix: bool = True,
     eps: float = 1e-6,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The loss of MAE: the squared error between predicted and true patches, averaged over the masked ones.
@@ -83,13 +87,15 @@ def masked_patch_mse(
     Only masked patches are read. The gradient goes to `pred`; the images are the target and get none.
 
     Args:
-        pred: [B, L, p * p * C], the predicted pixels of each patch in MAE's order: rows, columns, channels. float32,
-            float16, bfloat16 or float64 (which runs the eager reference). `decoded[:, 1:]` is taken as it is.
-        images: [B, C, H, W], floating point, of any strides (channels_last too).
+        pred: [B, L, p * p * C], the predicted pixels of each patch in MAE's order: (frames,) rows, columns, channels.
+            float32, float16, bfloat16 or float64 (which runs the eager reference). `decoded[:, 1:]` is taken as it is.
+        images: [B, C, H, W], or signals [B, C, W], or videos and volumes [B, C, T, H, W]; floating point, or uint8,
+            which is divided by 255; of any strides (channels_last too).
         mask: [B, L], 1 or True where a patch was masked; of any dtype. Other weights give a weighted mean.
-        patch_size: p, or (height, width), in pixels; patches must tile the image.
+        patch_size: in pixels, one number or one for each size of the images: (height, width); patches must tile them.
         norm_pix: predict each patch less its mean, over sqrt(its unbiased variance + eps).
         eps: added to the variance, at least 0.
+        mean, std: C numbers each; a pixel x of the images becomes (x - mean) / std. On CUDA, for at most 16 channels.
         backend: "cpu", "cuda" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
@@ -102,12 +108,14 @@ def masked_patch_mse(
 
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377, section 3.
     """
-    height, width = _patches.pair("masked_patch_mse", "patch_size", patch_size)
-    _check.flag("masked_patch_mse", "norm_pix", norm_pix)
+    op = "masked_patch_mse"
+    sides = _patches.sides(op, "patch_size", patch_size, images)
+    means, stds = _patches.numbers(op, "mean", mean), _patches.numbers(op, "std", std)
+    _check.flag(op, "norm_pix", norm_pix)
     if isinstance(mask, Tensor) and isinstance(pred, Tensor) and not mask.is_complex():
         mask = mask.to(torch.promote_types(pred.dtype, torch.float32))
     needs_grad = torch.is_grad_enabled() and isinstance(pred, Tensor) and pred.requires_grad
     ahead = needs_grad and not torch.compiler.is_compiling()
-    x = Arguments(pred, images, mask, height, width, norm_pix, eps, ahead)
+    x = Arguments(pred, images, mask, sides, means, stds, norm_pix, eps, ahead)
     loss: Tensor = _run(x, backend)[0]
     return loss

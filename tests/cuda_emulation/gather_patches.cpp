@@ -1,4 +1,5 @@
-// The CUDA kernels against the CPU's: all dtypes, both layouts, strides, rows that four divides and others, repeated ids.
+// The CUDA kernels against the CPU's: all dtypes, both layouts, strides, rows that four divides and others, repeated
+// ids.
 #include "cuda/gather_patches.cu"
 
 #include <cstdio>
@@ -34,19 +35,22 @@ int compare(const Patches& p, int64_t k, DType dtype, DType out_dtype, Layout la
   for (int64_t i = 0; i < p.images * k; ++i) ids[i] = random() % count;
   Factors factors{scaled, {}, {}};
   for (int c = 0; c < kMaxChannels; ++c) factors.scale[c] = 2.f + c, factors.shift[c] = 1.f - c;
-  const float *const scale = scaled ? factors.scale : nullptr, *const shift = scaled ? factors.shift : nullptr;
+  float rows[2 * kMaxChannels];  // of p.channels
+  for (int c = 0; c < p.channels; ++c) rows[c] = factors.scale[c], rows[p.channels + c] = factors.shift[c];
+  const float* const both = scaled ? rows : nullptr;
 
   const int64_t bytes = p.images * k * size * item(out_dtype);
   const std::unique_ptr<char[]> a(new char[bytes]), b(new char[bytes]);
-  portable::table.forward(images.get(), dtype, p, ids.get(), k, layout, scale, shift, a.get(), out_dtype);
+  portable::table.forward(images.get(), dtype, p, ids.get(), k, layout, both, a.get(), out_dtype);
   cuda_forward(images.get(), dtype, p, ids.get(), k, layout, factors, b.get(), out_dtype, nullptr);
   int wrong = std::memcmp(a.get(), b.get(), bytes) != 0;
 
   Patches q = p;  // of a gradient: contiguous
-  q.pixel_stride = 1, q.row_stride = p.grid_width * p.width, q.channel_stride = p.grid_height * p.height * q.row_stride;
+  q.pixel_stride = 1, q.row_stride = p.grid_width * p.width, q.frame_stride = p.grid_height * p.height * q.row_stride;
+  q.channel_stride = p.grid_frames * p.frames * q.frame_stride;
   if (dtype != DType::u8) {
     const std::unique_ptr<char[]> c(new char[pixels * item(dtype)]), d(new char[pixels * item(dtype)]);
-    portable::table.backward(c.get(), dtype, q, ids.get(), k, layout, scale, grad.get(), out_dtype);
+    portable::table.backward(c.get(), dtype, q, ids.get(), k, layout, both, grad.get(), out_dtype);
     cuda_backward(d.get(), dtype, q, ids.get(), k, layout, factors, grad.get(), out_dtype, nullptr);
     wrong += std::memcmp(c.get(), d.get(), pixels * item(dtype)) != 0;
   }
@@ -67,15 +71,20 @@ int compare(const Patches& p, int64_t k, DType dtype, DType out_dtype, Layout la
 int run() {
   std::mt19937 random(0);
   int wrong = 0;
-  // Contiguous rows of 8 and of 3 pixels, and channels_last.
-  const Patches wide{2, 3, 2, 3, 4, 8, 3 * 8 * 24, 8 * 24, 24, 1}, odd{1, 2, 2, 2, 5, 3, 2 * 10 * 6, 10 * 6, 6, 1};
-  const Patches last{2, 3, 1, 2, 8, 8, 3 * 8 * 16, 1, 3 * 16, 3};
+  // Contiguous rows of 8 and of 3 pixels, channels_last, a signal, and a video of 2 x 3 x 4.
+  const Patches wide{2, 3, 1, 2, 3, 1, 4, 8, 3 * 8 * 24, 8 * 24, 0, 24, 1};
+  const Patches odd{1, 2, 1, 2, 2, 1, 5, 3, 2 * 10 * 6, 10 * 6, 0, 6, 1};
+  const Patches last{2, 3, 1, 1, 2, 1, 8, 8, 3 * 8 * 16, 1, 0, 3 * 16, 3};
+  const Patches signal{2, 2, 1, 1, 3, 1, 1, 7, 2 * 21, 21, 0, 0, 1};
+  const Patches video{2, 2, 2, 3, 2, 2, 3, 4, 2 * 4 * 9 * 8, 4 * 9 * 8, 9 * 8, 8, 1};
   for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::u8})
     for (Layout layout : {Layout::chw, Layout::hwc}) {
       const DType own = dtype == DType::u8 ? DType::f32 : dtype;
       wrong += compare(wide, 5, dtype, own, layout, false, random);
       wrong += compare(odd, 7, dtype, DType::f32, layout, true, random);
       wrong += compare(last, 2, dtype, DType::bf16, layout, true, random);
+      wrong += compare(signal, 4, dtype, own, layout, false, random);
+      wrong += compare(video, 9, dtype, own, layout, true, random);
     }
   return wrong;
 }

@@ -10,12 +10,16 @@
 namespace sslops::masked_patch_mse {
 namespace {
 
-int64_t item(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+int64_t item(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2; }
 
 std::unique_ptr<char[]> numbers(DType dtype, int64_t n, std::mt19937& random) {
   std::unique_ptr<char[]> bytes(new char[n * item(dtype)]);
   std::normal_distribution<float> normal;
-  for (int64_t k = 0; k < n; ++k) set_pixel(bytes.get(), dtype, k, normal(random) + 1.f);
+  for (int64_t k = 0; k < n; ++k)
+    if (dtype == DType::u8)
+      bytes[k] = static_cast<char>(random() % 256);
+    else
+      set_pixel(bytes.get(), dtype, k, normal(random) + 1.f);
   return bytes;
 }
 
@@ -37,12 +41,20 @@ int compare(const Patches& p, DType dtype, DType images_dtype, bool normalized, 
   const std::unique_ptr<char[]> a(new char[patches * size * item(dtype)]), b(new char[patches * size * item(dtype)]);
   float loss = -1.f, inverse = -1.f;
   const float grad = 3.f;
-  const Sums sums = portable::table.loss(pred, target, mask.get(), grad, errors.get(), a.get());
-  cuda_forward(pred, target, mask.get(), others.get(), &loss, &inverse, nullptr);
+  const bool scaled = images_dtype == DType::u8;
+  Factors factors{scaled, {}, {}};
+  float rows[2 * kMaxChannels];  // of p.channels
+  for (int c = 0; c < p.channels; ++c) {
+    rows[c] = factors.scale[c] = (1.f + c) / 255;
+    rows[p.channels + c] = factors.shift[c] = 0.5f * c;
+  }
+  const float* const both = scaled ? rows : nullptr;
+  const Sums sums = portable::table.loss(pred, target, both, mask.get(), grad, errors.get(), a.get());
+  cuda_forward(pred, target, factors, mask.get(), others.get(), &loss, &inverse, nullptr);
   const float wanted = sums.weight == 0. ? 0.f : static_cast<float>(1. / sums.weight);
   bool right = close(wanted, inverse, DType::f32) && close(static_cast<float>(sums.error) * wanted, loss, DType::f32);
 
-  cuda_backward(pred, target, mask.get(), &grad, &inverse, b.get(), nullptr);
+  cuda_backward(pred, target, factors, mask.get(), &grad, &inverse, b.get(), nullptr);
   for (int64_t e = 0; e < patches * size; ++e)
     right = right && close(pixel(a.get(), dtype, e), pixel(b.get(), dtype, e), dtype);
   if (!right) std::printf("differs: dtypes %d, %d, masked %d\n", int(dtype), int(images_dtype), masked);
@@ -52,13 +64,16 @@ int compare(const Patches& p, DType dtype, DType images_dtype, bool normalized, 
 int run() {
   std::mt19937 random(0);
   int wrong = 0;
-  const Patches even{2, 3, 2, 2, 8, 8, 3 * 16 * 16, 16 * 16, 16, 1}, odd{1, 2, 2, 3, 5, 3, 2 * 10 * 9, 10 * 9, 9, 1};
-  const Patches last{1, 3, 1, 2, 8, 8, 3 * 8 * 16, 1, 3 * 16, 3};
+  const Patches even{2, 3, 1, 2, 2, 1, 8, 8, 3 * 16 * 16, 16 * 16, 0, 16, 1};
+  const Patches odd{1, 2, 1, 2, 3, 1, 5, 3, 2 * 10 * 9, 10 * 9, 0, 9, 1};
+  const Patches last{1, 3, 1, 1, 2, 1, 8, 8, 3 * 8 * 16, 1, 0, 3 * 16, 3};
+  const Patches video{1, 3, 2, 2, 1, 2, 3, 4, 3 * 4 * 6 * 4, 4 * 6 * 4, 6 * 4, 4, 1};
   for (DType dtype : {DType::f32, DType::bf16, DType::f16})
     for (bool normalized : {true, false}) {
       for (int masked : {0, 1, 2}) wrong += compare(odd, dtype, dtype, normalized, masked, random);
       wrong += compare(even, dtype, DType::f32, normalized, 2, random);
       wrong += compare(last, dtype, dtype, normalized, 2, random);
+      wrong += compare(video, dtype, DType::u8, normalized, 2, random);
     }
   return wrong;
 }

@@ -89,7 +89,7 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
         ("gather_tokens", "gather_tokens.cu", "plain", "names += __popc(found)", "names |= found != 0", "differs"),
         ("gather_patches", "gather_patches.cu", "memory", "size - e < kSize ? size - e : kSize", "kSize", "AddressSan"),
         ("gather_patches", "gather_patches.cu", "plain", "p.width % kSize == 0 && ", "", "differs"),
-        ("gather_patches", "gather_patches.cu", "memory", "row / k, id) : 0", "row / k, id) - 1 : 0", "AddressSan"),
+        ("gather_patches", "gather_patches.cu", "memory", "(k), id) : 0", "(k), id) - 1 : 0", "AddressSan"),
         ("masked_patch_mse", "masked_patch_mse.cu", "threads", "    __syncthreads();\n  }", "  }", "data race"),
         ("masked_patch_mse", "masked_patch_mse.cu", "plain", "*inverse * mask[i]", "*inverse", "differs"),
     ],
