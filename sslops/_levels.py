@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import _check
+from ._schema import tensors_in
 
 
 def through_levels(
@@ -16,9 +17,7 @@ def through_levels(
     """op(*values) under torch.func, which takes autograd.Functions of this form through its levels, and no op of
     torch.library that has a derivative. Batches go one by one.
     """
-    flat, spec = tree_flatten(
-        values, is_leaf=lambda x: isinstance(x, list) and not any(isinstance(y, Tensor) for y in x)
-    )
+    flat, spec = tree_flatten(values, is_leaf=lambda x: isinstance(x, list) and not tensors_in(x))
     of_output: list[Any] = []
 
     class Function(torch.autograd.Function):

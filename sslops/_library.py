@@ -5,7 +5,7 @@ kernels and fakes take it, and torch's schema is derived from its fields.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from . import _check, distributed
 from ._levels import through_levels
 from ._precision import compute_dtype
-from ._schema import LIBRARY, Out, Outputs, Schema, define
+from ._schema import LIBRARY, Out, Outputs, Schema, define, tensors_in
 from .backend import BACKENDS, is_distributed, kernel, refusal, resolve
 
 __all__ = ["Out", "register"]
@@ -65,16 +65,8 @@ def _replaced(x: Any, **values: Any) -> Any:
 
 def _wide(x: Any) -> torch.dtype:
     """The dtype that a backend is chosen by: float64 if any is"""
-    dtypes = [value.dtype for value in _tensors(x)] + [value for value in x if isinstance(value, torch.dtype)]
+    dtypes = [value.dtype for value in tensors_in(x)] + [value for value in x if isinstance(value, torch.dtype)]
     return torch.float64 if torch.float64 in dtypes else _check.first(x).dtype
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Those in lists too"""
-    found = []
-    for value in values:
-        found += [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)]
-    return found
 
 
 def register(
@@ -239,10 +231,10 @@ def register(
         if "needs_grad" in x._fields:
             values = (filled.get(field, getattr(x, field)) for field in gradients)
             filled["needs_grad"] = [
-                torch.is_grad_enabled() and any(in_levels or each.requires_grad for each in _tensors([value]))
+                torch.is_grad_enabled() and any(in_levels or each.requires_grad for each in tensors_in([value]))
                 for value in values
             ]
-        traced = _is_traced() or not all(type(each) in _PLAIN for each in _tensors(x))
+        traced = _is_traced() or not all(type(each) in _PLAIN for each in tensors_in(x))
         if not traced:
             _check.indices(name, x, declared)
         if filled["backend"] == "eager":
@@ -270,9 +262,9 @@ def register(
         ctx.mark_non_differentiable(*extra.values())
         ctx.unit = [extra.pop(each) for each in units]
         ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
-        ctx.counts = [len(_tensors([value])) for value in values]
+        ctx.counts = [len(tensors_in([value])) for value in values]
         ctx.rest = [None if count else value for value, count in zip(values, ctx.counts, strict=True)]
-        ctx.save_for_backward(*_tensors(values), *extra.values())
+        ctx.save_for_backward(*tensors_in(values), *extra.values())
 
     def differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)

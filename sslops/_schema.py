@@ -1,6 +1,6 @@
 """Ops as torch's library has them: the schema of an op's arguments, and the library itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -76,6 +76,14 @@ class Schema:
                 value = number if value is None else value
             found.append(value)
         return self.arguments(*found)
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Those in lists too"""
+    found = []
+    for value in values:
+        found += [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)]
+    return found
 
 
 def define(op: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
