@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .rows import load_at
 
 # These change from batch to batch: no compilation for each. Steps and D may be multiples of 16: loads are wide then.
 SIZES = ("N", "span", "splits", "count", "tiles", "outer", "inner")
@@ -24,16 +25,9 @@ BLOCKS = {"PARTS": PARTS, "BLOCK_R": 64, "BLOCK_D": 32, "num_warps": 8, **launch
 
 
 @triton.jit
-def _load(x, rows, columns, N, D):
-    """x[rows, columns] of x [N, D] in float32, zeros outside"""
-    mask = (rows < N)[:, None] & (columns < D)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _centred(x, rows, columns, mean, N, D):
     """x - mean in float64, zeros outside of x"""
-    return tl.where((rows < N)[:, None], _load(x, rows, columns, N, D).to(tl.float64) - mean[None, :], 0.0)
+    return tl.where((rows < N)[:, None], load_at(x, rows, columns, N, D).to(tl.float64) - mean[None, :], 0.0)
 
 
 @triton.jit
@@ -43,7 +37,7 @@ def _part(x, parts, view, columns, N, D, span, splits, BLOCK_R: tl.constexpr, BL
     first, last = split * span, tl.minimum(split * span + span, N)
     total = tl.zeros([BLOCK_D], tl.float64)
     for i in range(first, last, BLOCK_R):
-        total += tl.sum(_load(x, i + tl.arange(0, BLOCK_R), columns, N, D).to(tl.float64), 0)
+        total += tl.sum(load_at(x, i + tl.arange(0, BLOCK_R), columns, N, D).to(tl.float64), 0)
     mean = total * (1.0 / tl.maximum(last - first, 1).to(tl.float64))
     squares = tl.zeros([BLOCK_D], tl.float64)
     for i in range(first, last, BLOCK_R):
@@ -179,10 +173,10 @@ def _backward_sums(
         rows = i + tl.arange(0, BLOCK_R)
         a = _centred(x, rows, columns, mean_x, N, D).to(tl.float32) * rstd_x[None, :]
         b = _centred(y, rows, columns, mean_y, N, D).to(tl.float32) * rstd_y[None, :]
-        g = (_load(t, rows, columns, N, D) * weight + b * other[None, :]).to(tl.float64)
+        g = (load_at(t, rows, columns, N, D) * weight + b * other[None, :]).to(tl.float64)
         g_x += tl.sum(g, 0)
         ag_x += tl.sum(a * g, 0)
-        g = (_load(t + tl.cast(N, tl.int64) * D, rows, columns, N, D) * weight + a * other[None, :]).to(tl.float64)
+        g = (load_at(t + tl.cast(N, tl.int64) * D, rows, columns, N, D) * weight + a * other[None, :]).to(tl.float64)
         g_y += tl.sum(g, 0)
         ag_y += tl.sum(b * g, 0)
     sums += split * D + columns
@@ -220,10 +214,10 @@ def _backward(
         b = _centred(y, rows, columns, mean_y, N, D).to(tl.float32) * rstd_y[None, :]
         at = rows.to(tl.int64)[:, None] * D + columns[None, :]
         mask = (rows < N)[:, None] & (columns < D)[None, :]
-        g = _load(t, rows, columns, N, D) * weight + b * other[None, :]
+        g = load_at(t, rows, columns, N, D) * weight + b * other[None, :]
         out = (g - g_x - a * ag_x) * scale_x[None, :]
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask)
-        g = _load(t + tl.cast(N, tl.int64) * D, rows, columns, N, D) * weight + a * other[None, :]
+        g = load_at(t + tl.cast(N, tl.int64) * D, rows, columns, N, D) * weight + a * other[None, :]
         out = (g - g_y - b * ag_y) * scale_y[None, :]
         tl.store(dy + at, out.to(dy.dtype.element_ty), mask=mask)
 

@@ -22,7 +22,19 @@ from torch import Tensor
 
 from . import launch
 from .launch import refuses  # noqa: F401
-from .rows import LN2, LOG2E, LOWEST, fixed_maximum, inverse, log1p, operand, row_tile, tile_inv_norms
+from .rows import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    close,
+    fixed_maximum,
+    guarded,
+    inverse,
+    operand,
+    ragged_tile,
+    row_tile,
+    tile_inv_norms,
+)
 
 if TYPE_CHECKING:
     from sslops.distributed import Part
@@ -42,19 +54,11 @@ CHUNK = 32  # spans whose sums are read at once
 
 
 @triton.jit
-def _rows(x, i, k, N, D, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x[i : i + BLOCK, k : k + BLOCK_K] of x [N, D], zeros outside"""
-    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_K)[None, :]
-    at = x + tl.cast(i, tl.int64) * D + k + (rows * D + columns)
-    return tl.load(at, mask=(i + rows < N) & (k + columns < D), other=0.0)
-
-
-@triton.jit
 def _candidates(
     c, inv_c, j, k, K, D, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Operands [BLOCK, BLOCK_K] of the rows of c from j: columns from k, times inv_c; or all of them, made unit here"""
-    tile = _rows(c, j, k, K, D, BLOCK, BLOCK_K)
+    tile = ragged_tile(c, j, k, K, D, BLOCK, BLOCK_K)
     if inv_c is not None:
         rows = j + tl.arange(0, BLOCK)
         tile = tile.to(tl.float32) * tl.load(inv_c + rows, mask=rows < K, other=0.0)[:, None]
@@ -67,17 +71,16 @@ def _candidates(
 @triton.jit
 def _unit(x, i, N, D, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """The rows of x [N, D] from i, unit and in float32, and their inverse norms"""
-    x = _rows(x, i, 0, N, D, BLOCK, BLOCK_K).to(tl.float32)
+    x = ragged_tile(x, i, 0, N, D, BLOCK, BLOCK_K).to(tl.float32)
     inv = tile_inv_norms(x) if NORMALIZE else tl.full([BLOCK], 1.0, tl.float32)
     return x * inv[:, None], inv
 
 
 @triton.jit
 def _log2_scale(temperature, scale):
-    """log2(e) / tau; from the device never 0, so -inf stays -inf at an infinite tau, and NaN for what is no tau"""
+    """log2(e) / tau; of a tau on the device guarded, so -inf stays -inf at an infinite one"""
     if temperature is not None:
-        scale = tl.div_rn(LOG2E, tl.load(temperature))
-        scale = tl.where(scale >= 0, tl.where(scale < 1.2e-38, 1.2e-38, scale), float("nan"))
+        scale = guarded(tl.div_rn(LOG2E, tl.load(temperature)))
     return scale
 
 
@@ -206,13 +209,7 @@ def _join(
         tops = tl.load(m_parts + at, mask=part < splits, other=LOWEST)
         m = tl.maximum(tl.max(tops, 0), positive)
         r = r * tl.exp2((tops - m) * scale)
-    r_neg, e_pos = tl.sum(r, 0), tl.exp2((positive - m) * scale)
-    r = r_neg + e_pos
-    share = tl.div_rn(r_neg, r)
-    small = r_neg < e_pos
-    loss = tl.where(
-        small, log1p(tl.div_rn(r_neg, tl.where(small, e_pos, 1.0))), tl.log(r) + (m - positive) * scale * LN2
-    )
+    r, share, loss = close(tl.sum(r, 0), tl.exp2((positive - m) * scale), (m - positive) * scale * LN2)
     tl.store(losses + i, loss)
     tl.store(exceeding + i, tl.sum(tl.load(exceeding_parts + at, mask=part < splits, other=0.0), 0))
     tl.store(stats + i, m)

@@ -25,11 +25,11 @@ from .rows import (
     LN2,
     LOG2E,
     LOWEST,
+    close,
     column_tile,
     fixed_maximum,
     input_gradients,
     load_scale,
-    log1p,
     log2_scale,
     operand,
     row_tile,
@@ -157,16 +157,12 @@ def _losses(
     else:
         m = tl.zeros([BLOCK], tl.float32) + maximum
         top = m * LOG2E
-    r_neg = tl.sum(r, 0)
-    e_pos = tl.exp2(positive - top)
-    r = r_neg + e_pos
-    small = r_neg < e_pos
-    loss = tl.where(small, log1p(tl.div_rn(r_neg, tl.where(small, e_pos, 1.0))), tl.log(r) + (top - positive) * LN2)
+    r, share, loss = close(tl.sum(r, 0), tl.exp2(positive - top), (top - positive) * LN2)
     tl.store(losses + i, loss, mask=inside)
     stats += i
     tl.store(stats, m, mask=inside)
     tl.store(stats + M, tl.div_rn(1.0, r), mask=inside)
-    tl.store(stats + 2 * M.to(tl.int64), tl.div_rn(r_neg, r), mask=inside)
+    tl.store(stats + 2 * M.to(tl.int64), share, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)

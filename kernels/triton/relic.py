@@ -25,10 +25,11 @@ from .rows import (
     LN2,
     LOWEST,
     atanh_series,
+    close,
     input_gradients,
     load_scale,
-    log1p,
     log2_scale,
+    logits_range,
     operand,
     row_tile,
 )
@@ -42,10 +43,6 @@ SIZES = ("B", "M", "negatives", "tiles", "span", "splits")
 PROGRAMS = 264  # two on each of an H100's 132 multiprocessors; at most PARTS spans
 PARTS = 64
 SUMS = 7  # A, B, Y, E, V or a's maximum, b's maximum, how many exceed: of a row and span
-
-# Above it 1 is the maximum, and no sum of exp((s - 1) / tau) is below exp(-43): half of float32's range, the other half
-# being for grad / r. (|s| is at most 1.01, whatever rounding did to unit rows.)
-LOWEST_FIXED_MAXIMUM_TEMPERATURE = 2.02 / 43
 
 
 @triton.jit
@@ -164,18 +161,6 @@ def _weigh(
         tl.store(parts + 6 * step, above, mask=inside)
 
 
-@triton.jit
-def _softmax(rest, s, top, scale):
-    """Of a row's positive s and the sum `rest` over its negatives: their sum, the negatives' share, -log of its own"""
-    positive = tl.exp2((s - top) * scale)
-    total = rest + positive
-    small = rest < positive
-    loss = tl.where(
-        small, log1p(tl.div_rn(rest, tl.where(small, positive, 1.0))), tl.log(total) + (top - s) * (scale * LN2)
-    )
-    return total, tl.div_rn(rest, total), loss
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _losses(
     s_pos, parts, scale, alpha, beta, losses, stats, B, splits,
@@ -205,19 +190,19 @@ def _losses(
         a, y, e = a * shrink, y * shrink, e * shrink
         b = b * tl.exp2((tops_b - top_b[None, :]) * scale)
     sum_a, sum_b = tl.sum(a, 0), tl.sum(b, 0)
-    r_a, share_a, loss_a = _softmax(sum_a, s, top_a, scale)
-    r_b, share_b, loss_b = _softmax(sum_b, s, top_b, scale)
+    r_a, share_a, loss_a = close(sum_a, tl.exp2((s - top_a) * scale), (top_a - s) * inv_tau)
+    r_b, share_b, loss_b = close(sum_b, tl.exp2((s - top_b) * scale), (top_b - s) * inv_tau)
     y = tl.div_rn(tl.sum(y, 0), r_a) * inv_tau
     divergence = loss_b - loss_a - tl.div_rn(tl.sum(e, 0), r_a)  # log E_p[exp(d)] - E_p[d]
     if not SEARCH:
         # Where p and q are close, by numbers of its own size; log(1 + u) - u by the series of log1p, less its u.
         u = tl.div_rn(sum_b - sum_a, r_a)
-        close = tl.abs(u) < 0.5
-        u = tl.where(close, u, 0.0)
+        near = tl.abs(u) < 0.5
+        u = tl.where(near, u, 0.0)
         h = tl.div_rn(u, 2.0 + u)
         k = h * h
         v = tl.div_rn(tl.sum(tl.load(parts + 4 * step, mask=mask, other=0.0), 0), r_a)
-        divergence = tl.where(close, v + (2.0 * h * k * atanh_series(k) - u * h), divergence)
+        divergence = tl.where(near, v + (2.0 * h * k * atanh_series(k) - u * h), divergence)
     above = tl.zeros([BLOCK], tl.float32)
     if COUNT:
         above = tl.sum(tl.load(parts + 6 * step, mask=mask, other=0.0), 0)
@@ -317,7 +302,10 @@ def _spans(b: int, before: int, after: int, config: dict[str, int]) -> tuple[int
 
 
 def _searches(temperature: float | Tensor, normalize: bool) -> bool:
-    return isinstance(temperature, Tensor) or not normalize or temperature < LOWEST_FIXED_MAXIMUM_TEMPERATURE
+    """Whether for the maxima. Where 1 is the maximum no sum of exp((s - 1) / tau) is below exp(-43): half of float32's
+    range, the other half being for grad / r.
+    """
+    return logits_range(temperature, normalize) > 43
 
 
 def _largest_weights(

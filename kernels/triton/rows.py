@@ -32,6 +32,14 @@ def row_tile(z, row, M, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def ragged_tile(x, i, k, N, D, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x[i : i + BLOCK, k : k + BLOCK_K] of x [N, D], zeros outside"""
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    at = x + tl.cast(i, tl.int64) * D + k + (rows * D + columns)
+    return tl.load(at, mask=(i + rows < N) & (k + columns < D), other=0.0)
+
+
+@triton.jit
 def column_tile(z, row, M, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """row_tile transposed: [BLOCK_K, BLOCK]"""
     r = tl.arange(0, BLOCK)[None, :]
@@ -73,11 +81,16 @@ def address(x, rows, columns, stride):
 
 
 @triton.jit
-def load(x, rows, k, N, D, BLOCK_D: tl.constexpr):
-    """x[rows, k : k + BLOCK_D] of x [N, D] in float32, zeros outside"""
-    columns = k + tl.arange(0, BLOCK_D)
+def load_at(x, rows, columns, N, D):
+    """x[rows, columns] of x [N, D] in float32, zeros outside"""
     mask = (rows < N)[:, None] & (columns < D)[None, :]
     return tl.load(address(x, rows, columns, D), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load(x, rows, k, N, D, BLOCK_D: tl.constexpr):
+    """x[rows, k : k + BLOCK_D], so"""
+    return load_at(x, rows, k + tl.arange(0, BLOCK_D), N, D)
 
 
 @triton.jit(do_not_specialize=("N",))
@@ -189,24 +202,44 @@ def log1p(x):
 
 
 @triton.jit
-def load_scale(scale):
-    """log2_scale's: never 0, as an infinite temperature weighs all pairs alike, and NaN for what is no temperature"""
-    scale = tl.load(scale)
+def close(rest, positive, above):
+    """Of the sum `rest` over a row's negatives and its positive's term, whose logit the top is `above`: all of the sum,
+    the negatives' share of it, and the loss, -log of the positive's, in which a small share keeps its digits.
+    """
+    total = rest + positive
+    small = rest < positive
+    loss = tl.where(small, log1p(tl.div_rn(rest, tl.where(small, positive, 1.0))), tl.log(total) + above)
+    return total, tl.div_rn(rest, total), loss
+
+
+@triton.jit
+def guarded(scale):
+    """log2(e) / tau: never 0, as an infinite temperature weighs all pairs alike, and NaN for what is no temperature"""
     return tl.where(scale >= 0, tl.where(scale < 1.2e-38, 1.2e-38, scale), float("nan"))
+
+
+@triton.jit
+def load_scale(scale):
+    """log2_scale's, guarded"""
+    return guarded(tl.load(scale))
+
+
+def logits_range(temperature: float | Tensor, normalize: bool) -> float:
+    """How far s / tau may be from the largest: |s| <= 1.01, whatever rounding did to unit rows; inf where unknown"""
+    return float("inf") if isinstance(temperature, Tensor) or not normalize else 2.02 / temperature
 
 
 def fixed_maximum(temperature: float | Tensor, normalize: bool, rows: int) -> float | None:
     """An m that keeps every exp(s / tau - m) and the sums of `rows` of them normal float32; None where there is none.
 
-    |s| <= 1.01, whatever rounding did to unit rows; float32 is normal from exp(-87) to exp(88).
+    float32 is normal from exp(-87) to exp(88).
     """
-    if isinstance(temperature, Tensor) or not normalize:
+    reach = logits_range(temperature, normalize)
+    if isinstance(temperature, Tensor) or reach > 86 + 75:
         return None
-    if 2.02 / temperature <= 86:
+    if reach <= 86:
         return 1 / temperature
-    if 2.02 / temperature <= 86 + 75 and rows <= 200_000:
-        return 1 / temperature - 75
-    return None
+    return 1 / temperature - 75 if rows <= 200_000 else None
 
 
 def row_blocks(d: int) -> dict[str, int]:
