@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PY := $(BIN)/python
 
-.PHONY: build test sanitize demo bench lint format clean
+.PHONY: build test wheel docs sanitize demo bench lint format clean
 
 # torch comes first and pinned: left to pip, it would be the newest one, with gigabytes of CUDA. No build isolation, so
 # that `make build` goes on from the objects of this install.
@@ -18,8 +18,26 @@ PY := $(BIN)/python
 build: .venv/installed
 	$(PY) setup.py -q build_ext --inplace
 
-test: build .venv/peers
+test: build .venv/peers .venv-wheel/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(nproc) --dist loadfile
+
+# The sdist, and wheels for every Python here, in dist/.
+.venv-wheel/installed: packaging/requirements.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -r $<
+	touch $@
+
+wheel: .venv-wheel/installed
+	.venv-wheel/bin/python packaging/wheels.py
+
+# The site, in build/site: opens from there, or `.venv-docs/bin/mkdocs serve -f docs/mkdocs.yml`. Strict about its links.
+.venv-docs/installed: docs/requirements.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -r $<
+	touch $@
+
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q --strict -f docs/mkdocs.yml
 
 # The libraries that tests and benchmarks compare with, without what they require: lightly would bring Lightning,
 # torchvision another torch, and of solo-learn, which wants torch 1.9, single files are used.
@@ -61,4 +79,4 @@ format: .venv/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf .venv .venv-sanitize build dist *.egg-info sslops/_C.*.so
+	rm -rf .venv .venv-sanitize .venv-wheel .venv-docs build dist *.egg-info sslops/_C.*.so

@@ -5,6 +5,7 @@ SSLOPS_EMULATE_AMX  1: AMX tiles in plain C++ (tests/amx_emulation), to test the
 SSLOPS_CUDA_ARCHS   GPU architectures, "80,90,100" by default; the last one is also kept as PTX, for newer GPUs
 CUDA_HOME           where bin/nvcc is looked for before PATH
 CXX, MAX_JOBS       the C++ compiler, the number of parallel jobs
+SSLOPS_ZIG          a command that runs zig: links for glibc 2.28 and later, with all else inside (packaging/wheels.py)
 """
 
 import os
@@ -61,18 +62,36 @@ rule nvcc
   deps = gcc
   description = $out
 rule link
-  command = $link -o $out $in -ldl
+  command = $link -o $out $in $libraries
   description = $out
 """
 
 
-def ninja_graph(out: Path, version: str) -> str:
+def linker(nvcc: str | None) -> tuple[str, str]:
+    """The command that links objects, and the libraries that come after them"""
+    if zig := os.environ.get("SSLOPS_ZIG"):
+        # GCC's objects fit every glibc. It is the linker who writes down which one it has met: zig brings an old one's.
+        link = f"{zig} cc -target {platform.machine()}-linux-gnu.2.28 -shared -s"
+        link += " -Wl,--version-script=csrc/manylinux/exports.map"
+        static = ["libstdc++.a", "libgcc_eh.a", "libgcc.a"]
+        found = [subprocess.check_output([*shlex.split(CXX), f"-print-file-name={name}"], text=True) for name in static]
+        libraries = " ".join(map(str.strip, found))
+        if nvcc:
+            told = subprocess.run([nvcc, "-dryrun", "-shared", "x.o"], stderr=subprocess.PIPE, text=True).stderr
+            (folders,) = (line.split("=", 1)[1] for line in told.splitlines() if line.startswith("#$ LIBRARIES="))
+            libraries += f" {folders} -lcudart_static"
+        return link, f"{libraries} -lpthread -lrt -ldl"
+    if nvcc:
+        return f"{shlex.quote(nvcc)} -shared --no-device-link -cudart static -Xlinker --exclude-libs,ALL", "-ldl"
+    return f"{CXX} -shared", "-ldl"
+
+
+def ninja_graph(out: Path, tag: str, version: str) -> str:
     nvcc = find_nvcc()
     macros = [f'SSLOPS_VERSION="{version}"', f'SSLOPS_ISAS="{",".join(ISAS)}"']
     cxx_flags = f"{FLAGS} {HOST_FLAGS}"
-    for include in dict.fromkeys([pybind11.get_include(), *map(sysconfig.get_path, ("include", "platinclude"))]):
-        cxx_flags += " -isystem " + shlex.quote(include)
-    variables = {"builddir": str(out), "cxx": CXX, "link": f"{CXX} -shared"}
+    link, libraries = linker(nvcc)
+    variables = {"builddir": str(out), "cxx": CXX, "link": link, "libraries": libraries}
     if nvcc:
         highest = CUDA_ARCHS[-1]
         archs = ",".join([*(f"sm_{arch}" for arch in CUDA_ARCHS), f"compute_{highest}"])
@@ -82,7 +101,6 @@ def ninja_graph(out: Path, version: str) -> str:
             nvcc_flags += f" -gencode arch=compute_{arch},code=sm_{arch}"
         nvcc_flags += f" -gencode arch=compute_{highest},code=compute_{highest}"
         variables["nvcc"] = shlex.quote(nvcc)
-        variables["link"] = f"{variables['nvcc']} -shared --no-device-link -cudart static -Xlinker --exclude-libs,ALL"
     edges, objects = [], []
 
     def compile(rule: str, sources: str, flags: str, variant: str = "") -> None:
@@ -90,7 +108,10 @@ def ninja_graph(out: Path, version: str) -> str:
             objects.append(str(out / source.with_suffix(f"{variant}.o")))
             edges.extend([f"build {objects[-1]}: {rule} {source}", "  flags = " + flags.replace("$", "$$")])
 
-    compile("cxx", "module.cpp", " ".join([cxx_flags, *(shlex.quote(f"-D{macro}") for macro in macros)]))
+    # The one object that a Python's headers are for: all Pythons' builds share the others.
+    includes = dict.fromkeys([pybind11.get_include(), *map(sysconfig.get_path, ("include", "platinclude"))])
+    bindings = [cxx_flags, *(f"-isystem {shlex.quote(include)}" for include in includes)]
+    compile("cxx", "module.cpp", " ".join([*bindings, *(shlex.quote(f"-D{macro}") for macro in macros)]), f".{tag}")
     emulated = os.environ.get("SSLOPS_EMULATE_AMX") == "1"
     compile("cxx", "common/*.cpp", cxx_flags + " -DSSLOPS_EMULATE_AMX" * emulated)
     # Of an inline function that several objects hold, the linker keeps the first: with the portable ones in front, no
@@ -99,24 +120,28 @@ def ninja_graph(out: Path, version: str) -> str:
         if isa == "amx" and emulated:
             isa_flags += " -include tests/amx_emulation/amx_emulation.h"
         compile("cxx", "cpu/*.cpp", f"{cxx_flags} {isa_flags} -DSSLOPS_ISA={isa}", f".{isa}")
+    if "SSLOPS_ZIG" in os.environ:
+        compile("cxx", "manylinux/*.cpp", cxx_flags)
     if nvcc:
         compile("nvcc", "cuda/*.cu", nvcc_flags, ".cuda")
     header = [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
-    return "\n".join([*header, RULES, *edges, f"build {out}/_C.so: link {' '.join(objects)}", ""])
+    return "\n".join([*header, RULES, *edges, f"build {out}/_C.{tag}.so: link {' '.join(objects)}", ""])
 
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if sys.platform != "linux":
+            raise PlatformError(f"sslops builds on Linux, and not yet on {sys.platform}")
         # Not in self.build_temp: an editable install makes that a fresh folder each time, and ninja would start anew.
-        out = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        out, tag = Path("build", sysconfig.get_platform()), sys.implementation.cache_tag
         out.mkdir(parents=True, exist_ok=True)
-        (out / "build.ninja").write_text(ninja_graph(out, self.distribution.get_version()))
+        (out / f"{tag}.ninja").write_text(ninja_graph(out, tag, self.distribution.get_version()))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        if subprocess.call([Path(ninja.BIN_DIR, "ninja"), "-f", out / "build.ninja", *jobs]):
+        if subprocess.call([Path(ninja.BIN_DIR, "ninja"), "-f", out / f"{tag}.ninja", *jobs]):
             raise CompileError("sslops._C did not build: ninja's output above says why")
         library = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(library))
-        self.copy_file(out / "_C.so", library)
+        self.copy_file(out / f"_C.{tag}.so", library)
 
 
 folders = sorted({file.parent for file in Path("kernels").glob("*/*.py")})

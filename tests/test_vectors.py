@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def scalar_in_loops(file: Path) -> list[str]:
 
 
 def objects() -> list[Path]:
-    built = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc" / "cpu"
+    built = ROOT / "build" / sysconfig.get_platform() / "csrc" / "cpu"
     return [file for source in sorted(ROOT.glob("csrc/cpu/*.cpp")) for file in sorted(built.glob(f"{source.stem}.*.o"))]
 
 
