@@ -1,4 +1,7 @@
-"""`python -m sslops`: what is installed, and which backend each op takes on this machine, or why it does not."""
+"""`python -m sslops`: what is installed, and which backend each op takes on this machine, or why it does not.
+
+`python -m sslops bench OP` measures an op here.
+"""
 
 import importlib.util
 import signal
@@ -79,4 +82,11 @@ def _table(device: torch.device) -> str:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python -m sslops | head`
-    main()
+    if sys.argv[1:2] == ["bench"]:
+        from ._bench import main as bench
+
+        bench(sys.argv[2:])
+    elif sys.argv[1:]:
+        sys.exit(__doc__)
+    else:
+        main()
