@@ -34,6 +34,8 @@ def _installed(package: str) -> bool:
 
 def _let_torchvision_load() -> None:
     """PyPI's torchvision is built for CUDA: beside a torch that is not, it lacks these two and does not import."""
+    if not _installed("torchvision"):
+        return
     cuda_only = "+cpu" not in importlib.metadata.version("torchvision") and torch.version.cuda is None
     if cuda_only and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "FRAGMENT")

@@ -2,7 +2,7 @@
 
 from . import nn
 from .backend import explain
-from .compat import patch_lightly, patch_solo
+from .compat import patch_lightly, patch_solo, patch_transformers
 from .ema import EMA, cosine_momentum, ema_avg_fn
 from .masking import random_masking
 from .ops.barlow_twins import barlow_twins
@@ -46,6 +46,7 @@ __all__ = [
     "nt_xent",
     "patch_lightly",
     "patch_solo",
+    "patch_transformers",
     "random_mask",
     "random_masking",
     "random_token_corruption",

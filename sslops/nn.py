@@ -130,6 +130,25 @@ _PATCHED = {
 }
 
 
+def embedded_patches(
+    proj: Any,
+    images: Tensor,
+    ids: Tensor,
+    table: Tensor | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """The tokens [B, K, D] of patches ids [B, K], by the weights of a convolution; table: their positions, [L, D]"""
+    # What autocast would round the pixels to for the product, straight from the images.
+    patches = gather_patches(images, ids, proj.kernel_size, mean=mean, std=std, dtype=compute_dtype(proj.weight))
+    # As a matrix: to add in place to a view would cost autograd a copy.
+    tokens = F.linear(patches.flatten(0, 1), proj.weight.flatten(1), proj.bias)
+    if table is not None:
+        positions = F.embedding(ids.flatten(), table)
+        tokens = tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions
+    return tokens.unflatten(0, ids.shape)
+
+
 class MaskedPatchEmbed(nn.Module):
     """Patch embedding, positions and masking in one: only the patches that stay visible are embedded.
 
@@ -199,15 +218,7 @@ class MaskedPatchEmbed(nn.Module):
             _check.id_range(op, math.prod(grid), ids=ids)
         if pos_embed is not None:
             pos_embed = self._positions(images, grid, pos_embed)
-        # What autocast would round the pixels to for the product, straight from the images.
-        dtype = compute_dtype(self.proj.weight)
-        patches = gather_patches(images, ids, self.patch_size, mean=mean or None, std=std or None, dtype=dtype)
-        # As a matrix: to add in place to a view would cost autograd a copy.
-        tokens = F.linear(patches.flatten(0, 1), self.proj.weight.flatten(1), self.proj.bias)
-        if pos_embed is not None:
-            positions = F.embedding(ids.flatten(), pos_embed)
-            tokens = tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions
-        return tokens.unflatten(0, ids.shape)
+        return embedded_patches(self.proj, images, ids, pos_embed, mean or None, std or None)
 
     def _positions(self, images: Tensor, grid: Sequence[int], pos_embed: Tensor) -> Tensor:
         """A row for each patch of the images' grid, [L, D]"""

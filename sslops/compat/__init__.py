@@ -1,13 +1,16 @@
 """Other libraries' losses and utilities on our ops: import them from `sslops.compat.lightly`, or patch the library."""
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["Patch", "patch_lightly", "patch_solo"]
+from .transformers import patch_transformers
+
+__all__ = ["Patch", "patch_lightly", "patch_solo", "patch_transformers"]
 
 _theirs: dict[Any, Any] = {}  # ours -> what it replaces
 
@@ -46,26 +49,30 @@ def _parameters(x: Any) -> list[tuple[str, object, object]]:
     return [(p.name, p.kind, p.default) for p in inspect.signature(x).parameters.values()]
 
 
-def _patch(package: str, distribution: str) -> Patch:
+def _patch(package: str, distribution: str, wanted: str) -> Patch:
     replaced = importlib.import_module(f"{__name__}.{package}").REPLACED
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"patch_{package}: wanted {distribution} {wanted}, which is not installed")
     try:
         found = version(distribution)
     except PackageNotFoundError:
-        raise ImportError(f"patch_{package}: wanted {distribution} 1, which is not installed") from None
-    if found.split(".")[0] != "1":
-        raise ImportError(f"patch_{package}: wanted {distribution} 1, got {found}")
+        found = "on sys.path"  # a clone: the signatures decide
+    else:
+        if found.split(".")[0] != wanted.split(".")[0]:
+            raise ImportError(f"patch_{package}: wanted {distribution} {wanted}, got {found}")
     ours = []
     for home, objects in replaced.items():
         try:
             module = importlib.import_module(home)
         except ImportError as error:
-            raise ImportError(f"patch_{package}: {distribution} {found} does not import {home}: {error}") from error
+            said = f"{distribution} {found} does not import {home}: {error}"
+            raise ImportError(f"patch_{package}: {said}; wanted {wanted}") from error
         for x in objects:
             theirs = getattr(module, x.__name__, None)
             if theirs is None or _parameters(theirs) != _parameters(x):
-                wanted = f"{x.__name__}{inspect.signature(x)}"
-                got = theirs and inspect.signature(theirs)
-                raise ImportError(f"patch_{package}: {home}: wanted {wanted}, {distribution} {found} has {got}")
+                said = f"wanted {x.__name__}{inspect.signature(x)}, {distribution} {found} has "
+                said += str(theirs and inspect.signature(theirs))
+                raise ImportError(f"patch_{package}: {home}: {said}; wanted {wanted}")
             if theirs is not x:
                 _theirs[x] = theirs
             ours.append(x)
@@ -77,7 +84,8 @@ def patch_lightly() -> Patch:
 
     Call it before your own `from lightly... import`: names that are bound elsewhere already stay as they are (and an
     original BarlowTwinsLoss or VICRegLoss cannot be constructed by them, as it looks itself up in its module). Modules
-    that were made before stay as they are. See `sslops.compat.lightly` for what is replaced.
+    that were made before stay as they are. lightly_train takes its losses from lightly: import it afterwards. See
+    `sslops.compat.lightly` for what is replaced.
 
     Returns:
         A handle: `unpatch()` undoes it, as does the end of a `with` block. Patching again is harmless.
@@ -85,12 +93,13 @@ def patch_lightly() -> Patch:
     Raises:
         ImportError: lightly is not there, is not version 1, or has other signatures than 1.6; nothing is patched then.
     """
-    return _patch("lightly", "lightly")
+    return _patch("lightly", "lightly", "1.6")
 
 
 def patch_solo() -> Patch:
     """Binds solo-learn's names to ours, in all its modules: those that solo.methods imported by name, too.
 
-    For version 1.0.6. Returns and raises as `patch_lightly`; see `sslops.compat.solo` for what is replaced.
+    For version 1.0.6, which only its repository has: the last release, 1.0.2, is refused. Returns and raises as
+    `patch_lightly`; see `sslops.compat.solo` for what is replaced.
     """
-    return _patch("solo", "solo-learn")
+    return _patch("solo", "solo-learn", "1.0.6, from its repository: the last release, 1.0.2, is too old")

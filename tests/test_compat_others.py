@@ -1,0 +1,166 @@
+"""Ours in place of transformers', pytorch-metric-learning's and stable-pretraining's: against their own code."""
+
+import copy
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import sslops
+from benchmarks import peers
+from sslops.compat import pytorch_metric_learning, stable_pretraining
+
+
+def against(theirs, ours, inputs, *rest):
+    """Values and gradients, theirs in float64 and float32 being the truth and the yardstick"""
+
+    def run(loss, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        value = loss(*leaves, *rest)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    for ours_, theirs_, truth in zip(
+        run(ours, torch.float32), run(theirs, torch.float32), run(theirs, torch.float64), strict=True
+    ):
+        allowed = 2 * (theirs_ - truth).norm() + 4e-7 * truth.norm()
+        assert (ours_ - truth).norm() <= allowed, ((ours_ - truth).norm(), allowed)
+
+
+class TestTransformers:
+    @pytest.fixture
+    def models(self):
+        """A small model, and its twin to be patched"""
+        pytest.importorskip("transformers")
+        peers._let_torchvision_load()  # which transformers imports where it is installed
+        home = importlib.import_module("transformers.models.vit_mae.modeling_vit_mae")
+        config = home.ViTMAEConfig(
+            image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+            decoder_intermediate_size=24, norm_pix_loss=True,
+        )  # fmt: skip
+        model = home.ViTMAEForPreTraining(config)
+        nn.init.normal_(model.vit.embeddings.position_embeddings)
+        nn.init.normal_(model.decoder.decoder_pos_embed)
+        return model, copy.deepcopy(model)
+
+    def step(self, model, images, **options):
+        torch.manual_seed(3)
+        out = model(images, **options)
+        out.loss.backward()
+        return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    @pytest.mark.parametrize("interpolate", [False, True])
+    def test_the_loss_and_all_gradients_are_theirs(self, models, interpolate):
+        images = torch.rand(3, 3, 48, 48) if interpolate else torch.rand(3, 3, 32, 32)
+        theirs, gradients = self.step(models[0], images, interpolate_pos_encoding=interpolate)
+        with sslops.patch_transformers():
+            ours, found = self.step(models[1], images, interpolate_pos_encoding=interpolate)
+        assert torch.equal(ours.ids_restore, theirs.ids_restore)  # the same seed, the same mask
+        assert torch.equal(ours.mask, theirs.mask)
+        torch.testing.assert_close(ours.loss, theirs.loss)
+        torch.testing.assert_close(ours.logits, theirs.logits)
+        torch.testing.assert_close(found, gradients)
+
+    def test_our_ops_ran_and_unpatch_brings_theirs_back(self, models, monkeypatch):
+        home, ran = importlib.import_module("sslops.compat.transformers"), []
+        for name in ("random_mask", "restore_tokens", "masked_patch_mse"):
+            op = getattr(home, name)
+            monkeypatch.setattr(home, name, lambda *a, op=op, name=name, **k: (ran.append(name), op(*a, **k))[1])
+        with sslops.patch_transformers():
+            with sslops.patch_transformers():
+                pass
+            self.step(models[0], torch.rand(2, 3, 32, 32))
+            assert models[0](torch.rand(2, 3, 32, 32), return_dict=False)[0].ndim == 0
+        assert set(ran) == {"random_mask", "restore_tokens", "masked_patch_mse"}
+        ran.clear()
+        self.step(models[0], torch.rand(2, 3, 32, 32))
+        assert ran == []
+
+    def test_it_compiles_as_theirs_does(self, models):
+        images, noise = torch.rand(2, 3, 32, 32), torch.rand(2, 16)
+        with sslops.patch_transformers():
+            wanted = models[0](images, noise=noise).loss
+            found = torch.compile(models[0], fullgraph=True, backend="eager")(images, noise=noise).loss
+            torch.testing.assert_close(found, wanted)
+
+    def test_images_of_another_size_are_refused(self, models):
+        with (
+            sslops.patch_transformers(),
+            pytest.raises(ValueError, match=r"pixel_values: wanted shape \[2, 3, 32, 32\]"),
+        ):
+            models[0](torch.rand(2, 3, 48, 48))
+
+    def test_another_version_is_refused(self, models, monkeypatch):
+        home = importlib.import_module("transformers.models.vit_mae.modeling_vit_mae")
+        monkeypatch.delattr(home.ViTMAEEmbeddings, "random_masking")
+        with pytest.raises(ImportError, match="wanted the ViTMAE of transformers 5, got that of"):
+            sslops.patch_transformers()
+
+
+LABELS = {
+    "two views": torch.arange(8).repeat(2),
+    "classes": torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 5, 5, 0, 1, 1]),
+    "no pair": torch.arange(16),
+    "no negative": torch.zeros(16, dtype=torch.int64),
+}
+
+
+class TestPytorchMetricLearning:
+    @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+    def test_ntxent(self, labels):
+        losses = pytest.importorskip("pytorch_metric_learning.losses")
+        theirs, ours = losses.NTXentLoss(0.2), pytorch_metric_learning.NTXentLoss(0.2)
+        against(theirs, ours, [torch.randn(16, 12)], labels)
+
+    def test_references(self):
+        losses = pytest.importorskip("pytorch_metric_learning.losses")
+        labels, others, rest = torch.arange(6), torch.arange(9) % 7, torch.randn(9, 12)
+
+        def by(loss):
+            return lambda x, y: loss(x, labels, ref_emb=y, ref_labels=others)
+
+        against(by(losses.NTXentLoss()), by(pytorch_metric_learning.NTXentLoss()), [torch.randn(6, 12), rest])
+
+    def test_two_views_are_nt_xent(self):
+        z = torch.randn(16, 12)
+        loss = pytorch_metric_learning.NTXentLoss(0.2)(z, torch.arange(8).repeat(2))
+        torch.testing.assert_close(loss, sslops.nt_xent(*z.chunk(2), temperature=0.2))
+
+    def test_what_it_refuses(self):
+        with pytest.raises(TypeError, match="NTXentLoss: distance: wanted the default"):
+            pytorch_metric_learning.NTXentLoss(distance=None)
+        with pytest.raises(TypeError, match="NTXentLoss: indices_tuple: wanted None"):
+            pytorch_metric_learning.NTXentLoss()(torch.randn(4, 2), torch.arange(4), (1, 2, 3))
+
+
+class TestStablePretraining:
+    @pytest.fixture
+    def theirs(self, monkeypatch):
+        """Their file of losses, by itself: the package brings Lightning and more. One process gathers nothing."""
+        spec = importlib.util.find_spec("stable_pretraining")
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip("stable-pretraining is not installed")
+        root = ModuleType("stable_pretraining")
+        root.__path__ = list(spec.submodule_search_locations)
+        utils = ModuleType("stable_pretraining.utils")
+        utils.all_gather, utils.all_reduce = lambda x: [x], lambda x: x
+        utils.get_rank, utils.get_world_size = lambda: 0, lambda: 1
+        package = ModuleType("stable_pretraining.losses")
+        package.__path__ = [f"{root.__path__[0]}/losses"]
+        for module in (root, utils, package):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        for name in ("utils", "joint_embedding"):
+            monkeypatch.delitem(sys.modules, f"stable_pretraining.losses.{name}", raising=False)
+        return importlib.import_module("stable_pretraining.losses.joint_embedding")
+
+    @pytest.mark.parametrize("name", ["NTXEntLoss", "VICRegLoss"])
+    def test_losses(self, theirs, name):
+        x = torch.randn(16, 12)
+        views = [x, x + 0.5 * torch.randn(16, 12)]
+        against(getattr(theirs, name)(), getattr(stable_pretraining, name)(), views)
+        options = {"temperature": 0.1} if name == "NTXEntLoss" else {"sim_coeff": 3.0, "std_coeff": 2.0, "epsilon": 0.1}
+        against(getattr(theirs, name)(**options), getattr(stable_pretraining, name)(**options), views)
