@@ -233,6 +233,43 @@ def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str
     return "\n\n".join(part.strip() for part in text) + "\n"
 
 
+# README's rows, of each machine on all its cores
+HEADLINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "SimCLR, 4,096 embeddings of 128": ("nt_xent", {"m": 4096, "d": 128}),
+    "MoCo, 256 queries against 65,536 of 128": ("info_nce", {"b": 256, "k": 65536, "d": 128}),
+    "RELIC, 4,096 pairs of 128, all negatives": ("relic", {"b": 4096, "d": 128, "k": 4095}),
+}
+
+
+def headlines(results: dict[str, dict[str, dict]]) -> str:
+    """Markdown, with the picture: our time, and the fastest of the eager forms and of the compiled ones"""
+    text = []
+    for device, contents in results.items():
+        lines = []
+        for name, (op, wanted) in HEADLINES.items():
+            wanted = {"bench": "time", "dtype": "float32", "part": "both", **wanted}
+            for row in contents.get(op, {"rows": []})["rows"]:
+                if wanted.items() <= row.items() and row["threads"] == contents[op]["machine"]["cores"]:
+                    times = {variant: t["median"] for variant, t in row["times_ms"].items() if t}
+                    ours = times[row["ours"]]
+                    others = [min(t for v, t in times.items() if kind in v) for kind in ("eager", "compile")]
+                    lines.append([name, f"{ours:,.1f} ms", *(f"{t:,.1f} ms, {t / ours:.1f}x" for t in others)])
+        if not lines:
+            continue
+        text.append(markdown([f"forward and backward, float32, {device}", "sslops", "eager", "torch.compile"], lines))
+        if "nt_xent" in contents and panels(contents["nt_xent"]["rows"]):
+            picture = f"benchmarks/results/{device}/nt_xent.svg"
+            text.append(f"![time and memory of SimCLR's loss against the batch size on {device}]({picture})")
+    return "\n\n".join(text)
+
+
+def with_headlines(readme: str, results: dict[str, dict[str, dict]]) -> str:
+    """README's text, its lines between the two marks replaced"""
+    begin, end = "<!-- by benchmarks/render.py -->\n\n", "\n<!-- end -->\n"
+    before, rest = readme.split(begin)
+    return before + begin + headlines(results) + "\n" + end + rest.split(end)[1]
+
+
 def panels(rows: list[Row]) -> list[tuple[str, str, list[Row]]]:
     """(times_ms or peak_mb, the fact that varies, the rows along it): the longest series of each, from 3 points on"""
     found = []
@@ -288,6 +325,8 @@ def main(added: Iterable[Path] = ()) -> None:
             store(report)
     results = load(RESULTS)
     (ROOT / "RESULTS.md").write_text(document(results))
+    readme = ROOT / "README.md"
+    readme.write_text(with_headlines(readme.read_text(), results))
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed")
         return

@@ -26,6 +26,9 @@ ROOT = Path(__file__).parents[1]
 def test_results_md_is_what_the_data_say():
     text = render.document(render.load(render.RESULTS))
     assert (ROOT / "RESULTS.md").read_text() == text, "run python -m benchmarks.render"
+    readme = (ROOT / "README.md").read_text()
+    assert readme == render.with_headlines(readme, render.load(render.RESULTS)), "run python -m benchmarks.render"
+    assert all(name in readme for name in render.HEADLINES)
 
 
 class TestInterleave:
