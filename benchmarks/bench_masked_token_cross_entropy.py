@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from _compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
 
 import sslops
+
+from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
 
 CASES = {
     "cpu": [
