@@ -93,7 +93,7 @@ def test_memory(benchmark, device, case):
     (n, v, d), dtype, _ = case
     setup = f"""
 import torch
-from bench_masked_token_cross_entropy import losses, tokens, variant
+from benchmarks.bench_masked_token_cross_entropy import losses, tokens, variant
 step = variant(losses()[{{!r}}], *tokens({n}, {v}, {d}, {dtype}, "cpu"))
 """
     names = list(losses())[: 1 if settings.only_ours else None]

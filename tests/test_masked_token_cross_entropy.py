@@ -42,7 +42,7 @@ def ours(hidden, weight, bias, labels, **options):
 
 def all_positions(hidden, weight, bias, labels, **options):
     """As Hugging Face has it"""
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, **options)
+    return F.cross_entropy(F.linear(hidden, weight, bias), labels, **options)
 
 
 @each_target
@@ -70,8 +70,9 @@ def test_is_the_usual_form(device, backend, smoothing):
     for reduction in ("mean", "sum", "none"):
         options = {"reduction": reduction, "label_smoothing": smoothing}
         found = graded(ours, tensors, labels, backend=backend, **options)
-        for x, y in zip(found, graded(all_positions, tensors, labels, **options), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        expected = graded(all_positions, [x.double() for x in tensors], labels, **options)
+        for x, y in zip(found, expected, strict=True):
+            assert max(oracle.errors(x, y)) < 2e-6
 
 
 def test_is_berts():
@@ -212,7 +213,7 @@ def test_compiles_for_any_number_of_labels(device, backend):
 
 
 def test_memory_is_a_chunk_of_logits():
-    """A chunk of 41 MB, and blocks of it; all logits would be 240"""
+    """A chunk of 20 MB, and blocks of it; all logits would be 240"""
     setup = """
 torch.manual_seed(0)
 hidden, weight = (torch.randn(n, 16).requires_grad_() for n in (3000, 20000))
@@ -221,7 +222,7 @@ def step(rows):
     sslops.masked_token_cross_entropy(hidden[:rows], weight, labels[:rows]).backward()
 step(1)
 """
-    assert oracle.grown_memory(setup, "step(3000)") < 70
+    assert oracle.grown_memory(setup, "step(3000)") < 40
 
 
 def test_bad_input():
@@ -261,9 +262,9 @@ def test_a_fault_is_found(monkeypatch, fault):
         loss, d_hidden, d_weight, d_bias = sweep(x, ready, grad)
         rows = (x.labels != -100).nonzero().flatten()
         if fault == "a lost chunk":
-            d_hidden[rows[512:1024]] = 0
+            d_hidden[rows[100:300]] = 0
         elif fault == "the last chunk's share":
-            d_hidden[rows[1024:]] *= len(rows) / (len(rows) - 1024)
+            d_hidden[rows[1000:]] *= len(rows) / (len(rows) - 1000)
         else:
             d_bias[x.labels[rows[0]]] += 1 / len(rows)
         return loss, d_hidden, d_weight, d_bias

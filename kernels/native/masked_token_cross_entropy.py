@@ -12,8 +12,8 @@ from ..cpu.memory import refuses  # noqa: F401
 if TYPE_CHECKING:
     from sslops.ops.masked_token_cross_entropy import Arguments
 
-ROWS = 512  # of a chunk's logits: fewer make slower products, more need more memory
-BLOCK = 64  # rows of logits that a cache holds
+ROWS = 256  # of a chunk's logits at most: fewer make slower products, more need more memory
+BLOCK = 32  # rows of logits that a cache holds
 
 
 def _losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -38,11 +38,13 @@ def _sweep(x: Arguments, ready: bool, grad: Tensor | None = None) -> tuple[Tenso
     inputs = zip((x.hidden, x.weight, x.bias), x.needs_grad, strict=True)
     shapes = [tuple(value.shape) if value is not None and needed and ready else (0,) for value, needed in inputs]
     wanted = [shape != (0,) for shape in shapes]
-    d_hidden, d_weight, d_bias = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
+    d_hidden, d_weight, d_bias = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+    d_hidden.zero_(), d_bias.zero_()
     losses = torch.zeros(x.labels.shape, dtype=torch.float32, device=device)
     weight, bias = x.weight.to(operand), None if x.bias is None else x.bias.to(operand)
-    memory = torch.empty((min(ROWS, len(rows)), len(weight)), dtype=operand, device=device)
-    for chunk in rows.split(ROWS):
+    chunks = rows.chunk(max(1, -(-len(rows) // ROWS)))
+    memory = torch.empty((len(chunks[0]), len(weight)), dtype=operand, device=device)
+    for k, chunk in enumerate(chunks):
         hidden, logits = x.hidden[chunk].to(operand), memory[: len(chunk)]
         if bias is None:
             torch.mm(hidden, weight.t(), out=logits)
@@ -60,6 +62,8 @@ def _sweep(x: Arguments, ready: bool, grad: Tensor | None = None) -> tuple[Tenso
                 block.copy_(slope)
         if wanted[0]:
             d_hidden[chunk] = (logits @ weight).float().mul_(share)
+        if k == 0:
+            d_weight.zero_()  # not before: its memory need not be there beside a block's
         if wanted[1] and operand == d_weight.dtype:
             d_weight.addmm_(logits.t(), hidden, alpha=share)
         elif wanted[1]:
