@@ -135,5 +135,8 @@ CASES = [
     Case("random_token_corruption", "drawn", _drawn(sslops.random_token_corruption), {}, _CORRUPTION, batched=False),
     Case("random_token_corruption", "special", _drawn(sslops.random_token_corruption), {},
          _CORRUPTION | {"special_tokens_mask": _ids(4, 10, 50) > 40}, batched=False),
+    Case("random_token_corruption", "words", _drawn(sslops.random_token_corruption), {},
+         _CORRUPTION | {"words": _ids(4, 10, 50) % 3, "special_ids": [0, 3, 4], "span_lengths": [1, 1, 0.5]},
+         batched=False),
 ]
 # fmt: on

@@ -6,11 +6,12 @@
 namespace sslops::random_token_corruption {
 
 struct Table {
-  void (*corrupt)(const Tokens& tokens, const Odds& odds, const uint64_t* key, int64_t* corrupted, int64_t* labels);
+  void (*corrupt)(const Tokens& tokens, const uint64_t* key, int64_t* corrupted, int64_t* labels);
 
-  // The same from Python: special in the shape of ids, or None; key []; the odds.
-  void (*call)(Tensor ids, Tensor special, Tensor key, int64_t mask_id, int64_t vocab_size, uint64_t chosen,
-               uint64_t masked, uint64_t masked_or_random, Tensor corrupted, Tensor labels);
+  // The same from Python: special and units in the shape of ids, or None; key []; the rest as tokens_of has it.
+  void (*call)(Tensor ids, Tensor special, Tensor units, Tensor key, Tensor runs, Tensor begun, int64_t row,
+               int64_t drawn, int64_t mask_id, uint64_t masked, uint64_t masked_or_random, Tensor corrupted,
+               Tensor labels);
 
   static constexpr auto bound() { return std::tuple{Bound{"random_token_corruption", &Table::call}}; }
 };

@@ -19,6 +19,7 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def forward(x: Arguments) -> tuple[Tensor, Tensor]:
     corrupted, labels = x.ids.new_empty(x.ids.shape), x.ids.new_empty(x.ids.shape)
-    options = (x.mask_token_id, x.vocab_size, *x.odds)
-    call(x.ids.device, "random_token_corruption", x.ids, x.special_tokens_mask, x.key, *options, corrupted, labels)
+    runs, begun = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (x.runs, x.begun))
+    tensors, numbers = (x.ids, x.kept, x.units, x.key, runs, begun), (x.row, x.drawn, x.mask_token_id, *x.odds)
+    call(x.ids.device, "random_token_corruption", *tensors, *numbers, corrupted, labels)
     return corrupted, labels
