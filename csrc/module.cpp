@@ -21,6 +21,7 @@
 #include "cpu/relic.h"
 #include "cpu/restore_tokens.h"
 #include "cpu/sinkhorn.h"
+#include "cpu/supcon.h"
 #include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
 #include "cuda/ema_update.h"
@@ -236,6 +237,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, relic::table);
   bind(m, restore_tokens::table);
   bind(m, sinkhorn::table);
+  bind(m, supcon::table);
   bind(m, vicreg::table);
   bind_ema_update(m);
 #ifdef SSLOPS_CUDA

@@ -21,6 +21,7 @@ from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic, relic_multicrop
 from .ops.restore_tokens import restore_tokens
 from .ops.sinkhorn import sinkhorn
+from .ops.supcon import supcon
 from .ops.vicreg import vicreg
 from .prototypes import swav
 from .queue import NegativeQueue
@@ -54,6 +55,7 @@ __all__ = [
     "relic_multicrop",
     "restore_tokens",
     "sinkhorn",
+    "supcon",
     "swav",
     "vicreg",
 ]

@@ -1,6 +1,7 @@
 """What the contrastive losses share: the reduction over rows, and what scripts log."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,23 @@ def classes(ids: Tensor) -> Tensor:
     """int32 [N] from 0 on, equal where ids are equal; those below 0 are equal to none"""
     found = torch.unique(ids, return_inverse=True)[1]
     return torch.where(ids < 0, len(ids) + torch.arange(len(ids), device=ids.device), found).int()
+
+
+def over_ranks(run: Callable[..., Any], x: Any, views: int, rows: int) -> tuple[Tensor, ...]:
+    """losses [V N], logged [.., V N], inv_norm and stats [.., V N] of all ranks, where a kernel's are of a Part"""
+    losses, logged, inv_norm, stats = run(x, distributed.part(x.group, rows))
+    found = torch.cat([losses[None], stats, logged]).unflatten(1, (views, -1))
+    parts = distributed.all_gather(found, x.group, 2).flatten(1).split([1, len(stats), len(logged)])
+    losses, stats, logged = (part.clone() for part in parts)
+    return losses[0], logged, inv_norm, stats
+
+
+def gradient_over_ranks(grad: Tensor, x: Any, views: int) -> Tensor:
+    """[V N], that of all ranks' losses, from grad [V N] as this rank knows it"""
+    if x.shared:
+        return grad * distributed.size(x.group)
+    own = distributed.own_rows(grad, x.group, parts=views)
+    return distributed.all_gather(own.view(views, -1), x.group, 1).view(-1)
 
 
 class Metrics(NamedTuple):

@@ -23,6 +23,7 @@ from .ops.masked_patch_mse import masked_patch_mse
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
+from .ops.supcon import supcon
 from .ops.vicreg import vicreg
 from .prototypes import PrototypeCenter, swav
 
@@ -38,6 +39,7 @@ __all__ = [
     "NTXentLoss",
     "PrototypeCenter",
     "RELICLoss",
+    "SupConLoss",
     "SwAVLoss",
     "VICRegLoss",
 ]
@@ -114,6 +116,10 @@ class MaskedTokenCrossEntropy(_Loss, op=masked_token_cross_entropy):
 
 class RELICLoss(_Loss, op=relic):
     """RELIC's loss of a view from the online network and one from the target's, [B, D] each: see `sslops.relic`."""
+
+
+class SupConLoss(_Loss, op=supcon):
+    """SupCon's loss, (z [M, D] or [V, N, D], labels [M] or [N]) -> [] or [M] or [V, N]: see `sslops.supcon`."""
 
 
 class SwAVLoss(_Loss, op=swav):

@@ -95,7 +95,7 @@ def check(ranks: Ranks, op, inputs: list[Tensor], backend: str, truth_of=None, *
         whole = (oracle.evaluate(truth_of or op, draw, "eager", dtype, **options) for dtype in (None, torch.float64))
         return of_all_ranks(ranks, op, draw, options | {"backend": backend}), *whole
 
-    names = ["output", "first", "second", "temperature"][: len(inputs) + 1]
+    names = ["output", "first", "second", "third"][: len(inputs) + 1]
     oracle.assert_promise(names, answers, inputs, inputs[0].dtype)
 
 
@@ -128,6 +128,26 @@ def test_nt_xent_of_many_views(ranks, backend, dtype, reduction, tau):
     check(ranks, of_views, inputs[:2], backend, query_ids=torch.arange(rows) % 50, **options)
     weights = torch.linspace(0.5, 1.5, 3 * rows).view(3, rows)
     check(ranks, of_views, inputs, backend, decoupled=True, positive_weights=weights, **options)
+
+
+def supcon(*views, labels, tau, group=None, **options):
+    """Of views [B, D] in one tensor; the rank's losses in one dimension"""
+    if group is not None:
+        labels = labels.chunk(dist.get_world_size())[dist.get_rank()]
+    z = torch.stack(views) if len(views) > 1 else views[0]
+    loss = sslops.supcon(z, labels, temperature=tau, group=group, **options)
+    return loss.flatten() if loss.dim() else loss
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("where", ["out", "in"])
+@pytest.mark.parametrize("tau", [0.1, 0.02])
+def test_supcon(ranks, backend, reduction, where, tau):
+    rows = 37 * ranks.world
+    options = {"labels": torch.arange(rows) % 20 - 1, "tau": tau, "reduction": reduction, "where": where}
+    check(ranks, supcon, [*views(rows, 40), views(rows, 40)[0].flip(1)], backend, **options)
+    check(ranks, supcon, views(rows, 40, torch.bfloat16)[:1], backend, **options)
 
 
 @each_backend

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, check_options, classes, metrics, reduce
+from .._contrastive import IDS, check_options, classes, gradient_over_ranks, metrics, over_ranks, reduce
 from .._library import Out, register
 from ..backend import kernel
 
@@ -152,10 +152,7 @@ def _forward(x: Arguments) -> tuple[Tensor, ...]:
     views = (
         distributed.all_gather(x.z0, x.group, 1) if x.z1 is None else distributed.gather_views([x.z0, x.z1], x.group)
     )
-    losses, logged, inv_norm, stats = run(_to_kernel(x, views), distributed.part(x.group, own))
-    rows = torch.cat([losses[None], stats, logged]).unflatten(1, (v, -1))
-    losses, stats, logged = distributed.all_gather(rows, x.group, 2).flatten(1).split([1, v + 1, len(logged)])
-    return losses[0].clone(), logged.clone(), inv_norm, stats.clone(), views
+    return *over_ranks(run, _to_kernel(x, views), v, own), views
 
 
 def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
@@ -163,13 +160,9 @@ def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
     run = kernel(x.backend, "nt_xent").backward
     if not x.group:
         return run(grad, _to_kernel(x), inv_norm, stats)
-    v, rows, _ = _sizes(x)
-    if x.shared:
-        grad = grad * distributed.size(x.group)
-    else:
-        own = distributed.own_rows(grad, x.group, parts=v)
-        grad = distributed.all_gather(own.view(v, -1), x.group, 1).view(-1)
-    return run(grad, _to_kernel(x, views), inv_norm, stats, distributed.part(x.group, rows))
+    v, own, _ = _sizes(x)
+    grad = gradient_over_ranks(grad, x, v)
+    return run(grad, _to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
 
 
 _run = register(

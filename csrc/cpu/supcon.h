@@ -1,0 +1,29 @@
+// SupCon (arXiv 2004.11362) over the M = V N rows of V views: the positives of a row are all others of its class,
+// logits are S / tau with S = z z^T. 4 M^2 D FLOP: by symmetry each tile of S serves its rows and its columns.
+#pragma once
+#include "../common/isa.h"
+#include "../common/tensor.h"
+
+namespace sslops::supcon {
+
+struct Table {
+  // z [M, D] or [V, N, D]; classes int32 [M] or [N], of 0 .. 2 N - 1; inside: L_in, else L_out.
+  // Of the examples first .. first + B, B as losses [V B] say; positives [V B], how many a row has; stats [4, V B]: m_i
+  // and 1 / r_i, r_i the sum of exp((s_ij - m_i) / tau) over j != i, 0 if it has no positive; inside the same of the
+  // positives alone, else 0 and one over their number. inv_norm [V N].
+  void (*forward)(Tensor z, Tensor classes, double temperature, bool normalize, bool inside, DType operand,
+                  int64_t first, Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats);
+  // dz [B, D] or [V, B, D] of the examples from `first` on, and dots [V B] = <z_i, dL/dz_i>, from the gradients [V N]
+  // and stats [4, V N] of all: W_ij = (p_ij - q_ij) grad_i + (p_ji - q_ji) grad_j is symmetric, q_ij what L_in or L_out
+  // wants p_ij to be, dz = W z / tau. The difference is taken in the tile: it may be small, and W may be rounded.
+  void (*backward)(Tensor grad, Tensor z, Tensor classes, double temperature, bool normalize, bool inside,
+                   DType operand, int64_t first, Tensor inv_norm, Tensor stats, Tensor dz, Tensor dots);
+
+  static constexpr auto bound() {
+    return std::tuple{Bound{"supcon_forward", &Table::forward}, Bound{"supcon_backward", &Table::backward}};
+  }
+};
+
+SSLOPS_DECLARE_TABLE
+
+}  // namespace sslops::supcon

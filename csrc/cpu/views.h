@@ -1,0 +1,168 @@
+// The rows of one view, two or more as both operands of S = z z^T, and its tiles, each for its rows and its columns:
+// what the symmetric losses are epilogues of.
+#pragma once
+#include "rows.h"
+#include "softmax.h"
+#include "tiles.h"
+#include "tournament.h"
+
+namespace sslops {
+namespace {
+
+// Small enough to give every thread a tile. Fixed by M: results do not depend on the threads.
+int64_t tile_side(int64_t m) { return m <= 512 ? 64 : m <= 8192 ? 128 : 256; }
+constexpr int64_t kMaxSide = 256;
+
+struct Views {
+  int64_t n, views, m, d, split, padded, side;  // split: the rows of z0, which may be all; padded: m to whole groups
+  Rows parts[2];                                // z0 and z1
+  const int32_t* classes;                       // [N], at least 0, or null
+  Scale scale;
+  DType operand_dtype;
+  Buffer<int32_t> row_classes;
+  Operand z;
+
+  // inv_norm [M] is written here.
+  Views(const Tensor& z0, const Tensor& z1, const Tensor& classes, double temperature, bool normalize, DType operand,
+        const Tensor& inv_norm)
+      : n(z0.sizes[z0.dim - 2]),
+        views(z1.dim        ? 2
+              : z0.dim == 3 ? z0.sizes[0]
+                            : 1),
+        m(views * n),
+        d(z0.sizes[z0.dim - 1]),
+        split(z1.dim ? n : m),
+        padded(round_up(m, kGroup)),
+        side(tile_side(m)),
+        parts{{z0, normalize, inv_norm.as<float>()}, {z1.dim ? z1 : z0, normalize, inv_norm.as<float>() + split}},
+        classes(classes.as<int32_t>()),
+        scale(temperature, normalize),
+        operand_dtype(operand),
+        row_classes(classes ? padded : 0),
+        z(m, d, operand) {
+    for (int64_t i = 0; i < padded && classes; ++i) row_classes[i] = i < m ? this->classes[i % n] : -1;
+    float* const inverse = inv_norm.as<float>();
+    parallel_tickets((m + kGroup - 1) / kGroup, [&](int64_t ticket) {
+      const int64_t first = ticket * kGroup, count = m - first < kGroup ? m - first : kGroup;
+      for (int64_t i = first; i < first + count; ++i) inverse[i] = part(i).norm_of(place(i));
+      z.fill(first, count, [&](int64_t i, int64_t j, int lanes) { return at(i, j, lanes); });
+    });
+  }
+
+  const Rows& part(int64_t i) const { return parts[i >= split]; }
+  int64_t place(int64_t i) const { return i < split ? i : i - split; }
+  // Another view of row i, k = 1 .. views - 1; row i is the k-th from the end of that one.
+  int64_t positive(int64_t i, int64_t k) const { return i + k * n < m ? i + k * n : i + k * n - m; }
+  // Of the operand.
+  SSLOPS_INLINE F at(int64_t i, int64_t j, int lanes) const {
+    return round_to(operand_dtype, part(i).at(place(i), j, lanes));
+  }
+  // The k-th of the rows that the examples first .. first + count have, view by view.
+  int64_t row(int64_t k, int64_t first, int64_t count) const { return k / count * n + first + k % count; }
+};
+
+// A tile of S: rows i0.., columns j0... If mirrored (then j0 > i0), it also stands for its transpose.
+struct Part {
+  float* s;
+  int64_t ld, i0, rows, j0, columns;
+  bool mirrored;
+
+  float* row(int64_t k) const { return s + k * ld; }
+  // up to a whole number of vectors
+  int64_t width() const { return round_up(columns, kLanes); }
+};
+
+// prepare(part), to set to -inf what is no candidate (a term of exactly 0), and visit(tile, part) over the tiles of S:
+// on and above the diagonal, or all those of the rows of some examples. In both cases a row's tiles come in a fixed
+// order, one at a time.
+template <typename Prepare, typename Visit>
+void for_each_tile(const Views& x, int64_t first, int64_t count, const Prepare& prepare, const Visit& visit) {
+  const auto size = [](int64_t from, int64_t step, int64_t end) { return end - from < step ? end - from : step; };
+  const auto product = [&](Tile& tile, int64_t i0, int64_t rows, int64_t j0, int64_t columns, bool mirrored) {
+    tile.multiply(x.z, i0, rows, x.z, j0, columns);
+    const Part part{tile.s, tile.ld, i0, rows, j0, columns, mirrored};
+    prepare(part);
+    for (int64_t k = 0; k < rows; ++k)
+      for (int64_t j = columns; j < part.width(); ++j) part.row(k)[j] = -kInf;
+    visit(tile, part);
+  };
+  if (count == x.n) {
+    const Tournament panels((x.m + x.side - 1) / x.side);
+    panels.run([&] { return Tile(x.side, x.z.bf16); },
+               [&](int64_t i, int64_t j, Tile& tile) {
+                 const int64_t i0 = i * x.side, j0 = j * x.side;
+                 if (i != j) return product(tile, i0, x.side, j0, size(j0, x.side, x.m), true);
+                 // Symmetry saves nothing in the tiles on the diagonal: they are small.
+                 const int64_t end = i0 + size(i0, x.side, x.m);
+                 for (int64_t a = i0; a < end; a += kGroup)
+                   for (int64_t b = a; b < end; b += kGroup)
+                     product(tile, a, size(a, kGroup, end), b, size(b, kGroup, end), a != b);
+               });
+  } else {
+    const int64_t blocks = (count + kGroup - 1) / kGroup;
+    parallel_tickets(
+        x.views * blocks, [&] { return Tile(kMaxSide, x.z.bf16); },
+        [&](int64_t ticket, Tile& tile) {
+          const int64_t view = ticket / blocks * x.n + first, from = ticket % blocks * kGroup;
+          for (int64_t j = 0; j < x.m; j += kMaxSide)
+            product(tile, view + from, size(from, kGroup, count), j, size(j, kMaxSide, x.m), false);
+        });
+  }
+}
+
+// Raises the maxima of the tile's rows and columns, over what of(k, j, s) makes of s, and scales their sums down
+// accordingly.
+template <typename Of>
+void raise(const Part& t, const Scale& scale, float* top, float* sums, const Of& of) {
+  float columns[kMaxSide];
+  const auto raise_one = [&](int64_t i, float candidate) {
+    if (!(candidate > top[i])) return;
+    sums[i] *= expf((top[i] - candidate) * scale.inverse);
+    top[i] = candidate;
+  };
+  for (int64_t j = 0; j < t.width(); ++j) columns[j] = kLowest;
+  for (int64_t k = 0; k < t.rows; ++k) {
+    F best = splat(kLowest);
+    for (int64_t j = 0; j < t.width(); j += kLanes) {
+      const F s = of(k, j, load(t.row(k) + j));
+      best = max(s, best);
+      store(columns + j, max(s, load(columns + j)));
+    }
+    raise_one(t.i0 + k, max(best));
+  }
+  for (int64_t j = 0; j < t.columns && t.mirrored; ++j) raise_one(t.j0 + j, columns[j]);
+}
+
+// dz0, dz1 and dots = <z_i, dL/dz_i> of the examples from `first` on: dL/dz = (W z + what add(i, v) adds to row i's) /
+// tau, where weigh(part) makes of a prepared tile of S that of W.
+template <typename Prepare, typename Weigh, typename Add>
+void differentiate(const Views& x, int64_t first, const Prepare& prepare, const Weigh& weigh, const Add& add,
+                   const Tensor& dz0, const Tensor& dz1, const Tensor& dots) {
+  const int64_t count = dots.numel / x.views, ld = x.z.ld;
+  // Of a part, each view has rows of its own to the end of its last tile: no two threads write to one.
+  const int64_t part = round_up(count, kGroup), rows = count == x.n ? x.padded : x.views * part;
+  const auto place = [&](int64_t i) { return count == x.n ? i : i / x.n * part + i % x.n - first; };
+  Buffer<float> dz((rows + bf16_gemm::kBlock) * ld);
+  parallel_for(rows, kGroup, [&](int64_t begin, int64_t end) {
+    std::memset(dz + begin * ld, 0, (end - begin) * ld * sizeof(float));
+  });
+  for_each_tile(x, first, count, prepare, [&](Tile& tile, const Part& t) {
+    weigh(t);
+    tile.add(t.rows, t.columns, x.z, t.j0, dz + place(t.i0) * ld, x.z, t.i0, t.mirrored ? dz + t.j0 * ld : nullptr);
+  });
+  const float inverse = static_cast<float>(1. / x.scale.tau);
+  parallel_for(x.views * count, kGroup, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = x.row(k, first, count);
+      float* const v = dz + place(i) * ld;
+      add(i, v);
+      for_each_vector(
+          x.d, [&](int64_t j, int lanes) { store_lanes(v + j, lanes, load_lanes(v + j, lanes, 0.f) * inverse); });
+      const bool second = dz1.numel && k >= count;
+      dots.as<float>()[k] = x.part(i).backward(x.place(i), v, second ? dz1 : dz0, second ? k - count : k);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace sslops

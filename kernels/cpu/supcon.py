@@ -1,0 +1,43 @@
+"""SupCon on the CPU: symmetric tiles in both directions, nothing of size M x M (csrc/cpu/supcon.h)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sslops import _C
+
+from .memory import FLOAT32, refuses  # noqa: F401
+
+if TYPE_CHECKING:
+    from sslops.distributed import Part
+    from sslops.ops.supcon import Arguments
+
+DISTRIBUTED = True
+
+
+def _common(x: Arguments, part: Part | None) -> tuple[object, ...]:
+    options = float(x.temperature), x.normalize, x.where == "in", x.operand_dtype
+    return x.z, x.labels, *options, part.first if part else 0
+
+
+def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
+    views, n = x.z.shape[:-2].numel(), x.z.shape[-2]
+    rows = views * (part.rows if part else n)
+    losses, positives, inv_norm = (torch.empty(shape, **FLOAT32) for shape in ((rows,), (1, rows), (views * n,)))
+    stats = torch.empty(4, rows, **FLOAT32)
+    _C.supcon_forward(*_common(x, part), losses, positives, inv_norm, stats)
+    return losses, positives, inv_norm, stats
+
+
+def backward(
+    grad: Tensor, x: Arguments, inv_norm: Tensor, stats: Tensor, part: Part | None = None
+) -> tuple[Tensor, Tensor]:
+    *views, n, d = x.z.shape
+    dz = x.z.new_empty(*views, part.rows if part else n, d)
+    dots = torch.empty(dz.shape[:-1].numel(), **FLOAT32)
+    _C.supcon_backward(grad, *_common(x, part), inv_norm, stats, dz, dots)
+    # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
+    return dz, dots.sum() * (-0.5 / float(x.temperature))

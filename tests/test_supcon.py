@@ -1,0 +1,230 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sslops
+from sslops import _C
+from sslops.kernels.cpu import supcon as kernel
+
+from . import oracle
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+TARGETS = oracle.targets("supcon")
+each_target = pytest.mark.parametrize(("device", "backend"), TARGETS)
+each_where = pytest.mark.parametrize("where", ["out", "in"])
+
+
+def rows(*shape: int, dtype=torch.float32, device="cpu", noise: float = 1.0) -> dict[str, torch.Tensor]:
+    """Around a centre for each of 10 classes"""
+    g = torch.Generator().manual_seed(sum(shape))
+    centres = torch.randn(10, shape[-1], generator=g)
+    z = centres[torch.arange(shape[-2]) % 10] + noise * torch.randn(shape, generator=g)
+    return {"z": z.to(device, dtype)}
+
+
+def losses(z, classes=10, **kwargs):
+    """Labels in the order of the rows' centres, some rows without one, and some alone with theirs"""
+    label = torch.arange(z.shape[-2], device=z.device)
+    label = torch.where(label % 23 == 7, -1, torch.where(label % 19 == 5, label + 100, label % classes))
+    return sslops.supcon(z, label, reduction="none", **kwargs)
+
+
+def expected(z, labels, temperature, where):
+    """Eq. 2 and 3 of the paper as loops"""
+    example = torch.arange(z.shape[-2]).repeat(z.shape[:-2].numel()).tolist()
+    unit, found = F.normalize(z.flatten(0, -2)), []
+    for i in range(len(unit)):
+        others = [j for j in range(len(unit)) if j != i]
+        of_label = [j for j in others if labels[example[j]] == labels[example[i]] >= 0 or example[j] == example[i]]
+        p = torch.stack([unit[i] @ unit[j] for j in others]).div(temperature).softmax(0)
+        p = p[[others.index(j) for j in of_label]]
+        if not of_label:
+            found.append(p.new_zeros(()))
+        else:
+            found.append(-p.log().mean() if where == "out" else -p.mean().log())
+    return torch.stack(found).view(z.shape[:-1])
+
+
+@each_where
+@pytest.mark.parametrize("shape", [(9, 4), (3, 5, 4)])
+def test_against_the_formula(where, shape):
+    (z,) = rows(*shape, dtype=torch.float64).values()
+    labels = torch.tensor([1, 2, 1, -1, -1, 2, 1, 7, 2])[: shape[-2]]
+    found = sslops.supcon(z, labels, temperature=0.3, where=where, reduction="none")
+    torch.testing.assert_close(found, expected(z, labels, 0.3, where))
+
+    def op(z, temperature):
+        return sslops.supcon(z, labels, temperature=temperature, where=where, reduction="none")
+
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(op, (z.requires_grad_(), temperature))
+
+
+@each_target
+@each_where
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(200, 33), (3, 67, 16), (2, 301, 24)])
+def test_accuracy(device, backend, where, dtype, shape):
+    for temperature in (1.0, 0.1, 0.02, 0.005):
+        with oracle.poisoned_memory():
+            inputs = rows(*shape, dtype=dtype, device=device)
+            oracle.check(losses, inputs, backend, where=where, temperature=temperature)
+
+
+@each_target
+@each_where
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", [0.1, 1e-3])
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_easy_positives(device, backend, where, dtype, noise, temperature):
+    """p is what it should be nearly everywhere: the gradient is a small difference."""
+    inputs = rows(2, 130, 24, dtype=dtype, device=device, noise=noise)
+    oracle.check(losses, inputs, backend, where=where, temperature=temperature)
+
+
+@each_target
+@each_where
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_collapsed(device, backend, where, temperature, normalize):
+    """All embeddings equal: the loss is log(M - 1), whatever the temperature; terms of size 2 / tau cancel in z's."""
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(device) / 8
+    size = 2 / temperature / float(row.norm()) / 64**0.5
+    oracle.check(
+        losses, {"z": row.repeat(300, 1)}, backend, where=where, temperature=temperature, scale={"z": size},
+        normalize=normalize,
+    )  # fmt: skip
+
+
+@each_target
+@each_where
+def test_one_class_and_only_distinct_ones(device, backend, where):
+    inputs = rows(150, 16, device=device)
+    oracle.check(losses, inputs, backend, classes=1, where=where)
+    (z,) = inputs.values()
+    alone = torch.arange(150, device=device)
+    for labels in (alone, torch.full_like(alone, -1)):
+        z.requires_grad_()
+        loss, metrics = sslops.supcon(z, labels, where=where, return_metrics=True, backend=backend)
+        assert loss == 0
+        assert metrics == (1, 0)
+        assert not torch.autograd.grad(loss, z)[0].any()
+
+
+@each_target
+@each_where
+@pytest.mark.parametrize("temperature", [0.05, 0.005])
+def test_positives_far_below_the_negatives(device, backend, where, temperature):
+    """Their exponentials are 0 beside those of the negatives."""
+    (z,) = rows(120, 16, device=device, noise=1e-2).values()
+    z[:10] *= -1  # one of each class, and far from its others
+    oracle.check(losses, {"z": z}, backend, where=where, temperature=temperature)
+
+
+@each_target
+@each_where
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_temperature_gradient(device, backend, where, dtype, normalize):
+    inputs = {name: x * 0.3 for name, x in rows(2, 90, 24, dtype=dtype, device=device).items()}
+    inputs["temperature"] = torch.tensor(0.2, device=device)
+
+    def op(z, temperature, **kwargs):
+        return losses(z, temperature=temperature, **kwargs)
+
+    oracle.check(op, inputs, backend, dtype=dtype, where=where, normalize=normalize)
+
+
+@each_where
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_every_instruction_set(isa, where, temperature):
+    with oracle.poisoned_memory():
+        oracle.check(losses, rows(600, 40), "cpu", where=where, temperature=temperature)
+
+
+@each_target
+def test_a_view_for_each_positive_is_nt_xent(device, backend):
+    """Of two views without labels each row has one positive: SimCLR's loss, of either form."""
+    (z,) = rows(2, 70, 16, device=device).values()
+    none = torch.full((70,), -1, device=device)
+    for where in ("out", "in"):
+        found = sslops.supcon(z, none, temperature=0.2, where=where, backend=backend)
+        torch.testing.assert_close(found, sslops.nt_xent(z, temperature=0.2))
+
+
+@each_target
+def test_labels(device, backend):
+    """int32 and int64, also where they differ in their high bits only"""
+    (z,) = rows(2, 40, 16, device=device).values()
+    labels = torch.arange(40, device=device) % 7
+    found = sslops.supcon(z, labels, backend=backend)
+    assert torch.equal(sslops.supcon(z, labels.int(), backend=backend), found)
+    assert torch.equal(sslops.supcon(z, labels + (1 << 40), backend=backend), found)
+    high = labels.where(labels > 0, 1 << 32)
+    assert torch.equal(sslops.supcon(z, high, backend=backend), found)
+
+
+@each_target
+def test_metrics(device, backend):
+    (z,) = rows(2, 6, 16, device=device).values()
+    labels = torch.tensor([3, 3, 3, 1, -1, -1], device=device)
+    assert sslops.supcon(z, labels, return_metrics=True, backend=backend)[1] == (0, (3 * 5 + 3 * 1) / 6)
+    found = sslops.supcon(z[0], labels, return_metrics=True, backend=backend)[1]
+    assert found == (0.5, 1)
+
+
+def test_memory_is_linear():
+    """M = 16384, D = 64: forward and backward in a process of their own grow by a few M x D, where M x M takes 1 GB."""
+    grown = oracle.grown_memory(
+        "z, labels = torch.randn(16384, 64, requires_grad=True), torch.arange(16384) % 100; "
+        "sslops.supcon(z[:1200], labels[:1200]).backward()",
+        "sslops.supcon(z, labels).backward()",
+    )
+    assert grown < 64, f"{grown:.0f} MB"
+
+
+def test_bad_input():
+    z, labels = torch.randn(4, 8), torch.arange(4)
+
+    def refused(error, argument, *args, **kwargs):
+        oracle.assert_refused(error, "supcon", argument, lambda: sslops.supcon(*args, **kwargs))
+
+    refused(ValueError, "z", z[0], labels)
+    refused(ValueError, "z", z[None, None], labels)
+    refused(ValueError, "labels", z, labels[:3])
+    refused(ValueError, "labels", z[None], labels[None])
+    refused(TypeError, "labels", z, labels.float())
+    refused(ValueError, "where", z, labels, where="both")
+    refused(ValueError, "reduction", z, labels, reduction="median")
+    refused(ValueError, "temperature", z, labels, temperature=0.0)
+    refused(TypeError, "normalize", z, labels, normalize=1)
+    refused(TypeError, "return_metrics", z, labels, return_metrics=1)
+
+
+class TestPlantedFaults:
+    """Broken kernels must not pass."""
+
+    def refuse(self, inputs, **kwargs):
+        with pytest.raises(AssertionError, match="above"):
+            oracle.check(losses, inputs, "cpu", **kwargs)
+
+    def test_a_positive_too_many(self, monkeypatch):
+        run = kernel.forward
+        monkeypatch.setattr(kernel, "forward", lambda x: run(x._replace(labels=x.labels.clamp(max=18))))
+        self.refuse(rows(300, 32))
+
+    def test_a_softmax_in_bf16(self, monkeypatch):
+        """As W would be, if the positives were subtracted after it was rounded"""
+        run = kernel.backward
+
+        def fault(grad, x, inv_norm, stats):
+            return run(grad, x, inv_norm, torch.cat([stats[:1], stats[1:2].bfloat16().float(), stats[2:]]))
+
+        monkeypatch.setattr(kernel, "backward", fault)
+        self.refuse(rows(2, 130, 24, noise=0.1), temperature=0.1)
+
+    def test_unwritten_memory(self, monkeypatch):
+        monkeypatch.setattr(_C, "supcon_backward", lambda *args: None)
+        with oracle.poisoned_memory():
+            self.refuse(rows(40, 8))
