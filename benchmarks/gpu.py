@@ -33,7 +33,7 @@ CHANGED = ("kernels/triton", "benchmarks/tuned")
 GRACE = 8.0  # seconds between SIGINT, upon which pytest writes its reports, and SIGKILL
 SIZE = 15 * 2**20  # bytes of a file that is brought back
 BENCHES = (  # in the order of what matters
-    "limits", "nt_xent", "info_nce", "barlow_twins", "vicreg", "relic", "masked_patch_mse", "ema_update",
+    "limits", "nt_xent", "info_nce", "barlow_twins", "vicreg", "relic", "masked_prediction", "ema_update",
     "gather_patches", "restore_tokens", "gather_tokens", "cross_correlation", "random_mask", "random_token_corruption",
     "routes",
 )  # fmt: skip

@@ -101,7 +101,7 @@ CASES = [
     Case("gather_patches", lambda x, backend: sslops.gather_patches(x, ids(x, 5), 8, backend=backend),
          normal((4, 3, 32, 32))),
     Case("gather_tokens", lambda x, backend: sslops.gather_tokens(x, ids(x, 5), backend=backend), normal((4, 16, 100))),
-    Case("masked_patch_mse", mse, normal((4, 16, 192))),
+    Case("masked_prediction", mse, normal((4, 16, 192))),
     Case("restore_tokens",
          lambda x, token, backend: sslops.restore_tokens(x, token, ids(x, 16), num_prefix=1, backend=backend),
          normal((4, 6, 100), (1, 1, 100))),

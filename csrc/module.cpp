@@ -13,7 +13,7 @@
 #include "cpu/gather_patches.h"
 #include "cpu/gather_tokens.h"
 #include "cpu/info_nce.h"
-#include "cpu/masked_patch_mse.h"
+#include "cpu/masked_prediction.h"
 #include "cpu/nt_xent.h"
 #include "cpu/prototypes.h"
 #include "cpu/random_mask.h"
@@ -27,7 +27,7 @@
 #include "cuda/ema_update.h"
 #include "cuda/gather_patches.h"
 #include "cuda/gather_tokens.h"
-#include "cuda/masked_patch_mse.h"
+#include "cuda/masked_prediction.h"
 #include "cuda/probe.h"
 #include "cuda/random_mask.h"
 #include "cuda/random_token_corruption.h"
@@ -229,7 +229,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, gather_patches::table);
   bind(m, gather_tokens::table);
   bind(m, info_nce::table);
-  bind(m, masked_patch_mse::table);
+  bind(m, masked_prediction::table);
   bind(m, nt_xent::table);
   bind(m, prototypes::table);
   bind(m, random_mask::table);
@@ -243,7 +243,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef SSLOPS_CUDA
   bind(m, gather_patches::cuda_table);
   bind(m, gather_tokens::cuda_table);
-  bind(m, masked_patch_mse::cuda_table);
+  bind(m, masked_prediction::cuda_table);
   bind(m, random_mask::cuda_table);
   bind(m, random_token_corruption::cuda_table);
   bind(m, restore_tokens::cuda_table);

@@ -4,7 +4,7 @@ from . import nn
 from .backend import explain
 from .compat import patch_lightly, patch_solo, patch_transformers
 from .ema import EMA, cosine_momentum, ema_avg_fn
-from .masking import random_masking
+from .masking import denormalize_patches, random_masking, unpatchify
 from .ops.barlow_twins import barlow_twins
 from .ops.cross_correlation import cross_correlation
 from .ops.dino import dino
@@ -13,7 +13,7 @@ from .ops.gather_patches import gather_patches
 from .ops.gather_tokens import gather_tokens
 from .ops.ibot import ibot
 from .ops.info_nce import info_nce
-from .ops.masked_patch_mse import masked_patch_mse
+from .ops.masked_prediction import masked_patch_mse, masked_prediction
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
@@ -33,6 +33,7 @@ __all__ = [
     "barlow_twins",
     "cosine_momentum",
     "cross_correlation",
+    "denormalize_patches",
     "dino",
     "ema_avg_fn",
     "ema_update_",
@@ -42,6 +43,7 @@ __all__ = [
     "ibot",
     "info_nce",
     "masked_patch_mse",
+    "masked_prediction",
     "masked_token_cross_entropy",
     "nn",
     "nt_xent",
@@ -57,5 +59,6 @@ __all__ = [
     "sinkhorn",
     "supcon",
     "swav",
+    "unpatchify",
     "vicreg",
 ]

@@ -19,7 +19,7 @@ from .ops.gather_patches import gather_patches
 from .ops.gather_tokens import gather_tokens
 from .ops.ibot import ibot
 from .ops.info_nce import info_nce
-from .ops.masked_patch_mse import masked_patch_mse
+from .ops.masked_prediction import masked_patch_mse
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
@@ -101,7 +101,7 @@ SUBJECTS = {
         (gather_tokens, [x.leaf(b, length, d), x.ids(b, k, length)])),
     "restore_tokens": Subject("B x K x L x D, one prefix", "64x49x196x512", _restored),
     "gather_patches": Subject("images x pixels x patch, a quarter visible", "64x224x16", _patches),
-    "masked_patch_mse": Subject("images x pixels x patch, a quarter visible", "64x224x16", _masked),
+    "masked_prediction": Subject("images x pixels x patch, a quarter visible", "64x224x16", _masked),
     "ema_update": Subject("tensors x elements", "150x150000", lambda x, count, size:
         (partial(ema_update_, momentum=0.996), [[x.data(size) for _ in range(count)] for _ in range(2)])),
 }

@@ -41,22 +41,29 @@ def count(images: Tensor, patch_size: Sequence[int]) -> int:
     return math.prod(grid(images, patch_size))
 
 
-def check(op: str, images: Tensor, patch_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+def check(
+    op: str,
+    images: Tensor,
+    patch_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    name: str = "images",
+) -> None:
     """That the patches tile the images, and that mean and std are there for every channel, or for none."""
     channels, *size = images.shape[1:]
     if not 1 <= len(size) <= 3 or channels < 1:
-        _check.bad_value(op, "images", "shape [B, C, ...] with a channel and 1 to 3 sizes", list(images.shape))
+        _check.bad_value(op, name, "shape [B, C, ...] with a channel and 1 to 3 sizes", list(images.shape))
     if len(patch_size) != len(size):
         _check.bad_value(op, "patch_size", f"{len(size)} numbers of pixels, as the images have", list(patch_size))
     if min(patch_size) < 1:
         _check.bad_value(op, "patch_size", "at least 1 pixel", list(patch_size))
     if any(side % patch or not side for side, patch in zip(size, patch_size, strict=True)):
-        _check.bad_value(op, "images", f"a size that patches of {_by(patch_size)} tile", _by(size))
-    for name, values, each in (("mean", mean, _check.finite), ("std", std, _check.positive)):
+        _check.bad_value(op, name, f"a size that patches of {_by(patch_size)} tile", _by(size))
+    for option, values, each in (("mean", mean, _check.finite), ("std", std, _check.positive)):
         if len(values) not in (0, channels):
-            _check.bad_value(op, name, f"{channels} numbers, one for each channel", len(values))
+            _check.bad_value(op, option, f"{channels} numbers, one for each channel", len(values))
         for value in values:
-            each(op, **{name: value})
+            each(op, **{option: value})
 
 
 def _by(sizes: Sequence[int]) -> str:
@@ -82,3 +89,29 @@ def patchify(images: Tensor, patch_size: Sequence[int], layout: str) -> Tensor:
     of_grid, of_patch = range(2, 2 + n), range(2 + n, 2 + 2 * n)
     order = (0, *of_grid, 1, *of_patch) if layout == "chw" else (0, *of_grid, *of_patch, 1)
     return images.permute(order).flatten(1 + n).flatten(1, n)
+
+
+def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int], layout: str) -> Tensor:
+    """And back, [B, C, *spatial]"""
+    n = len(patch_size)
+    channels = patches.shape[2] // math.prod(patch_size)
+    values = (channels, *patch_size) if layout == "chw" else (*patch_size, channels)
+    x = patches.reshape(len(patches), *grid, *values)  # [B, *grid, C, *patch] or [B, *grid, *patch, C]
+    at = 2 + n if layout == "chw" else 1 + n  # of the patch's first size
+    pairs = [axis for k in range(n) for axis in (1 + k, at + k)]
+    x = x.permute(0, 1 + n if layout == "chw" else 1 + 2 * n, *pairs)
+    return x.reshape(len(patches), channels, *(g * p for g, p in zip(grid, patch_size, strict=True)))
+
+
+def moments(patches: Tensor, channels: int, layout: str, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    """What is subtracted from each value of patches [B, L, P] and what they are divided by then"""
+    groups, axis = patches, -1
+    if norm == "channel":
+        groups = patches.unflatten(-1, (-1, channels) if layout == "hwc" else (channels, -1))
+        axis = -2 if layout == "hwc" else -1
+    mean = groups.mean(axis, keepdim=True)
+    variance = groups.var(axis, keepdim=True, correction=0 if norm == "layer" else 1)
+    scale = variance.sqrt() + eps if norm == "channel" else (variance + eps).sqrt()
+    if norm != "channel":
+        return mean, scale
+    return mean.expand_as(groups).flatten(-2), scale.expand_as(groups).flatten(-2)

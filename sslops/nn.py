@@ -19,7 +19,7 @@ from .ops.dino import dino
 from .ops.gather_patches import gather_patches
 from .ops.ibot import ibot
 from .ops.info_nce import info_nce
-from .ops.masked_patch_mse import masked_patch_mse
+from .ops.masked_prediction import masked_patch_mse, masked_prediction
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
@@ -35,6 +35,7 @@ __all__ = [
     "InfoNCELoss",
     "MaskedPatchEmbed",
     "MaskedPatchMSE",
+    "MaskedPredictionLoss",
     "MaskedTokenCrossEntropy",
     "NTXentLoss",
     "PrototypeCenter",
@@ -108,6 +109,10 @@ class InfoNCELoss(_Loss, op=info_nce):
 
 class MaskedPatchMSE(_Loss, op=masked_patch_mse):
     """MAE's loss, (pred [B, L, P], images [B, C, H, W], mask [B, L]) -> []: see `sslops.masked_patch_mse`."""
+
+
+class MaskedPredictionLoss(_Loss, op=masked_prediction):
+    """MAE's, data2vec's and others', (pred [B, L, P], target, mask [B, L]) -> []: see `sslops.masked_prediction`."""
 
 
 class MaskedTokenCrossEntropy(_Loss, op=masked_token_cross_entropy):

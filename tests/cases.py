@@ -59,7 +59,7 @@ _QK = {"query": _random(12, 20), "key": _random(12, 20, seed=1)}
 _OT = {"online": _random(12, 20), "target": _random(12, 20, seed=1)}
 _RELIC = {"temperature": 0.3, "alpha": 1.0, "beta": 0.5}
 
-_PRED = {"pred": _random(3, 6, 48), "images": _random(3, 3, 12, 8, seed=1), "mask": (_random(3, 6) > 0).float()}
+_PRED = {"pred": _random(3, 6, 48), "target": _random(3, 3, 12, 8, seed=1), "mask": (_random(3, 6) > 0).float()}
 _TOKENS = {
     "visible": _random(3, 5, 10),
     "mask_token": _random(1, 1, 10, seed=1),
@@ -119,11 +119,15 @@ CASES = [
          {"ids": _ids(3, 4, 6), "patch_size": (4, 2), "layout": "hwc"} | _PIXELS | _UNIT, batched=False),
     Case("gather_patches", "video", sslops.gather_patches, {"images": _random(3, 2, 4, 6, 8)},
          {"ids": _ids(3, 4, 8), "patch_size": (2, 3, 4)}, ("images",), batched=False),
-    Case("masked_patch_mse", "norm", sslops.masked_patch_mse, _PRED, {"patch_size": 4}, ("pred",)),
-    Case("masked_patch_mse", "pixels", sslops.masked_patch_mse, _PRED, {"patch_size": 4, "norm_pix": False}, ("pred",)),
-    Case("masked_patch_mse", "signal", sslops.masked_patch_mse,
-         {"pred": _random(3, 6, 8), "images": _random(3, 2, 24, seed=1), "mask": _PRED["mask"]},
-         {"patch_size": 4, "mean": [0.4, 0.5], "std": [2.0, 3.0]}, ("pred",)),
+    Case("masked_prediction", "patch", sslops.masked_prediction, _PRED, {"patch_size": 4, "norm": "patch"}, ("pred",)),
+    Case("masked_prediction", "pixels", sslops.masked_prediction, _PRED, {"patch_size": 4}, ("pred",)),
+    Case("masked_prediction", "rows", sslops.masked_prediction, _PRED,
+         {"patch_size": 4, "loss": "cosine", "norm": "channel", "layout": "chw", "reduction": "none"}, ("pred",)),
+    Case("masked_prediction", "features", sslops.masked_prediction, _PRED | {"target": _random(3, 6, 48, seed=1)},
+         {"loss": "smooth_l1", "norm": "layer"}, ("pred",)),
+    Case("masked_prediction", "signal", sslops.masked_prediction,
+         {"pred": _random(3, 6, 8), "target": _random(3, 2, 24, seed=1), "mask": _PRED["mask"]},
+         {"patch_size": 4, "loss": "l1", "mean": [0.4, 0.5], "std": [2.0, 3.0]}, ("pred",)),
     Case("masked_token_cross_entropy", "mean", sslops.masked_token_cross_entropy, _WORDS,
          {"labels": _LABELS}, ("hidden", "weight", "bias"), batched=False),
     Case("masked_token_cross_entropy", "rows", sslops.masked_token_cross_entropy, _WORDS,

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -73,3 +75,52 @@ def test_bad_input():
     refused(ValueError, "random_masking", "noise", x, 0.5, noise=torch.rand(3, 50, device="meta"))
     refused(ValueError, "random_masking", "noise", x, 0.5, noise=torch.rand(3, 49))
     refused(ValueError, "random_masking", "mask_ratio", x, 1.0)
+
+
+@pytest.mark.parametrize("layout", ["chw", "hwc"])
+@pytest.mark.parametrize(
+    ("size", "patch"), [((12, 8), 4), ((6,), (2,)), ((4, 6, 8), (2, 3, 4)), ((2, 3, 8), (1, 3, 2))]
+)
+def test_unpatchify(layout, size, patch):
+    images = torch.randn(2, 3, *size)
+    sides = (patch,) * len(size) if isinstance(patch, int) else patch
+    ids = torch.arange(math.prod(side // p for side, p in zip(size, sides, strict=True))).expand(2, -1)
+    patches = sslops.gather_patches(images, ids, patch, layout=layout)
+    assert torch.equal(sslops.unpatchify(patches, patch, size, layout=layout), images)
+
+
+@pytest.mark.parametrize("layout", ["chw", "hwc"])
+@pytest.mark.parametrize("norm", ["patch", "channel", "layer"])
+def test_denormalize_patches(layout, norm):
+    """What has no error at all is the image"""
+    images = torch.randint(256, (2, 3, 4, 6, 8), dtype=torch.uint8)
+    options = {"norm": norm, "layout": layout, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    target = torch.zeros(2, 8, 72, requires_grad=True)
+    optimizer = torch.optim.SGD([target], 36 * 16.0)  # the mean of 8 * 72 squares each: one step
+    mask = torch.ones(2, 8)
+    sslops.masked_prediction(target, images, mask, (2, 3, 4), **options).backward()
+    optimizer.step()
+    patches = sslops.denormalize_patches(target.detach(), images, (2, 3, 4), **options)
+    mean, std = (torch.tensor(options[name])[:, None, None, None] for name in ("mean", "std"))
+    expected = (images / 255 - mean) / std
+    torch.testing.assert_close(sslops.unpatchify(patches, (2, 3, 4), (4, 6, 8), layout=layout), expected)
+
+
+def test_bad_input_to_pictures():
+    patches, images = torch.randn(2, 6, 48), torch.randn(2, 3, 12, 8)
+
+    def refused(error, function, argument, *args, **kwargs):
+        oracle.assert_refused(error, function.__name__, argument, lambda: function(*args, **kwargs))
+
+    refused(TypeError, sslops.unpatchify, "patches", None, 4, (12, 8))
+    refused(ValueError, sslops.unpatchify, "patches", patches[:, 1:], 4, (12, 8))
+    refused(ValueError, sslops.unpatchify, "patches", patches[..., 1:], 4, (12, 8))
+    refused(ValueError, sslops.unpatchify, "size", patches, 4, (12, 9))
+    refused(ValueError, sslops.unpatchify, "size", patches, (4, 4), (12, 8, 8))
+    refused(TypeError, sslops.unpatchify, "patch_size", patches, 4.0, (12, 8))
+    refused(ValueError, sslops.unpatchify, "layout", patches, 4, (12, 8), layout="nhwc")
+    refused(ValueError, sslops.denormalize_patches, "pred", patches[:, 1:], images, 4)
+    refused(TypeError, sslops.denormalize_patches, "pred", patches.int(), images, 4)
+    refused(TypeError, sslops.denormalize_patches, "images", patches, images.int(), 4)
+    refused(ValueError, sslops.denormalize_patches, "images", patches, images[..., 1:], 4)
+    refused(ValueError, sslops.denormalize_patches, "norm", patches, images, 4, norm="pix")

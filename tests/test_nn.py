@@ -116,17 +116,21 @@ class TestLosses:
         torch.testing.assert_close(captured, step())
 
 
-def test_masked_patch_mse():
-    module = sslops.nn.MaskedPatchMSE(8, norm_pix=False)
+@pytest.mark.parametrize(
+    "module",
+    [sslops.nn.MaskedPatchMSE(8, norm_pix=False), sslops.nn.MaskedPredictionLoss(8, "smooth_l1", norm="layer")],
+)
+def test_masked_prediction(module):
     images, mask = torch.randn(5, 3, 32, 32), torch.rand(5, 16) < 0.75
-    pred = torch.randn(5, 16, 192)
-    expected = gradients(lambda p: sslops.masked_patch_mse(p, images, mask, 8, norm_pix=False), [pred])
+    pred, op = torch.randn(5, 16, 192), getattr(sslops, type(module)._op.__name__)
+    options = {name: getattr(module, name) for name in inspect.signature(type(module)).parameters}
+    expected = gradients(lambda p: op(p, images, mask, **options), [pred])
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     exported = torch.export.export(module, (pred, images, mask)).module()
     for same in (module, pickle.loads(pickle.dumps(module)), compiled):
         assert all(map(torch.equal, gradients(lambda p, f=same: f(p, images, mask), [pred]), expected))
     assert torch.equal(exported(pred, images, mask), expected[0])
-    assert repr(module) == "MaskedPatchMSE(patch_size=8, norm_pix=False, eps=1e-06, mean=None, std=None, backend=None)"
+    assert repr(module).startswith(f"{type(module).__name__}(patch_size=8, ")
 
 
 def test_subclass():

@@ -18,7 +18,7 @@ from ..ops.barlow_twins import barlow_twins
 from ..ops.dino import dino
 from ..ops.ema_update import ema_update_
 from ..ops.info_nce import info_nce
-from ..ops.masked_patch_mse import masked_patch_mse
+from ..ops.masked_prediction import masked_patch_mse
 from ..ops.nt_xent import nt_xent
 from ..ops.sinkhorn import sinkhorn
 from ._ranks import barlow_twins_of_average, vicreg_of_own_invariance, world

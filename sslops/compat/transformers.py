@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _check
 from ..masking import random_masking as masked_tokens
 from ..nn import embedded_patches
-from ..ops.masked_patch_mse import masked_patch_mse
+from ..ops.masked_prediction import masked_patch_mse
 from ..ops.random_mask import random_mask
 from ..ops.restore_tokens import restore_tokens
 

@@ -14,7 +14,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct CudaIndex {
   unsigned x = 0, y = 0, z = 0;

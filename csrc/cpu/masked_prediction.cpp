@@ -1,0 +1,168 @@
+#include "masked_prediction.h"
+
+#include "../common/huge_pages.h"
+#include "../common/parallel.h"
+#include "patches.h"
+
+namespace sslops::masked_prediction {
+namespace {
+
+// Sum of term(j, lanes), in four parts that need not wait for each other.
+template <typename Term>
+SSLOPS_INLINE float sum_of(int64_t n, Term&& term) {
+  F part[4]{};
+  int64_t done = 0;
+  for (; done + 4 * kLanes <= n; done += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) part[k] += term(done + k * kLanes, kLanes);
+  for_each_vector(n - done, [&](int64_t j, int lanes) { part[0] += term(done + j, lanes); });
+  return sum((part[0] + part[1]) + (part[2] + part[3]));
+}
+
+Normal normal_of(const float* x, int64_t n, Norm norm, float eps) {
+  const float mean = sum_of(n, [&](int64_t j, int lanes) { return load_lanes(x + j, lanes, 0.f); }) / n;
+  const auto difference = [&](int64_t j, int lanes) { return load_lanes(x + j, lanes, mean) - mean; };
+  const float differences = sum_of(n, difference);
+  const float share = 1.f / n;
+  const float mean_square = sum_of(n, [&](int64_t j, int lanes) {
+    const F d = difference(j, lanes);
+    return d * (d * share);
+  });
+  return normal(norm, n, mean, differences, mean_square, eps);
+}
+
+void normalize(float* x, int64_t n, const Normal& normal) {
+  for_each_vector(
+      n, [&](int64_t j, int lanes) { store_lanes(x + j, lanes, apply(normal, load_lanes(x + j, lanes, 0.f))); });
+}
+
+// Of differences d, what their error is, and its slope.
+template <Loss kLoss>
+SSLOPS_INLINE F error_of(F d, float beta) {
+  if constexpr (kLoss == Loss::squared) return d * d;
+  const F size = select(d < 0.f, -d, d);
+  return kLoss == Loss::l1 ? size : select(size < beta, d * d * (0.5f / beta), size - 0.5f * beta);
+}
+template <Loss kLoss>
+SSLOPS_INLINE F slope_of(F d, float beta) {
+  if constexpr (kLoss == Loss::squared) return d + d;
+  const F sign = select(d > 0.f, splat(1.f), select(d < 0.f, splat(-1.f), F{}));
+  return kLoss == Loss::l1 ? sign : select(d > beta, sign, select(d < -beta, sign, d * (1.f / beta)));
+}
+
+// Where the values of a patch lie: of the prediction, of the one that comes next, of its gradient.
+struct Values {
+  int64_t from, next, to;
+};
+
+// The error of pred against x, normalised by `norm`, and, unless d_pred is null, its gradient times `weight`.
+template <Loss kLoss>
+float compare(const Prediction& pred, const Values& at, const float* x, const Normal& norm, int64_t size, float beta,
+              float weight, void* d_pred) {
+  return sum_of(size, [&](int64_t j, int lanes) {
+    prefetch(pred.data, pred.dtype, at.next + j);
+    F d = load_as_float(pred.data, pred.dtype, at.from + j, lanes) - apply(norm, load_lanes(x + j, lanes, 0.f));
+    if (d_pred) store_from_float(d_pred, pred.dtype, at.to + j, lanes, slope_of<kLoss>(d, beta) * weight);
+    if (lanes < kLanes) d = load(reinterpret_cast<const float*>(&d), lanes, 0.f);  // the others must not count
+    return error_of<kLoss>(d, beta);
+  });
+}
+
+template <>
+float compare<Loss::cosine>(const Prediction& pred, const Values& at, const float* x, const Normal&, int64_t size,
+                            float, float weight, void* d_pred) {
+  const auto of_pred = [&](int64_t j, int lanes) { return load_as_float(pred.data, pred.dtype, at.from + j, lanes); };
+  const auto of_x = [&](int64_t j, int lanes) { return load_lanes(x + j, lanes, 0.f); };
+  const float product = sum_of(size, [&](int64_t j, int lanes) {
+    prefetch(pred.data, pred.dtype, at.next + j);
+    return of_pred(j, lanes) * of_x(j, lanes);
+  });
+  const float squares = sum_of(size, [&](int64_t j, int lanes) {
+    const F v = of_pred(j, lanes);
+    return v * v;
+  });
+  const PatchError c = cosine(product, squares, sum_of(size, [&](int64_t j, int lanes) {
+                                const F v = of_x(j, lanes);
+                                return v * v;
+                              }));
+  if (d_pred)
+    for_each_vector(size, [&](int64_t j, int lanes) {
+      const F d = of_pred(j, lanes) * c.of_p - of_x(j, lanes) * c.of_x;
+      store_from_float(d_pred, pred.dtype, at.to + j, lanes, d * weight);
+    });
+  return c.error;
+}
+
+Sums loss(Prediction pred, Target t, Error error, const float* factors, const float* mask, const float* grad, bool each,
+          float* errors, void* d_pred) {
+  const Patches& p = t.patches;
+  const int64_t size = patch_size(p), area = patch_area(p), count = patch_count(p), patches = p.images * count;
+  const int64_t row = size * (pred.dtype == DType::f32 ? 4 : 2);
+  const auto compared = error.loss == Loss::squared     ? compare<Loss::squared>
+                        : error.loss == Loss::l1        ? compare<Loss::l1>
+                        : error.loss == Loss::smooth_l1 ? compare<Loss::smooth_l1>
+                                                        : compare<Loss::cosine>;
+  Sums sums{};
+  for (int64_t i = 0; i < patches; ++i) sums.weight += mask[i];
+  const float own = terms(error, p);
+  const double over = each ? 1. : sums.weight == 0. ? 0. : 1. / sums.weight;
+  parallel_for(patches, 8, [&](int64_t begin, int64_t end) {
+    const Scratch<float> planes(2 * size);
+    const auto of_pred = [&](int64_t i) { return i / count * pred.image_stride + i % count * pred.patch_stride; };
+    const auto of_image = [&](int64_t i) { return corner(p, i / count, i % count); };
+    for (int64_t i = begin; i < end; ++i) {
+      if (mask[i] == 0.f) {
+        errors[i] = 0.f;
+        if (d_pred) std::memset(static_cast<char*>(d_pred) + i * row, 0, row);
+        continue;
+      }
+      int64_t next = i + 1;
+      while (next < end && mask[next] == 0.f) ++next;
+      if (next == end) next = i;
+      load_planes(t.images, t.dtype, p, of_image(i), of_image(next), planes.data);
+      if (factors) scale_planes(planes.data, p, factors);
+      Normal norm{0.f, 0.f, 1.f};
+      if (t.norm == Norm::channel)
+        for (int64_t c = 0; c < p.channels; ++c)
+          normalize(planes.data + c * area, area, normal_of(planes.data + c * area, area, t.norm, t.eps));
+      else if (t.norm != Norm::none)
+        norm = normal_of(planes.data, size, t.norm, t.eps);
+      if (error.loss == Loss::cosine) normalize(planes.data, size, norm);
+      const float* const x = arrange(planes.data, p, t.layout, planes.data + size);
+      const double weight = over / own * mask[i] * (d_pred ? grad[each ? i : 0] : 0.f);
+      const float found = compared(pred, {of_pred(i), of_pred(next), i * size}, x, norm, size, error.beta,
+                                   static_cast<float>(weight), d_pred);
+      errors[i] = mask[i] * (found / own);
+    }
+  });
+  for (int64_t i = 0; i < patches; ++i) sums.error += errors[i];
+  return sums;
+}
+
+void call_forward(Tensor pred, Tensor images, Tensor mask, int64_t frames, int64_t height, int64_t width, bool hwc,
+                  Tensor factors, int64_t norm, double eps, int64_t kind, double beta, Tensor errors, Tensor result,
+                  Tensor inverse, Tensor d_pred) {
+  on_huge_pages(d_pred);
+  const float one = 1.f;
+  const Sums sums = loss(prediction(pred), target(images, frames, height, width, hwc, norm, eps), error(kind, beta),
+                         factors.as<float>(), mask.as<float>(), &one, false, errors.as<float>(), d_pred.data);
+  const double over = sums.weight == 0. ? 0. : 1. / sums.weight;
+  if (result) *result.as<float>() = static_cast<float>(sums.error * over);
+  *inverse.as<float>() = static_cast<float>(over);
+}
+
+void call_backward(Tensor pred, Tensor images, Tensor mask, int64_t frames, int64_t height, int64_t width, bool hwc,
+                   Tensor factors, int64_t norm, double eps, int64_t kind, double beta, Tensor grad, Tensor,
+                   Tensor d_pred) {
+  on_huge_pages(d_pred);
+  const Scratch<float> errors(mask.numel);
+  loss(prediction(pred), target(images, frames, height, width, hwc, norm, eps), error(kind, beta), factors.as<float>(),
+       mask.as<float>(), grad.as<float>(), grad.dim > 0, errors.data, d_pred.data);
+}
+
+}  // namespace
+
+namespace SSLOPS_ISA {
+extern const Table table{loss, call_forward, call_backward};
+}
+
+}  // namespace sslops::masked_prediction
