@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PY := $(BIN)/python
 
-.PHONY: build test wheel docs sanitize demo bench lint format clean
+.PHONY: build test wheel docs fuzz sanitizers sanitize demo bench lint format clean
 
 # torch comes first and pinned: left to pip, it would be the newest one, with gigabytes of CUDA. No build isolation, so
 # that `make build` goes on from the objects of this install.
@@ -38,6 +38,22 @@ wheel: .venv-wheel/installed
 
 docs: .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q --strict -f docs/mkdocs.yml
+
+# An hour: random calls against float64, wrong ones in a process of their own, memory and bits over thousands of steps.
+fuzz: build
+	SSLOPS_FUZZ=1000 OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(nproc) tests/fuzz
+	$(PY) -m tests.fuzz.leaks
+	$(PY) -m tests.fuzz.long_run
+
+# The C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: the build alone takes longer than CI has.
+sanitizers: build
+	tests/fuzz/sanitized.sh address,undefined python -m pytest -q -p no:cacheprovider $(SANITIZED) -k "$(SANITIZABLE)"
+	tests/fuzz/sanitized.sh address,undefined python -m tests.fuzz.hostile
+	tests/fuzz/sanitized.sh thread python -m tests.fuzz.races
+# the tests of values: not those of compilers, child processes and memory
+SANITIZED = $(addprefix tests/,fuzz $(addsuffix .py,$(addprefix test_,nt_xent info_nce relic barlow_twins vicreg \
+	cross_correlation sinkhorn dino ibot gather_patches gather_tokens restore_tokens masked_patch_mse ema_update)))
+SANITIZABLE = not compile and not memory and not fullgraph and not export and not hostile and not interpreter
 
 # The libraries that tests and benchmarks compare with, without what they require: lightly would bring Lightning,
 # torchvision another torch, and of solo-learn, which wants torch 1.9, single files are used.

@@ -2,6 +2,7 @@
 
 SSLOPS_BUILD_CUDA   auto (default): CUDA code where nvcc is found; 0: none; 1: an error where nvcc is absent
 SSLOPS_EMULATE_AMX  1: AMX tiles in plain C++ (tests/amx_emulation), to test their users on a CPU without them
+SSLOPS_SANITIZE     "address,undefined" or "thread": with these sanitizers, without CUDA; see tests/fuzz/sanitized.sh
 SSLOPS_CUDA_ARCHS   GPU architectures, "80,90,100" by default; the last one is also kept as PTX, for newer GPUs
 CUDA_HOME           where bin/nvcc is looked for before PATH
 CXX, MAX_JOBS       the C++ compiler, the number of parallel jobs
@@ -24,8 +25,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 CXX = os.environ.get("CXX", "c++")
+SANITIZE = os.environ.get("SSLOPS_SANITIZE", "")
 CUDA_ARCHS = os.environ.get("SSLOPS_CUDA_ARCHS", "80,90,100").split(",")
 FLAGS = "-O3 -DNDEBUG -std=c++17 -Icsrc"
+LINK_FLAGS = ""
+if SANITIZE:
+    LINK_FLAGS = f" -fsanitize={SANITIZE}"
+    FLAGS += f" -O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all{LINK_FLAGS}"
 HOST_FLAGS = "-fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi"
 
 # Every csrc/cpu/<op>.cpp is compiled once per ISA, as namespace sslops::<isa>; which one runs is decided at run time.
@@ -37,7 +43,7 @@ if platform.machine() == "x86_64":
 
 
 def find_nvcc() -> str | None:
-    wanted = os.environ.get("SSLOPS_BUILD_CUDA", "auto")
+    wanted = "0" if SANITIZE else os.environ.get("SSLOPS_BUILD_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise PlatformError(f"SSLOPS_BUILD_CUDA: wanted 0, 1 or auto, got {wanted!r}")
     home = os.environ.get("CUDA_HOME")
@@ -83,7 +89,7 @@ def linker(nvcc: str | None) -> tuple[str, str]:
         return link, f"{libraries} -lpthread -lrt -ldl"
     if nvcc:
         return f"{shlex.quote(nvcc)} -shared --no-device-link -cudart static -Xlinker --exclude-libs,ALL", "-ldl"
-    return f"{CXX} -shared", "-ldl"
+    return f"{CXX} -shared{LINK_FLAGS}", "-ldl"
 
 
 def ninja_graph(out: Path, tag: str, version: str) -> str:
@@ -133,7 +139,8 @@ class NinjaBuild(build_ext):
         if sys.platform != "linux":
             raise PlatformError(f"sslops builds on Linux, and not yet on {sys.platform}")
         # Not in self.build_temp: an editable install makes that a fresh folder each time, and ninja would start anew.
-        out, tag = Path("build", sysconfig.get_platform()), sys.implementation.cache_tag
+        flavour = "-" + SANITIZE.replace(",", "-") if SANITIZE else ""
+        out, tag = Path("build", sysconfig.get_platform() + flavour), sys.implementation.cache_tag
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{tag}.ninja").write_text(ninja_graph(out, tag, self.distribution.get_version()))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []

@@ -229,7 +229,7 @@ def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str
             if panels(contents[op]["rows"]):
                 picture = f"benchmarks/results/{device}/{op}.svg"
                 text.append(f"![time and memory of {op} on {device}]({picture})")
-    text.append(kernel_report.section())
+    text += [kernel_report.section(), (ROOT / "benchmarks/trust.md").read_text()]
     return "\n\n".join(part.strip() for part in text) + "\n"
 
 

@@ -116,6 +116,8 @@ def output(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.d
 
     Of one without elements the shape says nothing to them.
     """
+    if not isinstance(x, Tensor):
+        bad_type(op, name, f"a tensor {list(shape)}", type(x).__name__)
     same_shape = tuple(x.shape) == tuple(shape) or x.numel() == 0 == math.prod(shape)
     if x.dtype != dtype or not same_shape or x.device != device or x.layout != torch.strided:
         got = f"{x.dtype} {list(x.shape)} on {x.device}, {x.layout}"

@@ -144,6 +144,10 @@ def register(
         for field in schema.numbers:
             if isinstance(value := getattr(x, field), Tensor):
                 _check.output(name, field, value, (), torch.float32, _check.first(x).device)
+            else:
+                _check.positive(name, **{field: value})
+        if _is_spread(x) and not distributed.is_known(x.group):
+            _check.bad_value(name, "group", "the name of a process group", repr(x.group))
         check(x)
         if len(getattr(x, "needs_grad", gradients)) != len(gradients):
             _check.bad_value(name, "needs_grad", f"{len(gradients)} flags", x.needs_grad)
@@ -214,6 +218,7 @@ def register(
         _check.tensors(name, _named(x), declared)
         filled = _check.scalars(name, x, schema.numbers)
         check(x)
+        filled |= {field: float(getattr(x, field)) for field in schema.floats}  # an integer may have too many digits
         group = getattr(x, "group", "")
         # What is not the same of the gathered batch needs a distributed form.
         needed = "" if getattr(x, "synced", True) else group

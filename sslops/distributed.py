@@ -67,6 +67,13 @@ def resolved(group: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[attr-defined, arg-type]
 
 
+def is_known(group: str) -> bool:
+    try:
+        return resolved(group) is not None
+    except (RuntimeError, KeyError, AttributeError):  # torch without distributed has no groups
+        return False
+
+
 class Part(NamedTuple):
     """Which rows of a gathered batch are this rank's, as kernels with a distributed form take it."""
 

@@ -115,6 +115,13 @@ def swav(
 
     Source: Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv:2006.09882.
     """
+    for name, value in (("scores", scores), ("queue", queue)):
+        given = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(x, Tensor) and x.dim() in (2, 3) for x in given) and (
+            name == "scores" or value is not None
+        ):
+            wanted = "a tensor [V, B, K] or a list of crops [B, K]"
+            _check.bad_type("swav", name, wanted, [list(getattr(x, "shape", [type(x).__name__])) for x in given])
     crops = [scores] if isinstance(scores, Tensor) else list(scores)
     views = [view for crop in crops for view in (crop[None] if crop.dim() == 2 else crop).detach()]
     _check.count("swav", "assign", assign, 1, len(views))

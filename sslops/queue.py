@@ -119,7 +119,9 @@ class NegativeQueue(nn.Module):
     @classmethod
     def from_moco(cls, queue: Tensor, queue_ptr: Tensor) -> "NegativeQueue":
         """From the buffers of MoCo's model: queue [D, K], queue_ptr [1]. All rows count as filled."""
-        _check.tensors("NegativeQueue.from_moco", {"queue": queue}, {"queue": Of("D K")})
+        op = "NegativeQueue.from_moco"
+        _check.tensors(op, {"queue": queue}, {"queue": Of("D K")})
+        _check.tensors(op, {"queue_ptr": queue_ptr, "P": 1}, {"queue_ptr": Of("P", _check.ID_DTYPES)})
         return cls.from_lightly(queue.t(), queue_ptr)
 
     def to_moco(self) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Batches spread over 2 and 4 real processes: values and gradients of the whole batch, and refusals on every rank."""
 
+import os
+import time
 from unittest import mock
 
 import pytest
@@ -781,6 +783,34 @@ def enqueued_by_one(rank, world):
 
 def test_an_error_on_one_rank_of_a_queue(two):
     two(enqueued_by_one)
+
+
+def late_or_dying(rank, world, inputs):
+    """One rank comes a second later, which shows nowhere; then it dies, and the others do not wait for it."""
+    if rank == world - 1:
+        time.sleep(1)
+    value = sslops.nt_xent(*(shard(x, rank, world) for x in inputs), group="world")
+    if rank == world - 1:
+        os._exit(1)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError):
+        sslops.nt_xent(*(shard(x, rank, world) for x in inputs), group="world")
+    return value, time.monotonic() - begin
+
+
+def test_a_rank_that_is_late_and_dies(tmp_path):
+    ranks, inputs = Ranks(2, tmp_path), views(8, 4)
+    try:
+        for pipe in ranks._pipes:
+            pipe.send((late_or_dying, (inputs,)))
+        assert ranks._pipes[0].poll(60)
+        fine, answer = ranks._pipes[0].recv()
+        assert fine, answer
+        torch.testing.assert_close(answer[0], sslops.nt_xent(*inputs))
+        assert answer[1] < 20
+    finally:
+        for process in ranks._processes:
+            process.kill()
 
 
 def in_subgroups(rank, world, inputs):

@@ -9,7 +9,6 @@ import time
 import torch
 
 import sslops
-from sslops import _C
 
 
 def test_ctrl_c_ends_a_long_call():
@@ -71,11 +70,52 @@ def test_the_gil_is_released():
 
     thread = threading.Thread(target=count)
     thread.start()
-    _C.nt_xent_forward(
-        z[0], z[1], 0.5, True, torch.float32, 0,
-        torch.empty(16384), torch.empty(0, 16384), torch.empty(16384), torch.empty(3, 16384),
-    )  # fmt: skip
+    sslops.nt_xent(z[0], z[1], backend="cpu")
     during = counted[0]
     done.set()
     thread.join()
     assert during > 20
+
+
+def test_the_same_bits_over_many_runs(isa):
+    """Of a loss with a tournament of tiles, one with a queue, and one over columns"""
+    z0, z1 = torch.randn(2, 300, 40).requires_grad_()
+    calls = (
+        lambda: sslops.nt_xent(z0, z1, backend="cpu"),
+        lambda: sslops.info_nce(z0, z1, torch.ones(600, 40), backend="cpu"),
+        lambda: sslops.vicreg(z0, z1, backend="cpu"),
+    )
+    count = torch.get_num_threads()
+    try:
+        for call in calls:
+            found = []
+            for threads in (1, 2, 16):
+                torch.set_num_threads(threads)
+                found += [[loss := call(), *torch.autograd.grad(loss, (z0, z1))] for _ in range(20)]
+            assert all(torch.equal(x, y) for each in found for x, y in zip(each, found[0], strict=True))
+    finally:
+        torch.set_num_threads(count)
+
+
+def test_workers_of_a_data_loader(tmp_path):
+    """Forked after the parent has used its threads, and spawned"""
+    script = """
+import torch, sslops
+class Masks(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, k):
+        z = torch.arange(1200.0).sin().view(2, 60, 10)
+        return sslops.nt_xent(z[0], z[1], backend="cpu"), *sslops.random_mask(2, 50, 0.5, noise=z[0, :2].repeat(1, 5))
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    expected = Masks()[0]
+    for context in ("fork", "spawn"):
+        for found in torch.utils.data.DataLoader(Masks(), None, num_workers=2, multiprocessing_context=context):
+            assert all(map(torch.equal, found, expected))
+    print("the same")
+"""
+    file = tmp_path / "workers.py"  # which spawned ones import
+    file.write_text(script)
+    run = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=60)
+    assert run.stdout.split() == ["the", "same"], run.stderr

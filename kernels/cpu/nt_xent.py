@@ -39,7 +39,7 @@ def backward(
     dots = torch.empty((views[0] if views else 2) * shape[-2], **FLOAT32)
     _C.nt_xent_backward(
         grad, x.z0, x.z1, x.query_ids, float(x.temperature), x.normalize, x.operand_dtype, part.first if part else 0,
-        inv_norm, stats, dz0, dz1, dots,
+        torch.empty_like(inv_norm), stats, dz0, dz1, dots,  # found anew: what is saved is not written to
     )  # fmt: skip
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
     return dz0, dz1, dots.sum() * (-0.5 / float(x.temperature))
