@@ -24,7 +24,7 @@ from ..test_promises import calls
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
 SECONDS = 1.0
-MADE_OF = {"swav": ("dino: ", "sinkhorn: ")}  # ops whose messages may name these
+MADE_OF = {"swav": ("dino: ", "sinkhorn: "), "NegativeQueue.from_moco": ("NegativeQueue: ",)}  # messages may name these
 AMOUNTS = {"iterations", "batch", "length", "size", "dim"}  # of work or memory: a million is a call that makes sense
 
 
