@@ -6,13 +6,14 @@ differs from it, and --write writes it. How many blocks a multiprocessor holds, 
 The times are estimates: the datasheets' rates, all reached at once. An op's bench_<op>.py counts its work in WORK.
 """
 
+import hashlib
 import importlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,12 +65,30 @@ def warps(row: Row) -> int:
     return int(re.search(r"\bw(\d+)", row.config)[1])
 
 
-def cuda_rows() -> Iterator[Row]:
-    """Every kernel of csrc/cuda, by nvcc"""
+def hashed(source: Path) -> str:
+    """Of a source and all of ours that it includes"""
+    found, new = set(), {source}
+    while new:
+        found |= new
+        names = {
+            (file.parent, name) for file in new for name in re.findall(r'^#include "(.+)"', file.read_text(), re.M)
+        }
+        new = {
+            folder / name for at, name in names for folder in (at, ROOT / "csrc") if (folder / name).exists()
+        } - found
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(found))).hexdigest()[:12]
+
+
+def cuda_rows(known: Iterable[Row] = ()) -> Iterator[Row]:
+    """Every kernel of csrc/cuda, by nvcc. What is known is not compiled again."""
     from tests.triton_kernels import offline  # with triton, which is not needed to read the table
 
     for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+        text = hashed(source)
         for arch in (name for name in CHIPS if name.startswith("sm_")):
+            if held := [row for row in known if (row.op, row.chip, row.source) == (source.stem, arch, text)]:
+                yield from held
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder, "cubin")
                 command = ["nvcc", "-O3", "-DNDEBUG", "-std=c++17", f"-I{ROOT}/csrc", f"-arch={arch}", "-cubin"]
@@ -81,7 +100,15 @@ def cuda_rows() -> Iterator[Row]:
                 kernel = name.split("(anonymous namespace)::")[1].split("(")[0]
                 numbers = (int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("REG", "STACK", "SHARED"))
                 yield Row(
-                    source.stem, arch, "CUDA", kernel, CUDA_BLOCK, *numbers, "-", *resources.counts(bodies[symbol])
+                    source.stem,
+                    arch,
+                    "CUDA",
+                    kernel,
+                    CUDA_BLOCK,
+                    *numbers,
+                    "-",
+                    *resources.counts(bodies[symbol]),
+                    text,
                 )
 
 
@@ -116,7 +143,7 @@ def section() -> str:
         if row.call in ("CUDA", "bf16 D=128 fixed", "bf16 D=512 fixed") and row.chip in CHIPS and row.op != "probe":
             held = blocks(row)
             filled = f"{100 * held * warps(row) // CHIPS[row.chip].warps}%"
-            lines.append([*map(str, row), str(held), filled])
+            lines.append([*map(str, row[:-1]), str(held), filled])
     chips = [chip.name for chip in CHIPS.values()]
     return f"""## The GPU kernels, compiled
 
@@ -129,7 +156,7 @@ What {compilers} made of some; [resources.tsv](tests/triton_kernels/resources.ts
 thread, `shared` bytes a block, `instruction` what multiplies matrices; then how many instructions do so, take
 exponentials, load 16 bytes, load less. A multiprocessor holds so many `blocks`, with so much of its warps' room filled.
 
-{markdown([*Row._fields, "blocks", "occupancy"], lines)}"""
+{markdown([*Row._fields[:-1], "blocks", "occupancy"], lines)}"""
 
 
 def main() -> None:

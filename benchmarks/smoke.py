@@ -62,6 +62,11 @@ def mse(pred: Tensor, backend: str) -> Tensor:
     return sslops.masked_patch_mse(pred, images, mask, 8, backend=backend)
 
 
+def cross_entropy(hidden: Tensor, weight: Tensor, backend: str) -> Tensor:
+    labels = torch.arange(len(hidden), device=hidden.device) % len(weight)
+    return sslops.masked_token_cross_entropy(hidden, weight, labels.where(labels % 6 == 0, -100), backend=backend)
+
+
 def update(target: Tensor, source: Tensor, backend: str) -> tuple[Tensor, ...]:
     target = target.clone()
     sslops.ema_update_([target], [source], 0.99, backend=backend)
@@ -101,6 +106,7 @@ CASES = [
     Case("gather_patches", lambda x, backend: sslops.gather_patches(x, ids(x, 5), 8, backend=backend),
          normal((4, 3, 32, 32))),
     Case("gather_tokens", lambda x, backend: sslops.gather_tokens(x, ids(x, 5), backend=backend), normal((4, 16, 100))),
+    Case("masked_token_cross_entropy", cross_entropy, normal((300, 64), (500, 64))),
     Case("masked_prediction", mse, normal((4, 16, 192))),
     Case("restore_tokens",
          lambda x, token, backend: sslops.restore_tokens(x, token, ids(x, 16), num_prefix=1, backend=backend),

@@ -51,19 +51,19 @@ def by_route(op: str, route: Callable[[Any], str]) -> tuple[Kernel, Kernel]:
     """
 
     def of_all_ranks(x: Any, views: Tensor) -> Any:
-        x = x._replace(route=route(x))
         return x._replace(**dict(zip(("z_a", "z_b"), views.unbind(), strict=False))) if views.numel() else x
 
     def forward(x: Any) -> tuple[Tensor, ...]:
-        views = x.z_a.new_empty(0)
-        if x.group and route(x) == "gram":
+        x, views = x._replace(route=route(x)), x.z_a.new_empty(0)
+        if x.group and x.route == "gram":
             views = distributed.gather_views([z for z in (x.z_a, x.z_b) if z is not None], x.group)
         return *kernel(x.backend, op).forward(of_all_ranks(x, views), *own_part(x)), views
 
     def backward(grad: Tensor, x: Any, *kept: Tensor) -> tuple[Tensor, ...]:
         *saved, views = kept
         run, grad = kernel(x.backend, op).backward, grad * distributed.size(x.group)
-        gradients: tuple[Tensor, ...] = run(grad, of_all_ranks(x, views), *saved, *own_part(x))
+        x = of_all_ranks(x._replace(route=route(x)), views)
+        gradients: tuple[Tensor, ...] = run(grad, x, *saved, *own_part(x))
         return gradients
 
     return forward, backward

@@ -213,7 +213,7 @@ def test_compiles_for_any_number_of_labels(device, backend):
 
 
 def test_memory_is_a_chunk_of_logits():
-    """A chunk of 20 MB, and blocks of it; all logits would be 240"""
+    """A chunk of 30 MB, and blocks of it; all logits would be 240"""
     setup = """
 torch.manual_seed(0)
 hidden, weight = (torch.randn(n, 16).requires_grad_() for n in (3000, 20000))
@@ -222,7 +222,7 @@ def step(rows):
     sslops.masked_token_cross_entropy(hidden[:rows], weight, labels[:rows]).backward()
 step(1)
 """
-    assert oracle.grown_memory(setup, "step(3000)") < 40
+    assert oracle.grown_memory(setup, "step(3000)") < 60
 
 
 def test_bad_input():

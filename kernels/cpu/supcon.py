@@ -38,6 +38,7 @@ def backward(
     *views, n, d = x.z.shape
     dz = x.z.new_empty(*views, part.rows if part else n, d)
     dots = torch.empty(dz.shape[:-1].numel(), **FLOAT32)
-    _C.supcon_backward(grad, *_common(x, part), inv_norm, stats, dz, dots)
+    # inv_norm found anew: what is saved is not written to
+    _C.supcon_backward(grad, *_common(x, part), torch.empty_like(inv_norm), stats, dz, dots)
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
     return dz, dots.sum() * (-0.5 / float(x.temperature))

@@ -12,8 +12,8 @@ from ..cpu.memory import refuses  # noqa: F401
 if TYPE_CHECKING:
     from sslops.ops.masked_token_cross_entropy import Arguments
 
-ROWS = 256  # of a chunk's logits at most: fewer make slower products, more need more memory
-BLOCK = 32  # rows of logits that a cache holds
+ROWS = 384  # of a chunk's logits at most: fewer make slower products, more need more memory
+BLOCK = 16  # rows of logits that a cache holds
 
 
 def _losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

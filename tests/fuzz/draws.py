@@ -121,6 +121,15 @@ def nt_xent(draw: Any) -> Case:
 
 
 @st.composite
+def supcon(draw: Any) -> Case:
+    inputs, n, seed = _pair(draw, ("z", "_"))
+    options = _options(draw, temperature=TEMPERATURES, normalize=[True, False], reduction=["mean", "none"],
+                       where=["in", "out"])  # fmt: skip
+    labels = torch.randint(-1, 4, (n,), generator=_generator(seed))
+    return Case("supcon", "", sslops.supcon, {"z": inputs["z"]}, options | {"labels": labels}, ("z",))
+
+
+@st.composite
 def info_nce(draw: Any) -> Case:
     inputs, n, seed = _pair(draw, ("query", "key"))
     options = _options(draw, temperature=TEMPERATURES, normalize=[True, False], reduction=["mean", "none"])
@@ -197,15 +206,20 @@ def gather_patches(draw: Any) -> Case:
 
 
 @st.composite
-def masked_patch_mse(draw: Any) -> Case:
+def masked_prediction(draw: Any) -> Case:
     batch, height, width, p, seed = (draw(st.integers(1, 5)) for _ in range(5))
     inputs = {
         "pred": _noise((batch, height * width, 3 * p * p), seed),
         "images": _noise((batch, 3, height * p, width * p), seed + 1),
     }
     mask = (_noise((batch, height * width), seed + 2) > 0).float()
-    options = _options(draw, norm_pix=[True, False]) | {"patch_size": p, "mask": mask}
-    return Case("masked_patch_mse", "", sslops.masked_patch_mse, inputs, options, ("pred",))
+    if draw(st.booleans()):
+        options = _options(draw, norm_pix=[True, False]) | {"patch_size": p, "mask": mask}
+        return Case("masked_prediction", "", sslops.masked_patch_mse, inputs, options, ("pred",))
+    inputs["target"] = _noise(inputs["pred"].shape, seed + 1)
+    del inputs["images"]
+    options = _options(draw, loss=["squared", "l1", "smooth_l1"]) | {"mask": mask}
+    return Case("masked_prediction", "", sslops.masked_prediction, inputs, options, ("pred",))
 
 
 @st.composite
@@ -247,6 +261,7 @@ def masked_token_cross_entropy(draw: Any) -> Case:
 
 CALLS: dict[str, st.SearchStrategy[Case]] = {
     "nt_xent": nt_xent(),
+    "supcon": supcon(),
     "info_nce": info_nce(),
     "relic": relic(),
     "barlow_twins": columns("barlow_twins"),
@@ -256,7 +271,7 @@ CALLS: dict[str, st.SearchStrategy[Case]] = {
     "dino": dino(),
     "ibot": ibot(),
     "gather_patches": gather_patches(),
-    "masked_patch_mse": masked_patch_mse(),
+    "masked_prediction": masked_prediction(),
     "gather_tokens": gather_tokens(),
     "restore_tokens": restore_tokens(),
     "masked_token_cross_entropy": masked_token_cross_entropy(),

@@ -1,7 +1,7 @@
 """Wrong calls of all public functions and modules, and lies to torch.ops.sslops: each must be refused by name, within a
 second and with nothing written, or be a call that makes sense. Prints counts; a crash shows as this process's end.
 
-python -m tests.fuzz.hostile [--every K]: every K-th call only
+python -m tests.fuzz.hostile [--every K] [--seconds S]: every K-th call only
 """
 
 import argparse
@@ -23,7 +23,6 @@ from ..cases import CASES
 from ..test_promises import calls
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
-SECONDS = 1.0
 MADE_OF = {"swav": ("dino: ", "sinkhorn: "), "NegativeQueue.from_moco": ("NegativeQueue: ",)}  # messages may name these
 AMOUNTS = {"iterations", "batch", "length", "size", "dim"}  # of work or memory: a million is a call that makes sense
 
@@ -157,7 +156,7 @@ def lies() -> Iterator[tuple[str, str, Callable[[], Any], list[Tensor]]]:
                     yield case.op, f"{op} {argument.name}", lambda op=op, lie=lie: op(*lie), _tensors(lie)
 
 
-def tried(op: str, which: str, call: Callable[[], Any], given: list[Tensor]) -> tuple[str, str]:
+def tried(op: str, which: str, call: Callable[[], Any], given: list[Tensor], seconds: float) -> tuple[str, str]:
     """What came of it, and what is wrong with that"""
     before = [(x, x.clone()) for x in given if _readable(x)]
     begin, message, error = time.perf_counter(), "", ""
@@ -169,7 +168,7 @@ def tried(op: str, which: str, call: Callable[[], Any], given: list[Tensor]) -> 
     except Exception as other:
         return "refused", f"{type(other).__name__}: {other}"
     trouble = ""
-    if time.perf_counter() - begin > SECONDS:
+    if time.perf_counter() - begin > seconds:
         trouble = f"{time.perf_counter() - begin:.1f} s"
     if error and not (
         message.startswith((op, *MADE_OF.get(op, ()))) or f"sslops::{op}" in message or f"{op}()" in message
@@ -186,14 +185,15 @@ def tried(op: str, which: str, call: Callable[[], Any], given: list[Tensor]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--every", type=int, default=1)
-    every = parser.parse_args().every
+    parser.add_argument("--seconds", type=float, default=1.0, help="that a call may take at most")
+    asked = parser.parse_args()
     faulthandler.enable()
     counts: Counter[str] = Counter()
     failures = []
     for what, stream in (("wrong calls", wrong_calls()), ("lying direct calls", lies())):
-        for op, which, call, given in itertools.islice(stream, 0, None, every):
+        for op, which, call, given in itertools.islice(stream, 0, None, asked.every):
             print(f"\r{op} {which}", end="", file=sys.stderr)
-            result, trouble = tried(op, which, call, given)
+            result, trouble = tried(op, which, call, given, asked.seconds)
             counts[f"{what} {result}"] += 1
             if trouble:
                 failures.append(f"{op} {which}: {trouble[:300]}")

@@ -5,6 +5,7 @@ all. `tests/triton_kernels/<op>.py` says what an op can launch on a chip.
 """
 
 import contextlib
+import hashlib
 import importlib
 import re
 import subprocess
@@ -105,11 +106,19 @@ def record(chip: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def build(work: Launch, chip: Chip) -> CompiledKernel:
+def source(work: Launch) -> ASTSource:
     names = work.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in work.divisible}
-    source = ASTSource(work.kernel, work.signature, work.constants, attributes)
-    return triton.compile(source, target=chip.target, options=work.options)
+    return ASTSource(work.kernel, work.signature, work.constants, attributes)
+
+
+def build(work: Launch, chip: Chip) -> CompiledKernel:
+    return triton.compile(source(work), target=chip.target, options=work.options)
+
+
+def hashed(work: Launch) -> str:
+    """All that is compiled, the kernel's line and the functions that it calls included"""
+    return hashlib.sha256(f"{source(work).hash()} {sorted(work.options.items())}".encode()).hexdigest()[:12]
 
 
 def dump(cubin: str | Path) -> str:
@@ -165,23 +174,26 @@ def compiled(op: str, chip: str, call: str, work: Launch) -> tuple[Row, str | No
     """What it came to, and what is wrong with it"""
     head = (op, chip, call, work.kernel.__name__, str(work))
     try:
-        row = Row(*head, *measured(build(work, CHIPS[chip])))
+        row = Row(*head, *measured(build(work, CHIPS[chip])), hashed(work))
     except Exception as error:  # ptxas gives up on some
-        return Row(*head, 0, 0, 0, "-", 0, 0, 0, 0), f"does not compile: {head}: {error}"
+        return Row(*head, 0, 0, 0, "-", 0, 0, 0, 0, ""), f"does not compile: {head}: {error}"
     return row, fault(row, work)
 
 
-def compile_all(chips: Iterable[str] = CHIPS) -> tuple[list[Row], list[str]]:
-    """Every launch of every op on these chips, and the faults"""
-    global _works
-    _works = works(chips)  # inherited by the forked workers: a Launch cannot be pickled
+def compile_all(chips: Iterable[str] = CHIPS, known: Iterable[Row] = ()) -> tuple[list[Row], list[str]]:
+    """Every launch of every op on these chips, and the faults. What is known is not compiled again."""
+    global _works, _known
+    # inherited by the forked workers: a Launch cannot be pickled
+    _works, _known = works(chips), {(row.op, row.chip, row.source): row for row in known}
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         results = list(pool.map(_compile, range(len(_works)), chunksize=4))
     return [row for row, _ in results], [found for _, found in results if found]
 
 
 def _compile(index: int) -> tuple[Row, str | None]:
-    return compiled(*_works[index])
+    op, chip, call, work = _works[index]
+    row = _known.get((op, chip, hashed(work)))
+    return (row, fault(row, work)) if row else compiled(op, chip, call, work)
 
 
 def main() -> None:

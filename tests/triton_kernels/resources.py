@@ -32,13 +32,14 @@ class Row(NamedTuple):
     exp: int  # take exponentials,
     loads16: int  # load 16 bytes or more,
     loads: int  # or less
+    source: str  # a hash of all that was compiled
 
     def __str__(self) -> str:
         return "\t".join(map(str, self))
 
 
 def counts(assembly: str) -> list[int]:
-    """The last four columns"""
+    """The four columns of instructions"""
     return [len(re.findall(pattern, assembly)) for pattern in COUNTED]
 
 

@@ -1,7 +1,8 @@
-"""Every kernel compiled under the triton installed here; `offline.py` itself runs under others too.
+"""The kernels compiled under the triton installed here; `offline.py` itself runs under others too.
 
 All of them, about 900, are too many for each change: here the newest chips and all that the default is for, in `make
-sanitize`, under the oldest Triton and for faults only, the others.
+sanitize`, under the oldest Triton and for faults only, the others. What resources.tsv has is compiled again where its
+source has changed, and of the rest a sample.
 """
 
 from unittest import mock
@@ -15,14 +16,16 @@ from sslops.kernels.triton import launch
 from . import offline, resources
 
 CHIPS = ["sm_100", "gfx942", "default on sm_80", "default on gfx942"]
+SAMPLE = 10  # one in so many
 
 
 def test_every_kernel() -> None:
-    rows, faults = offline.compile_all(CHIPS)
-    assert not faults
     compilers, listed = resources.read()
-    if compilers.startswith(f"triton {triton.__version__} "):
-        listed = [row for row in listed if row.chip in CHIPS and row.call != "CUDA"]
+    listed = [row for row in listed if row.chip in CHIPS and row.call != "CUDA"]
+    same = compilers.startswith(f"triton {triton.__version__} ")
+    rows, faults = offline.compile_all(CHIPS, [row for n, row in enumerate(listed) if same and n % SAMPLE])
+    assert not faults
+    if same:
         assert not resources.changes(rows, listed), "run python -m benchmarks.kernel_report --write, and look at it"
 
 
