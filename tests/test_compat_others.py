@@ -106,15 +106,23 @@ LABELS = {
     "classes": torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 5, 5, 0, 1, 1]),
     "no pair": torch.arange(16),
     "no negative": torch.zeros(16, dtype=torch.int64),
+    "negative labels": torch.arange(16) % 4 - 2,
 }
 
 
 class TestPytorchMetricLearning:
+    @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
     @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-    def test_ntxent(self, labels):
+    def test_losses(self, labels, name):
         losses = pytest.importorskip("pytorch_metric_learning.losses")
-        theirs, ours = losses.NTXentLoss(0.2), pytorch_metric_learning.NTXentLoss(0.2)
-        against(theirs, ours, [torch.randn(16, 12)], labels)
+        theirs, ours = (getattr(home, name)(0.2) for home in (losses, pytorch_metric_learning))
+        against(theirs, ours, [torch.randn(len(labels), 12)], labels)
+
+    def test_supcon_is_of_the_rows_with_a_loss(self):
+        """Rows without a positive are not among those of the mean, which supcon's own counts"""
+        z, labels = torch.randn(16, 12), LABELS["classes"]
+        ours = pytorch_metric_learning.SupConLoss(0.2)(z, labels)
+        torch.testing.assert_close(ours, sslops.supcon(z, labels, temperature=0.2) * 16 / 14)
 
     def test_references(self):
         losses = pytest.importorskip("pytorch_metric_learning.losses")
@@ -125,16 +133,48 @@ class TestPytorchMetricLearning:
 
         against(by(losses.NTXentLoss()), by(pytorch_metric_learning.NTXentLoss()), [torch.randn(6, 12), rest])
 
+    def test_one_pair_of_each_kind_is_no_loss(self):
+        losses = pytest.importorskip("pytorch_metric_learning.losses")
+        for home in (losses, pytorch_metric_learning):
+            z, rows = torch.randn(1, 12), torch.randn(2, 12)
+            assert home.NTXentLoss()(z, torch.zeros(1), ref_emb=rows, ref_labels=torch.arange(2.0)) == 0
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_cross_batch_memory(self, masked):
+        """Filling, full, wrapped; masked as MoCo does it: half are keys for the memory. All backwards at the end"""
+        losses = pytest.importorskip("pytorch_metric_learning.losses")
+        batches, labels = torch.randn(5, 8, 12), torch.arange(40).view(5, 8) % 3
+        mask = torch.arange(8) < 4 if masked else None
+
+        def by(home):
+            def run(x):
+                memory = home.CrossBatchMemory(home.NTXentLoss(0.2), 12, memory_size=20)
+                steps = zip(x, labels, strict=True)
+                return torch.stack([memory(z, of, enqueue_mask=mask) for z, of in steps]).square().sum()
+
+            return run
+
+        against(by(losses), by(pytorch_metric_learning), [batches])
+
     def test_two_views_are_nt_xent(self):
         z = torch.randn(16, 12)
         loss = pytorch_metric_learning.NTXentLoss(0.2)(z, torch.arange(8).repeat(2))
         torch.testing.assert_close(loss, sslops.nt_xent(*z.chunk(2), temperature=0.2))
 
     def test_what_it_refuses(self):
-        with pytest.raises(TypeError, match="NTXentLoss: distance: wanted the default"):
-            pytorch_metric_learning.NTXentLoss(distance=None)
-        with pytest.raises(TypeError, match="NTXentLoss: indices_tuple: wanted None"):
-            pytorch_metric_learning.NTXentLoss()(torch.randn(4, 2), torch.arange(4), (1, 2, 3))
+        z, labels = torch.randn(4, 2), torch.arange(4)
+        for name in ("NTXentLoss", "SupConLoss"):
+            make = getattr(pytorch_metric_learning, name)
+            with pytest.raises(TypeError, match=f"{name}: distance: wanted the default"):
+                make(distance=None)
+            with pytest.raises(TypeError, match=f"{name}: indices_tuple: wanted None"):
+                make()(z, labels, (1, 2, 3))
+        with pytest.raises(TypeError, match="SupConLoss: ref_emb: wanted None"):
+            make()(z, labels, ref_emb=z, ref_labels=labels)
+        with pytest.raises(TypeError, match="CrossBatchMemory: loss: wanted sslops' NTXentLoss, got SupConLoss"):
+            pytorch_metric_learning.CrossBatchMemory(make(), 2)
+        with pytest.raises(TypeError, match="CrossBatchMemory: miner: wanted None"):
+            pytorch_metric_learning.CrossBatchMemory(pytorch_metric_learning.NTXentLoss(), 2, miner=print)
 
 
 class TestStablePretraining:
