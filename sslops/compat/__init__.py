@@ -4,45 +4,13 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ._rebind import Patch, theirs
 from .transformers import patch_transformers
 
 __all__ = ["Patch", "patch_lightly", "patch_solo", "patch_transformers"]
-
-_theirs: dict[Any, Any] = {}  # ours -> what it replaces
-
-
-class Patch:
-    """A library whose names are bound to ours, until unpatch() or the end of the outermost `with` block."""
-
-    def __init__(self, package: str, ours: Sequence[Any]) -> None:
-        self._package, self._ours = package, ours
-        self._first = self._rebind([(_theirs[x], x) for x in ours])
-
-    def _rebind(self, changes: list[tuple[Any, Any]]) -> bool:
-        """Whether there was anything to change"""
-        changed, found = {id(old): new for old, new in changes}, False
-        for path, module in list(sys.modules.items()):
-            if path.split(".")[0] == self._package:
-                for name, value in list(vars(module).items()):
-                    if id(value) in changed:
-                        setattr(module, name, changed[id(value)])
-                        found = True
-        return found
-
-    def unpatch(self) -> None:
-        """Binds every name to the library's own object again."""
-        self._rebind([(x, _theirs[x]) for x in self._ours])
-
-    def __enter__(self) -> "Patch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._first:
-            self.unpatch()
 
 
 def _parameters(x: Any) -> list[tuple[str, object, object]]:
@@ -68,15 +36,15 @@ def _patch(package: str, distribution: str, wanted: str) -> Patch:
             said = f"{distribution} {found} does not import {home}: {error}"
             raise ImportError(f"patch_{package}: {said}; wanted {wanted}") from error
         for x in objects:
-            theirs = getattr(module, x.__name__, None)
-            if theirs is None or _parameters(theirs) != _parameters(x):
+            there = getattr(module, x.__name__, None)
+            if there is None or _parameters(there) != _parameters(x):
                 said = f"wanted {x.__name__}{inspect.signature(x)}, {distribution} {found} has "
-                said += str(theirs and inspect.signature(theirs))
+                said += str(there and inspect.signature(there))
                 raise ImportError(f"patch_{package}: {home}: {said}; wanted {wanted}")
-            if theirs is not x:
-                _theirs[x] = theirs
+            if there is not x:
+                theirs[x] = there
             ours.append(x)
-    return Patch(package, ours)
+    return Patch(lambda: [x for path, x in list(sys.modules.items()) if path.split(".")[0] == package], ours)
 
 
 def patch_lightly() -> Patch:
@@ -84,8 +52,7 @@ def patch_lightly() -> Patch:
 
     Call it before your own `from lightly... import`: names that are bound elsewhere already stay as they are (and an
     original BarlowTwinsLoss or VICRegLoss cannot be constructed by them, as it looks itself up in its module). Modules
-    that were made before stay as they are. lightly_train takes its losses from lightly: import it afterwards. See
-    `sslops.compat.lightly` for what is replaced.
+    that were made before stay as they are. See `sslops.compat.lightly` for what is replaced.
 
     Returns:
         A handle: `unpatch()` undoes it, as does the end of a `with` block. Patching again is harmless.

@@ -19,8 +19,9 @@ from ..nn import embedded_patches
 from ..ops.masked_prediction import masked_patch_mse
 from ..ops.random_mask import random_mask
 from ..ops.restore_tokens import restore_tokens
+from ._rebind import Patch, theirs
 
-__all__ = ["MethodPatch", "patch_transformers"]
+__all__ = ["patch_transformers"]
 
 _home: Any = None  # transformers' module, once it is patched
 
@@ -39,7 +40,7 @@ def embedded(
 ) -> Any:
     """ViTMAEEmbeddings.forward: [B, 1 + K, D], mask [B, L], ids_restore [B, L]"""
     if interpolate_pos_encoding:
-        return _theirs["ViTMAEEmbeddings", "forward"](self, pixel_values, noise, True)
+        return theirs[embedded](self, pixel_values, noise, True)
     patches = self.patch_embeddings
     wanted = [len(pixel_values), patches.num_channels, *patches.image_size]
     if list(pixel_values.shape) != wanted:
@@ -97,30 +98,9 @@ _OURS: dict[tuple[str, str], Callable[..., Any]] = {
     ("ViTMAEDecoder", "forward"): decoded,
     ("ViTMAEForPreTraining", "forward"): pretrained,
 }
-_theirs: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-class MethodPatch:
-    """Classes whose methods are ours, until unpatch() or the end of the outermost `with` block."""
-
-    def __init__(self, first: bool) -> None:
-        self._first = first
-
-    def unpatch(self) -> None:
-        """Gives the classes their own methods again."""
-        for (name, method), theirs in _theirs.items():
-            setattr(getattr(_home, name), method, theirs)
-        _theirs.clear()
-
-    def __enter__(self) -> "MethodPatch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._first:
-            self.unpatch()
-
-
-def patch_transformers() -> MethodPatch:
+def patch_transformers() -> Patch:
     """Puts our ops into the methods of transformers' ViTMAE classes; models that exist already take part.
 
     Returns:
@@ -136,17 +116,14 @@ def patch_transformers() -> MethodPatch:
         raise ImportError(
             f"patch_transformers: wanted transformers 5, whose ViTMAE does not import: {error}"
         ) from error
-    if _theirs:
-        return MethodPatch(first=False)
     needed = [*_OURS, ("ViTMAEDecoder", "interpolate_pos_encoding")]
     if any(not hasattr(getattr(home, name, None), method) for name, method in needed) or not hasattr(
         home, "can_return_tuple"
     ):
         version = importlib.import_module("transformers").__version__
         raise ImportError(f"patch_transformers: wanted the ViTMAE of transformers 5, got that of {version}")
-    _home = home
-    for (name, method), ours in _OURS.items():
-        _theirs[name, method] = getattr(getattr(home, name), method)
-        decorated = home.can_return_tuple(ours) if ours is pretrained else ours
-        setattr(getattr(home, name), method, decorated)
-    return MethodPatch(first=True)
+    if _home is None:
+        _OURS["ViTMAEForPreTraining", "forward"] = home.can_return_tuple(pretrained)
+        theirs.update({ours: getattr(getattr(home, name), method) for (name, method), ours in _OURS.items()})
+        _home = home
+    return Patch(lambda: {getattr(home, name) for name, _ in _OURS}, list(_OURS.values()))

@@ -1,14 +1,4 @@
-"""lightly 1.6's losses and utilities on our ops: the same names, arguments, defaults, attributes and state_dicts.
-
-What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
-shapes and values that no loss is meant for (a negative temperature, a momentum above 1, two views of different dtypes)
-raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy. DINOLoss, IBOTPatchLoss
-and MSNLoss give the teacher no gradient. update_momentum takes no DTensors and no two
-models that share memory: for fully_shard there is `sslops.EMA`.
-gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
-own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
-each rank normalised by itself. The ops' `group=` takes one batch that is spread over the ranks.
-"""
+"""The losses."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,18 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import distributed
-from ..backend import resolve
-from ..ops import random_mask
-from ..ops.barlow_twins import barlow_twins
-from ..ops.dino import dino
-from ..ops.ema_update import ema_update_
-from ..ops.gather_tokens import gather_tokens
-from ..ops.ibot import ibot
-from ..ops.info_nce import info_nce
-from ..ops.nt_xent import nt_xent
-from ..ops.sinkhorn import sinkhorn
-from ._ranks import barlow_twins_of_average, vicreg_of_own_invariance, world
+from ...backend import resolve
+from ...ops.barlow_twins import barlow_twins
+from ...ops.dino import dino
+from ...ops.ibot import ibot
+from ...ops.info_nce import info_nce
+from ...ops.nt_xent import nt_xent
+from ...ops.sinkhorn import sinkhorn
+from .._ranks import barlow_twins_of_average, vicreg_of_own_invariance, world
+from .state import Center, MemoryBankModule, check_center_mode, check_gather, group_of, moved
 
 
 class NTXentLoss(nn.Module):
@@ -43,11 +30,11 @@ class NTXentLoss(nn.Module):
         self.eps = 1e-8
         if abs(temperature) < self.eps:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
-        _check_gather(gather_distributed)
+        check_gather(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         if self.memory_bank.size[0] == 0:  # of the own rows, with the other ranks' among the negatives
-            losses = nt_xent(out0, out1, temperature=self.temperature, reduction="none", group=_group(self))
+            losses = nt_xent(out0, out1, temperature=self.temperature, reduction="none", group=group_of(self))
             return losses.mean()
         query, key = F.normalize(out0), F.normalize(out1)
         negatives = self.memory_bank.bank.to(out0.device)
@@ -75,7 +62,7 @@ class DCLLoss(nn.Module):
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
-        _check_gather(gather_distributed)
+        check_gather(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         weights = None
@@ -84,7 +71,7 @@ class DCLLoss(nn.Module):
             weights = torch.stack([self.weight_fn(unit0, unit1), self.weight_fn(unit1, unit0)])
         losses = nt_xent(
             out0, out1, temperature=self.temperature, reduction="none", decoupled=True,
-            positive_weights=None if weights is None else weights.detach(), group=_group(self),
+            positive_weights=None if weights is None else weights.detach(), group=group_of(self),
         )  # fmt: skip
         if weights is None or not weights.requires_grad:
             return losses.mean()
@@ -98,68 +85,15 @@ class DCLWLoss(DCLLoss):
         super().__init__(temperature, weight_fn, gather_distributed)
 
 
-class MemoryBankModule(nn.Module):
-    """The queue as lightly keeps it: rows of a batch that does not fit behind the pointer are dropped."""
-
-    bank: Tensor
-    bank_ptr: Tensor
-
-    def __init__(
-        self, size: int | Sequence[int], gather_distributed: bool = False, feature_dim_first: bool = True
-    ) -> None:
-        super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
-        if any(x < 0 for x in self.size):
-            raise ValueError(f"Illegal memory bank size {size}, all entries must be non-negative.")
-        if isinstance(size, int) and size > 0:
-            raise ValueError(
-                f"Memory bank size 'size={size}' does not specify the feature dimension. Set it with "
-                f"'size=({size}, dim)', or pass 'size=0' to disable the memory bank."
-            )
-        if self.size != (0,) and len(self.size) != 2:
-            raise ValueError(
-                f"Illegal memory bank size {size}, expected a (num_features, dim) tuple, or 'size=0' to disable the "
-                "memory bank."
-            )
-        self.gather_distributed = gather_distributed
-        self.feature_dim_first = feature_dim_first
-        bank = F.normalize(torch.randn(self.size), dim=-1) if len(self.size) == 2 else torch.empty(self.size)
-        self.register_buffer("bank", bank, persistent=False)
-        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
-
-    def forward(
-        self, output: Tensor, labels: Tensor | None = None, update: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.size[0] == 0:
-            return output, None
-        bank = self.bank.detach().clone()
-        if update:
-            self._dequeue_and_enqueue(output)
-        return output, bank.t() if self.feature_dim_first else bank
-
-    @torch.no_grad()
-    def _dequeue_and_enqueue(self, batch: Tensor) -> None:
-        # on the device alone: no synchronisation, no graph break
-        if group := distributed.name("MemoryBankModule", _group(self)):
-            batch = torch.ops.sslops.all_gather(batch, group, 0, "MemoryBankModule")
-        size = self.size[0]
-        end = self.bank_ptr + len(batch)
-        batch = batch[:size].to(self.bank)
-        slots = self.bank_ptr + torch.arange(len(batch), device=batch.device)
-        fits, slots = slots < size, slots % size
-        self.bank.index_copy_(0, slots, torch.where(fits[:, None], batch, self.bank[slots]))
-        self.bank_ptr.copy_(torch.where(end < size, end, 0))
-
-
 class BarlowTwinsLoss(nn.Module):
     def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False) -> None:
         super().__init__()
         self.lambda_param = lambda_param
         self.gather_distributed = gather_distributed
-        _check_gather(gather_distributed)
+        check_gather(gather_distributed)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        if _group(self):
+        if group_of(self):
             return barlow_twins_of_average(z_a, z_b, self.lambda_param)
         return barlow_twins(z_a, z_b, lambd=self.lambda_param)
 
@@ -174,7 +108,7 @@ class VICRegLoss(nn.Module):
         eps: float = 0.0001,
     ) -> None:
         super().__init__()
-        _check_gather(gather_distributed)
+        check_gather(gather_distributed)
         self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
         self.gather_distributed = gather_distributed
         self.eps = eps
@@ -189,38 +123,7 @@ class VICRegLoss(nn.Module):
             positions = zip(z_a.flatten(1, -2).unbind(1), z_b.flatten(1, -2).unbind(1), strict=True)
             return torch.stack([self(a, b) for a, b in positions]).mean()
         weights = self.lambda_param, self.mu_param, self.nu_param
-        return vicreg_of_own_invariance(z_a, z_b, *weights, self.eps, _group(self))
-
-
-class Center(nn.Module):
-    center: Tensor
-
-    def __init__(self, size: tuple[int, ...], mode: str = "mean", momentum: float = 0.9) -> None:
-        super().__init__()
-        _check_center_mode(mode)
-        self.size = size
-        self.dim = tuple(i for i, s in enumerate(size) if s == 1)
-        self.register_buffer("center", torch.zeros(self.size))
-        self.momentum = momentum
-
-    @property
-    def value(self) -> Tensor:
-        return self.center
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        self.center = _moved(self.center, x.mean(self.dim, keepdim=True), self.momentum)
-
-
-def _moved(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
-    """By the mean of the ranks' means, wherever there are ranks"""
-    mean = distributed.mean(mean, distributed.name("Center", world()))
-    return center * momentum + mean * (1 - momentum)
-
-
-def _check_center_mode(mode: str) -> None:
-    if mode != "mean":
-        raise ValueError(f"Unknown mode '{mode}'. Valid modes are ['mean'].")
+        return vicreg_of_own_invariance(z_a, z_b, *weights, self.eps, group_of(self))
 
 
 class DINOLoss(nn.Module):
@@ -237,7 +140,7 @@ class DINOLoss(nn.Module):
         center_mode: str = "mean",
     ) -> None:
         super().__init__()
-        _check_center_mode(center_mode)
+        check_center_mode(center_mode)
         self.teacher_temp, self.student_temp = teacher_temp, student_temp
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
         self.center_momentum = center_momentum
@@ -266,7 +169,7 @@ class DINOLoss(nn.Module):
     def update_center(self, teacher_out: Tensor | Sequence[Tensor]) -> None:
         """teacher_out: [T, B, K] or a list, as forward has it"""
         mean = torch.stack([x.flatten(0, -2).mean(0, dtype=torch.float32) for x in teacher_out]).mean(0)
-        self.center.data = _moved(self.center, mean.to(self.center).expand_as(self.center), self.center_momentum)
+        self.center.data = moved(self.center, mean.to(self.center).expand_as(self.center), self.center_momentum)
 
 
 class IBOTPatchLoss(nn.Module):
@@ -306,7 +209,7 @@ class SwaVLoss(nn.Module):
         sinkhorn_gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        _check_gather(sinkhorn_gather_distributed, "sinkhorn_gather_distributed")
+        check_gather(sinkhorn_gather_distributed, "sinkhorn_gather_distributed")
         self.temperature = temperature
         self.sinkhorn_iterations, self.sinkhorn_epsilon = sinkhorn_iterations, sinkhorn_epsilon
         self.sinkhorn_gather_distributed = sinkhorn_gather_distributed
@@ -347,7 +250,7 @@ class MSNLoss(nn.Module):
             raise ValueError(f"temperature must be in (0, inf) but is {temperature}.")
         if sinkhorn_iterations < 0:
             raise ValueError(f"sinkhorn_iterations must be >= 0 but is {sinkhorn_iterations}.")
-        _check_gather(gather_distributed)
+        check_gather(gather_distributed)
         self.temperature, self.sinkhorn_iterations = temperature, sinkhorn_iterations
         self.regularization_weight = regularization_weight
         self.gather_distributed = gather_distributed
@@ -364,7 +267,7 @@ class MSNLoss(nn.Module):
             if self.sinkhorn_iterations > 0:
                 bias = sinkhorn(
                     target_scores, temperature=temperature, iterations=self.sinkhorn_iterations, start="probabilities",
-                    group=_group(self),
+                    group=group_of(self),
                 )  # fmt: skip
         views = scores.view(-1, *target_scores.shape)
         loss: Tensor = dino(
@@ -388,69 +291,3 @@ class NegativeCosineSimilarity(nn.Module):
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
         return -F.cosine_similarity(x0, x1, self.dim, self.eps).mean()
-
-
-@torch.no_grad()
-def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
-    ema_update_(model_ema.parameters(), model.parameters(), m if isinstance(m, Tensor) else float(m))
-
-
-def random_token_mask(
-    size: tuple[int, int],
-    mask_ratio: float = 0.6,
-    mask_class_token: bool = False,
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor]:
-    noise = torch.rand(size, device=device)  # as lightly draws it: the same seed gives the same mask
-    return random_mask.random_token_mask(*size, mask_ratio, mask_class_token=mask_class_token, noise=noise)
-
-
-def get_at_index(tokens: Tensor, index: Tensor) -> Tensor:
-    if tokens.is_floating_point():
-        return gather_tokens(tokens, index)
-    return tokens.gather(1, index.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
-
-
-def set_at_index(tokens: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    return tokens.scatter(1, index.unsqueeze(2).expand(-1, -1, tokens.shape[2]), value)
-
-
-def repeat_token(token: Tensor, size: tuple[int, int]) -> Tensor:
-    return token.repeat(*size, 1)
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    assert images.shape[2] == images.shape[3]
-    assert images.shape[2] % patch_size == 0
-    grid = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # [B, C, rows, columns, p, p]
-    return grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-
-
-def _group(module: nn.Module) -> str | None:
-    return world() if module.gather_distributed else None
-
-
-def _check_gather(gather_distributed: bool, name: str = "gather_distributed") -> None:
-    if gather_distributed and not torch.distributed.is_available():
-        raise ValueError(
-            f"{name} is True but torch.distributed is not available. Please set gather_distributed=False "
-            "or install a torch version with distributed support."
-        )
-
-
-REPLACED = {
-    "lightly.loss.ntx_ent_loss": (NTXentLoss,),
-    "lightly.loss.dcl_loss": (DCLLoss, DCLWLoss, negative_mises_fisher_weights),
-    "lightly.loss.barlow_twins_loss": (BarlowTwinsLoss,),
-    "lightly.loss.vicreg_loss": (VICRegLoss,),
-    "lightly.loss.dino_loss": (DINOLoss,),
-    "lightly.loss.ibot_loss": (IBOTPatchLoss,),
-    "lightly.loss.swav_loss": (SwaVLoss,),
-    "lightly.loss.msn_loss": (MSNLoss,),
-    "lightly.models.modules.center": (Center,),
-    "lightly.loss.negative_cosine_similarity": (NegativeCosineSimilarity,),
-    "lightly.models.modules.memory_bank": (MemoryBankModule,),
-    "lightly.models.utils": (
-        update_momentum, random_token_mask, get_at_index, set_at_index, repeat_token, patchify,
-    ),
-}  # fmt: skip

@@ -1,0 +1,48 @@
+"""lightly 1.6's losses and utilities on our ops: the same names, arguments, defaults, attributes and state_dicts.
+
+What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
+shapes and values that no loss is meant for (a negative temperature, a momentum above 1, two views of different dtypes)
+raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy. DINOLoss, IBOTPatchLoss and MSNLoss give the
+teacher no gradient. update_momentum takes no DTensors and no two models that share memory: for fully_shard there is
+`sslops.EMA`.
+
+gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
+own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
+each rank normalised by itself. The ops' `group=` takes one batch that is spread over the ranks.
+
+lightly-train's SimCLR, DINO and DenseCL's global loss are lightly's: patch before it is imported. Not replaced are its
+own: DenseCLLoss, which is `info_nce(out0, out1, negatives.t())`, DINOv2's losses, and update_momentum.
+"""
+
+from .losses import (
+    BarlowTwinsLoss,
+    DCLLoss,
+    DCLWLoss,
+    DINOLoss,
+    IBOTPatchLoss,
+    MSNLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    SwaVLoss,
+    VICRegLoss,
+    negative_mises_fisher_weights,
+)
+from .state import Center, MemoryBankModule, update_momentum
+from .tokens import get_at_index, patchify, random_token_mask, repeat_token, set_at_index
+
+REPLACED = {
+    "lightly.loss.ntx_ent_loss": (NTXentLoss,),
+    "lightly.loss.dcl_loss": (DCLLoss, DCLWLoss, negative_mises_fisher_weights),
+    "lightly.loss.barlow_twins_loss": (BarlowTwinsLoss,),
+    "lightly.loss.vicreg_loss": (VICRegLoss,),
+    "lightly.loss.dino_loss": (DINOLoss,),
+    "lightly.loss.ibot_loss": (IBOTPatchLoss,),
+    "lightly.loss.swav_loss": (SwaVLoss,),
+    "lightly.loss.msn_loss": (MSNLoss,),
+    "lightly.models.modules.center": (Center,),
+    "lightly.loss.negative_cosine_similarity": (NegativeCosineSimilarity,),
+    "lightly.models.modules.memory_bank": (MemoryBankModule,),
+    "lightly.models.utils": (
+        update_momentum, random_token_mask, get_at_index, set_at_index, repeat_token, patchify,
+    ),
+}  # fmt: skip
