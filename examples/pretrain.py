@@ -1,7 +1,7 @@
 """Self-supervised pretraining on real images, in about three minutes on two CPU cores.
 
     python examples/pretrain.py                    # SimCLR on MNIST, the fused loss beside plain PyTorch
-    python examples/pretrain.py --method barlow    # the others are in methods.py
+    python examples/pretrain.py --method barlow    # the others are in methods/
     python examples/pretrain.py --data digits      # scikit-learn's 8 x 8 digits
     torchrun --nproc-per-node 2 examples/pretrain.py --method simclr --loss sslops    # the same curve
 

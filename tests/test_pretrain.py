@@ -24,7 +24,7 @@ def pretrain(monkeypatch):
 
     monkeypatch.setattr(pretrain, "DRAWS", 2)
     yield pretrain
-    for name in ("pretrain", "methods"):
+    for name in [each for each in sys.modules if each == "pretrain" or each.split(".")[0] == "methods"]:
         del sys.modules[name]
 
 

@@ -1,0 +1,96 @@
+"""Each embedding must find its own among others: SimCLR, MoCo, RELICv2."""
+
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sslops
+
+from .base import LARGE, SMALL, MomentumTarget, TwoViews, augment, multicrop
+
+
+def eager_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
+    """NT-Xent as it is usually written: the whole `[2N, 2N]` matrix of logits."""
+    z = F.normalize(torch.cat([z0, z1]), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+    positives = torch.arange(len(z)).roll(len(z0))
+    return F.cross_entropy(logits, positives)
+
+
+class SimCLR(TwoViews):
+    # The one-line change: both take the projections [N, D] of the two views and give a scalar.
+    losses: ClassVar = {
+        "sslops": partial(sslops.nt_xent, temperature=0.2),
+        "eager": partial(eager_nt_xent, temperature=0.2),
+    }
+
+
+def eager_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """MoCo's loss as it is usually written, the `[N, 1 + K]` logits in one matrix; negatives are unit rows."""
+    query, key = F.normalize(query), F.normalize(key)
+    positive = (query * key).sum(dim=1, keepdim=True)
+    logits = torch.cat([positive, query @ negatives.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64))
+
+
+class MoCo(MomentumTarget):
+    steps, batch = 150, 512
+    losses: ClassVar = {
+        "sslops": partial(sslops.info_nce, temperature=0.1),
+        "eager": partial(eager_info_nce, temperature=0.1),
+    }
+
+    def __init__(self, side: int):
+        super().__init__(side)
+        self.queue = sslops.NegativeQueue(16384, self.projection)
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return augment(images), augment(images)
+
+    def forward(self, query_view: Tensor, key_view: Tensor) -> tuple[Tensor, ...]:
+        self.keys = self.target(key_view)
+        return self.online(query_view), self.keys, self.queue.negatives
+
+    def update(self) -> None:
+        super().update()
+        self.queue.enqueue(self.keys)  # after the loss: a key is no negative of its own query
+
+
+def fused_relic(*crops: Tensor, **constants: float) -> Tensor:
+    online, target = crops[:-LARGE], crops[-LARGE:]
+    return sslops.relic_multicrop(online[:LARGE], online[LARGE:], target, **constants)
+
+
+def eager_relic(*crops: Tensor, temperature: float, alpha: float, beta: float) -> Tensor:
+    """RELICv2's loss of all pairs, with `[N, N]` logits for each."""
+    online, target = ([F.normalize(z) for z in part] for part in (crops[:-LARGE], crops[-LARGE:]))
+    total = 0.0
+    for z in online:
+        for t in target:
+            logits = z @ t.T / temperature
+            log_p, log_q = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
+            p = log_p.exp()
+            divergence = (p * log_p).sum(dim=1).detach() - (p * log_q).sum(dim=1)
+            total = total + (beta * divergence - alpha * log_p.diagonal()).mean()
+    return total / (len(online) * len(target))
+
+
+class RELICv2(MomentumTarget):
+    """All crops go through the online network, the large ones through the target too."""
+
+    steps, batch = 100, 512
+    momentum = 0.9  # at 0.99 a third of the target would still be its random start after 100 steps
+    losses: ClassVar = {
+        "sslops": partial(fused_relic, temperature=0.2, alpha=1.0, beta=1.0),
+        "eager": partial(eager_relic, temperature=0.2, alpha=1.0, beta=1.0),
+    }
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return multicrop(images)
+
+    def forward(self, large: Tensor, small: Tensor) -> tuple[Tensor, ...]:
+        online = (*self.online(large).chunk(LARGE), *self.online(small).chunk(SMALL))
+        return *online, *self.target(large).chunk(LARGE)
