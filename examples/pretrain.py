@@ -1,8 +1,9 @@
-"""Self-supervised pretraining on real images, in about three minutes on two CPU cores.
+"""Self-supervised pretraining on real images or text, in about three minutes on two CPU cores.
 
     python examples/pretrain.py                    # SimCLR on MNIST, the fused loss beside plain PyTorch
     python examples/pretrain.py --method barlow    # the others are in methods/
     python examples/pretrain.py --data digits      # scikit-learn's 8 x 8 digits
+    python examples/pretrain.py --method bert      # on the King James Bible
     torchrun --nproc-per-node 2 examples/pretrain.py --method simclr --loss sslops    # the same curve
 
 With `--loss both` two copies of one network train in turns on the same views, so that everything
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from methods import MAE, METHODS, Method, TwoViews, standard
+from methods import BERT, MAE, METHODS, Method, TwoViews, king_james, standard
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -111,7 +112,8 @@ def resident_growth(method: str, loss: str, arguments: list[tuple[np.ndarray, bo
         return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
     def once(rows: int | None) -> None:
-        METHODS[method].losses[loss](*(x[:rows].detach().requires_grad_(x.requires_grad) for x in leaves)).backward()
+        cut = (x[:rows] if len(x) == len(leaves[0]) else x for x in leaves)  # not what is no batch, as a weight
+        METHODS[method].losses[loss](*(x.detach().requires_grad_(x.requires_grad) for x in cut)).backward()
 
     leaves = [torch.from_numpy(values).requires_grad_(trained) for values, trained in arguments]
     once(8)  # loads and sets up what the first call does
@@ -209,19 +211,60 @@ def reconstruct(networks: dict[str, MAE], train: Tensor, test: Tensor, path: Pat
     return {title: error(x) / error(mean) for title, x in predicted.items()}
 
 
+@torch.no_grad()
+def fill_in(networks: dict[str, BERT], _: Tensor, test: Tensor, words: list[str]) -> list[str]:
+    """How many hidden words of held-out text are guessed, and passages: (what was guessed / what was there)."""
+    corrupted, labels = next(iter(networks.values())).views(test)
+    masked = labels >= 0
+    guesses = {title: network.eval().guesses(corrupted) for title, network in networks.items()}
+    often = labels[masked].mode().values
+    lines = ["\nof held-out text, the masked words that are filled in right"]
+    for title, guess in {f"always {words[often]!r}": often.expand_as(labels), **guesses}.items():
+        lines.append(f"{title:32}{100 * (guess == labels)[masked].float().mean():11.1f}%")
+
+    title, guess = list(guesses.items())[-1]
+    lines.append(f"\nfilled in by {title}, (guess|what was there) where it is wrong, [guess] where it is right:")
+    for row in range(0, len(test), max(1, len(test) // 5)):
+        passage = []
+        for was, is_masked, guessed in zip(test[row].tolist(), masked[row], guess[row].tolist(), strict=True):
+            word = words[was]
+            if is_masked:
+                word = f"[{word}]" if guessed == was else f"({words[guessed]}|{word})"
+            passage.append(word)
+        lines.append(f"- {' '.join(passage)}")
+    return lines
+
+
+def linear_probes(networks: dict[str, Method], train: Tensor, test: Tensor, *labels: np.ndarray) -> list[str]:
+    accuracies = {"raw pixels": probe(train, test, *labels)}
+    for title, network in networks.items():
+        accuracies[title] = probe(encode(network, train), encode(network, test), *labels)
+    lines = [f"\nlinear probe on {LABELS} labels per class, held-out test images, mean of {DRAWS} draws"]
+    for title, values in accuracies.items():
+        lines.append(f"{title:32}{values.mean():11.1f}% ± {values.std():.1f}")
+    for title in list(networks)[1:]:
+        gain = (accuracies[title] - accuracies["raw pixels"]).mean()
+        verdict = f"gains {gain:.1f} points over" if gain > 0 else f"does NOT gain over ({gain:.1f} points)"
+        lines.append(f"{title.replace('pretrained,', 'pretraining with')} {verdict} raw pixels")
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="simclr")
-    parser.add_argument("--data", choices=["mnist", "digits"], default="mnist")
+    parser.add_argument("--data", choices=["mnist", "digits", "kjv"], help="the method's own if left out")
     parser.add_argument("--loss", choices=["sslops", "eager", "both"], default="both")
     parser.add_argument("--steps", type=int, help="the method's own number if left out")
-    parser.add_argument("--batch", type=int, help="images a step, at most all; the method's own number if left out")
+    parser.add_argument("--batch", type=int, help="at most all images; the method's own number if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the report and the curves")
     args = parser.parse_args(argv)
     method = METHODS[args.method]
     steps = method.steps if args.steps is None else args.steps
     batch = method.batch if args.batch is None else args.batch
+    data = args.data or method.data[0]
+    if data not in method.data:
+        parser.error(f"--method {args.method} takes --data {' or '.join(method.data)}, got {data}")
     if min(steps, batch) < 1:
         parser.error(f"--steps and --batch must be at least 1, got {steps} and {batch}")
 
@@ -229,13 +272,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("torchrun takes --method simclr --loss sslops and a --batch that its processes can share")
     began = time.perf_counter()
     names = ["sslops", "eager"] if args.loss == "both" else [args.loss]
-    train, test, *labels = load(args.data)
+    train, test, *known = king_james() if data == "kjv" else load(data)
     batch = min(batch, len(train))
     torch.manual_seed(args.seed)
     network = method(side=train.shape[-1])
     if spread.leads():
-        print(f"{args.method} on {args.data}: {len(train)} images to pretrain on, {len(test)} held out")
-        print(f"{steps} steps of {batch} images, {torch.get_num_threads()} threads")
+        things = "passages" if data == "kjv" else "images"
+        print(f"{args.method} on {data}: {len(train)} {things} to pretrain on, {len(test)} held out")
+        print(f"{steps} steps of {batch} {things}, {torch.get_num_threads()} threads")
     runs = pretrain(network, names, train, batch, steps)
     leads = spread.leads()
     spread.end()
@@ -258,18 +302,10 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(f"largest relative difference between the curves: {apart[:EARLY].max():.1e} in the first {EARLY}")
         lines.append(f"steps, {apart.max():.1e} in all {steps} (rounding differs, and training makes it grow)")
 
-    accuracies = {"raw pixels": probe(train, test, *labels)}
     encoders = {"untrained encoder": network} | {f"pretrained, {name}": run.network for name, run in runs.items()}
-    for title, encoder in encoders.items():
-        accuracies[title] = probe(encode(encoder, train), encode(encoder, test), *labels)
-    lines.append(f"\nlinear probe on {LABELS} labels per class, held-out test images, mean of {DRAWS} draws")
-    for title, values in accuracies.items():
-        lines.append(f"{title:32}{values.mean():11.1f}% ± {values.std():.1f}")
-    for name in names:
-        gain = (accuracies[f"pretrained, {name}"] - accuracies["raw pixels"]).mean()
-        verdict = f"gains {gain:.1f} points over" if gain > 0 else f"does NOT gain over ({gain:.1f} points)"
-        lines.append(f"pretraining with {name} {verdict} raw pixels")
-    folder = args.out / f"{args.method}-{args.data}"
+    judge = fill_in if isinstance(network, BERT) else linear_probes
+    lines += judge(encoders, train, test, *known)
+    folder = args.out / f"{args.method}-{data}"
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(network, MAE):
         lines.append("\nmasked pixels of held-out images: squared error over that of the mean training image")

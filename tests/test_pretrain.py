@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("mlxtend", reason="the demo's packages are an extra: pip install sslops[demo]")
 
 STEPS, BATCH = 6, 64
-METHODS = ["simclr", "barlow", "vicreg", "moco", "relicv2", "dino", "swav", "mae"]
+METHODS = ["simclr", "barlow", "vicreg", "moco", "relicv2", "dino", "swav", "mae", "data2vec", "bert"]
 
 
 @pytest.fixture
@@ -36,9 +36,13 @@ def test_the_methods_are_all_here(pretrain):
 def test_both_losses_train_alike(pretrain, tmp_path, capsys, monkeypatch, method):
     if method != "simclr":  # two new processes, alike for all
         monkeypatch.setattr(pretrain, "peak_memory", lambda *_: "0.0")
-    small = ["--method", method, "--data", "digits", "--steps", str(STEPS), "--batch", str(BATCH)]
+    data = "kjv" if method == "bert" else "digits"
+    if method == "bert":  # enough to be tried on
+        train, test, words = pretrain.king_james()
+        monkeypatch.setattr(pretrain, "king_james", lambda: (train[:1000], test[:20], words))
+    small = ["--method", method, "--data", data, "--steps", str(STEPS), "--batch", str(BATCH)]
     pretrain.main([*small, "--out", str(tmp_path)])
-    folder = tmp_path / f"{method}-digits"
+    folder = tmp_path / f"{method}-{data}"
 
     assert (folder / "curves.csv").read_text().startswith("sslops,eager\n")
     curves = np.loadtxt(folder / "curves.csv", delimiter=",", skiprows=1)
@@ -55,6 +59,11 @@ def test_both_losses_train_alike(pretrain, tmp_path, capsys, monkeypatch, method
     assert report in capsys.readouterr().out
     for row in ("step, median ms", "of which the loss, median ms", "the loss's peak memory, MiB"):
         assert re.search(rf"^{row} +\d+\.\d +\d+\.\d$", report, re.MULTILINE), row
+    if method == "bert":
+        for title in ("always '.*'", "untrained encoder", "pretrained, sslops", "pretrained, eager"):
+            assert re.search(rf"^{title} +\d+\.\d%$", report, re.MULTILINE), title
+        assert len(re.findall(r"^- .*[\[(]", report, re.MULTILINE)) == 5  # passages, filled in
+        return
     for features in ("raw pixels", "untrained encoder", "pretrained, sslops", "pretrained, eager"):
         assert re.search(rf"^{features} +\d+\.\d% ± \d", report, re.MULTILINE), features
     # Six steps teach nothing: the report has to say so.
@@ -66,7 +75,8 @@ def test_alone_it_trains_as_in_company(pretrain, method):
     def curve(names: list[str]) -> list[float]:
         torch.manual_seed(0)
         network = pretrain.METHODS[method](side=8)
-        return pretrain.pretrain(network, names, torch.rand(96, 1, 8, 8), BATCH, STEPS)["sslops"].losses
+        data = torch.randint(2, 4096, (96, 8)) if method == "bert" else torch.rand(96, 1, 8, 8)
+        return pretrain.pretrain(network, names, data, BATCH, STEPS)["sslops"].losses
 
     assert curve(["sslops"]) == curve(["sslops", "eager"])
 
@@ -75,6 +85,12 @@ def test_a_run_of_no_steps_is_refused(pretrain, capsys):
     with pytest.raises(SystemExit):
         pretrain.main(["--steps", "0"])
     assert "--steps" in capsys.readouterr().err
+
+
+def test_a_method_is_trained_on_its_own_data(pretrain, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(["--method", "mae", "--data", "kjv"])
+    assert "--data mnist or digits" in capsys.readouterr().err
 
 
 def test_two_processes_train_as_one(pretrain, tmp_path):

@@ -1,12 +1,15 @@
 """The methods that pretrain.py trains: what each makes of an image, its networks, and its loss fused and eager."""
 
 from .base import Method, TwoViews, augment, conv_encoder, mlp
+from .bert import BERT, king_james
 from .contrastive import MoCo, RELICv2, SimCLR
-from .masked import MAE, standard
+from .masked import MAE, Data2Vec, standard
 from .prototypes import DINO, SwAV
 from .redundancy import BarlowTwins, VICReg
 
-__all__ = ["MAE", "METHODS", "Method", "TwoViews", "augment", "conv_encoder", "mlp", "standard"]
+__all__ = [
+    "BERT", "MAE", "METHODS", "Method", "TwoViews", "augment", "conv_encoder", "king_james", "mlp", "standard",
+]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
@@ -17,4 +20,6 @@ METHODS: dict[str, type[Method]] = {
     "dino": DINO,
     "swav": SwAV,
     "mae": MAE,
+    "data2vec": Data2Vec,
+    "bert": BERT,
 }

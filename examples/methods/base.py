@@ -52,10 +52,11 @@ class Method(nn.Module):
     encoder: nn.Module
     # "sslops" and "eager": the same value from the same arguments, the tensors that forward gives.
     losses: ClassVar[dict[str, Callable[..., Tensor]]]
+    data: tuple[str, ...] = ("mnist", "digits")  # what it can be trained on; the first if nothing is said
     steps, batch, learning_rate = 150, 2048, 5e-3
 
     def views(self, images: Tensor) -> tuple[Tensor, ...]:
-        """All that is random in a step, from images `[N, 1, S, S]`: what forward takes."""
+        """All that is random in a step, from images `[N, 1, S, S]`, or passages `[N, L]`: what forward takes."""
         raise NotImplementedError
 
     def update(self) -> None:

@@ -1,6 +1,8 @@
-"""What is hidden of an image is filled in: MAE."""
+"""What is hidden of an image is filled in: MAE its pixels, data2vec a teacher's features."""
 
+import copy
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,17 +19,26 @@ def standard(images: Tensor) -> Tensor:
     return (images - 0.15) / 0.3
 
 
+def waves(count: int, width: int) -> Tensor:
+    """Sines and cosines of 0, 1, .., `[count, width]`."""
+    angles = torch.outer(torch.arange(count), 0.5 ** torch.linspace(0, 4, width // 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
 def positions(grid: int, width: int) -> Tensor:
     """Sines and cosines of the rows and columns of grid x grid patches, `[grid * grid, width]`."""
-    waves = torch.outer(torch.arange(grid), 0.5 ** torch.linspace(0, 4, width // 4))
-    waves = torch.cat([waves.sin(), waves.cos()], dim=1)
-    return torch.cat([waves.repeat_interleave(grid, 0), waves.repeat(grid, 1)], dim=1)
+    line = waves(grid, width // 2)
+    return torch.cat([line.repeat_interleave(grid, 0), line.repeat(grid, 1)], dim=1)
 
 
 def transformer(width: int, depth: int) -> nn.Module:
     options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
     blocks = [nn.TransformerEncoderLayer(width, 4, 4 * width, **options) for _ in range(depth)]
     return nn.Sequential(*blocks, nn.LayerNorm(width))
+
+
+def patch_of(side: int) -> int:
+    return 4 if side > 8 else 2
 
 
 class ViT(nn.Module):
@@ -66,7 +77,7 @@ class MAE(Method):
 
     def __init__(self, side: int, width: int = 64, depth: int = 2, decoder: int = 64):
         super().__init__()
-        patch = 4 if side > 8 else 2
+        patch = patch_of(side)
         self.encoder = ViT(side, patch, width, depth)
         self.to_decoder = nn.Linear(width, decoder)
         self.mask_token = nn.Parameter(0.02 * torch.randn(decoder))
@@ -80,3 +91,51 @@ class MAE(Method):
         tokens = self.to_decoder(self.encoder(images, ids))
         tokens = sslops.restore_tokens(tokens, self.mask_token, ids_restore, self.positions)
         return self.decoder(tokens), standard(images), mask
+
+
+def eager_data2vec(predicted: Tensor, features: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """As it is usually written: the masked rows are selected."""
+    masked = mask.bool()
+    target = F.layer_norm(features, features.shape[-1:])
+    return F.smooth_l1_loss(predicted[masked], target[masked], beta=beta)
+
+
+class Data2Vec(Method):
+    """The student sees mask tokens; the teacher, its moving average, all of the image.
+
+    What is predicted of a masked patch is the mean of the teacher's last layers there, each of them normalised
+    over the image, and then itself.
+    """
+
+    steps, batch, learning_rate = 500, 64, 1e-3
+    top, momentum = 2, 0.99  # layers that are averaged
+    losses: ClassVar = {
+        "sslops": partial(sslops.masked_prediction, loss="smooth_l1", beta=0.5, norm="layer", eps=1e-5),
+        "eager": partial(eager_data2vec, beta=0.5),
+    }
+
+    def __init__(self, side: int, width: int = 64, depth: int = 3):
+        super().__init__()
+        self.encoder = ViT(side, patch_of(side), width, depth)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(width))
+        self.head = nn.Linear(width, width)
+        self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.ema = sslops.EMA(self.teacher, self.encoder, self.momentum)
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return images, *sslops.random_mask(len(images), self.encoder.embed.num_patches, 0.6)
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, ids_restore: Tensor) -> tuple[Tensor, ...]:
+        images = standard(images)
+        visible = self.encoder.embed(images, ids)
+        tokens = sslops.restore_tokens(visible, self.mask_token, ids_restore, self.encoder.positions)
+        predicted = self.head(self.encoder.blocks(tokens))
+
+        seen, layers = self.teacher.embed(images, None, self.teacher.positions), []
+        for block in self.teacher.blocks[:-1]:  # the last is a norm
+            seen = block(seen)
+            layers.append(F.instance_norm(seen.mT).mT)
+        return predicted, torch.stack(layers[-self.top :]).mean(0), mask
+
+    def update(self) -> None:
+        self.ema.step()
