@@ -27,6 +27,7 @@ from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic
 from .ops.restore_tokens import restore_tokens
 from .ops.sinkhorn import sinkhorn
+from .ops.supcon import supcon
 from .ops.vicreg import vicreg
 
 SECONDS = 6.0  # of timing; with torch.compile and memory, each in a process of its own, a table is there in a minute
@@ -76,10 +77,15 @@ def _labelled(x: Inputs, n: int, v: int, d: int) -> tuple[Callable[..., Any], li
     return masked_token_cross_entropy, [x.leaf(n, d), x.leaf(v, d), labels]
 
 
+def _classes(x: Inputs, n: int, d: int) -> tuple[Callable[..., Any], list[Any]]:
+    return supcon, [x.leaf(n, d), torch.arange(n, device=x.device) % max(1, n // 40)]
+
+
 # fmt: off
 SUBJECTS = {
     "nt_xent": Subject("M x D, M = 2N", "4096x128", lambda x, m, d:
         (partial(nt_xent, temperature=0.1), [x.leaf(m // 2, d), x.leaf(m // 2, d)])),
+    "supcon": Subject("M x D, classes of 40", "4096x128", _classes),
     "info_nce": Subject("B x K x D, K negatives in a queue", "256x65536x128", lambda x, b, k, d:
         (partial(info_nce, temperature=0.2), [x.leaf(b, d), x.data(b, d), x.data(k, d)])),
     "relic": Subject("B x D, all negatives", "4096x128", lambda x, b, d:

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from sslops import _bench
+from sslops import _bench, backend
 
 SMALL = {
-    "nt_xent": "8x4", "info_nce": "4x6x3", "relic": "6x4", "barlow_twins": "6x4", "cross_correlation": "6x4",
-    "vicreg": "6x4", "dino": "3x2x5", "ibot": "4x5", "sinkhorn": "6x5", "random_mask": "3x8",
-    "random_token_corruption": "3x8", "gather_tokens": "2x6x3x4", "restore_tokens": "2x3x6x4",
+    "supcon": "8x4", "nt_xent": "8x4", "info_nce": "4x6x3", "relic": "6x4", "barlow_twins": "6x4",
+    "cross_correlation": "6x4", "vicreg": "6x4", "dino": "3x2x5", "ibot": "4x5", "sinkhorn": "6x5",
+    "random_mask": "3x8", "random_token_corruption": "3x8", "gather_tokens": "2x6x3x4", "restore_tokens": "2x3x6x4",
     "gather_patches": "2x8x4", "masked_prediction": "2x8x4", "masked_token_cross_entropy": "12x7x4",
     "ema_update": "3x10",
 }  # fmt: skip
@@ -22,15 +22,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bench, "SECONDS", 0.0)
 
 
+def test_every_op_can_be_measured() -> None:
+    assert _bench.SUBJECTS.keys() == set(backend.ops())
+
+
 @pytest.mark.parametrize("op", _bench.SUBJECTS)
 def test_a_step_of_each_op_goes_through_every_backend(op: str) -> None:
     shape = [int(n) for n in SMALL[op].split("x")]
     assert len(shape) == _bench.SUBJECTS[op].default.count("x") + 1
     function, arguments = _bench.SUBJECTS[op].make(_bench.Inputs(torch.device("cpu"), torch.bfloat16), *shape)
     gradients = []
-    for backend in (None, "eager"):
+    for name in (None, "eager"):
         leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
-        out = function(*arguments, backend=backend)
+        out = function(*arguments, backend=name)
         gradients.append(torch.autograd.grad(out.float().sum(), leaves) if leaves else ())
     torch.testing.assert_close(*gradients, atol=0.05, rtol=0.05)
     for step in _bench.variants(op, shape, torch.float32, torch.device("cpu")).values():
