@@ -46,7 +46,8 @@ def counts(assembly: str) -> list[int]:
 def read() -> tuple[str, list[Row]]:
     """The compilers, and what they made of the kernels"""
     compilers, _, *lines = TABLE.read_text().splitlines()
-    return compilers, [Row(*(int(v) if v.isdigit() else v for v in line.split("\t"))) for line in lines]
+    kinds = Row.__annotations__.values()
+    return compilers, [Row(*(kind(v) for kind, v in zip(kinds, line.split("\t"), strict=True))) for line in lines]
 
 
 def write(compilers: str, rows: Iterable[Row]) -> None:
