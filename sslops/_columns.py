@@ -62,8 +62,8 @@ def by_route(op: str, route: Callable[[Any], str]) -> tuple[Kernel, Kernel]:
     def backward(grad: Tensor, x: Any, *kept: Tensor) -> tuple[Tensor, ...]:
         *saved, views = kept
         run, grad = kernel(x.backend, op).backward, grad * distributed.size(x.group)
-        x = of_all_ranks(x._replace(route=route(x)), views)
-        gradients: tuple[Tensor, ...] = run(grad, x, *saved, *own_part(x))
+        whole = of_all_ranks(x._replace(route=route(x)), views)
+        gradients: tuple[Tensor, ...] = run(grad, whole, *saved, *own_part(x))
         return gradients
 
     return forward, backward
