@@ -10,9 +10,8 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import _check, distributed
+from . import _check, _torch, distributed
 from ._levels import through_levels
 from ._precision import compute_dtype
 from ._schema import LIBRARY, Out, Outputs, Schema, define, tensors_in
@@ -33,7 +32,7 @@ def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
     _require(name, x, first.dtype)
     if (operand := getattr(x, "operand_dtype", first.dtype)) != first.dtype:
         _require(name, x, operand)
-    if forward_ad._current_level >= 0:
+    if _torch.in_forward_mode():
         raise RuntimeError(f"{name}: fused kernels have no forward-mode derivative; use backend='eager'")
     if not torch.is_autocast_enabled(device.type):
         return run()
@@ -232,7 +231,7 @@ def register(
             if filled["backend"] != "eager":
                 filled["group"] = ""
         # torch.func's levels: a tensor does not know of the outer ones
-        in_levels = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        in_levels = not torch.compiler.is_compiling() and _torch.in_func()
         if "needs_grad" in x._fields:
             values = (filled.get(field, getattr(x, field)) for field in gradients)
             filled["needs_grad"] = [
@@ -279,13 +278,10 @@ def register(
         ]
         ready, ctx.unit = ctx.unit, []
         there = any(each.numel() for each in ready)
-        # vmap's (is_grads_batched) have another key, no value that can be read, and no memory for a kernel
-        keys = torch._C._dispatch_keys(grad)
-        on_cpu = type(grad) is Tensor and keys.has(torch._C.DispatchKey.CPU)
-        plain = on_cpu or (type(grad) is Tensor and keys.has(torch._C.DispatchKey.CUDA))
         compiling = torch.compiler.is_compiling()
-        eager = plain and not torch.is_grad_enabled() and not compiling
-        factor = grad.item() if there and eager and on_cpu else None  # a GPU is not waited for
+        plain = "" if compiling else _torch.readable(grad)  # not vmap's (is_grads_batched)
+        eager = plain and not torch.is_grad_enabled()
+        factor = grad.item() if there and eager and plain == "cpu" else None  # a GPU is not waited for
         # in place not by inf or NaN: zeros, of what has no part in the result, stay zeros
         scales = eager and (factor is None or math.isfinite(factor)) and all(z.dtype == torch.float32 for z in ready)
         if there and (factor == 1 or scales or compiling):
@@ -352,12 +348,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory to read: torc
 
 def _is_traced() -> bool:
     """Whether something looks at the ops that are called: compile, export, dispatch modes, jit.trace, torch.func"""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or _torch.in_modes() or _torch.in_jit_trace() or _torch.in_func()
 
 
 def _in_memory(value: Any, strided: bool) -> Any:

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import _torch
+
 __all__ = ["BACKENDS", "check_name", "choice", "explain", "is_distributed", "kernel", "ops", "refusal", "resolve"]
 
 # Per device type, fastest first.
@@ -53,6 +55,7 @@ def kernel(backend: str, op: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+@_torch.constant
 def is_distributed(backend: str, op: str) -> bool:
     """Whether it takes a batch that lies spread over ranks as it is. The others take the gathered batch."""
     return backend != "eager" and getattr(kernel(backend, op), "DISTRIBUTED", False)
@@ -102,6 +105,7 @@ def check_name(op: str, wanted: str | None) -> None:
         raise ValueError(f"{op}: backend: wanted one of {', '.join(BACKENDS)}, got {wanted!r}")
 
 
+@_torch.constant
 def resolve(
     op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, group: str = "", form: str = ""
 ) -> str:
@@ -115,11 +119,6 @@ def resolve(
     if wanted is None:
         wanted = os.environ.get("SSLOPS_BACKEND") or None
     return _choose(op, device, dtype, wanted, group != "", form)
-
-
-for _search in (resolve, is_distributed):
-    # torch.compiler.assume_constant_result without its import of torch._dynamo: a trace takes the answer
-    _search._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def choice(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _check
+from . import _check, _torch
 
 __all__ = [
     "Group",
@@ -42,6 +42,7 @@ __all__ = [
 Group = Any  # str | ProcessGroup | None; torch may be built without torch.distributed
 
 
+@_torch.constant
 def name(op: str, group: Group) -> str:
     """The name of `group`: "world", a ProcessGroup that this process is in, or None; "" if it is this process alone.
 
@@ -64,7 +65,7 @@ def name(op: str, group: Group) -> str:
 
 def resolved(group: str) -> Any:
     """The ProcessGroup of that name; None for \"\"."""
-    return dist.distributed_c10d._resolve_process_group(group) if group else None  # type: ignore[attr-defined, arg-type]
+    return _torch.process_group(group) if group else None
 
 
 def is_known(group: str) -> bool:
@@ -86,16 +87,14 @@ def part(group: str, rows: int) -> Part:
     return Part(rank(group) * rows, rows, resolved(group))
 
 
+@_torch.constant
 def size(group: str) -> int:
     return resolved(group).size() if group else 1
 
 
+@_torch.constant
 def rank(group: str) -> int:
     return resolved(group).rank() if group else 0
-
-
-for _lookup in (name, size, rank):  # as backend.resolve: a trace takes the answer
-    _lookup._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 # ---- collectives, for the implementations of registered ops ----

@@ -317,16 +317,6 @@ def _spans(blocks: int, length: int, step: int) -> tuple[int, int]:
     return span, max(triton.cdiv(length, span), 1)
 
 
-def _scale(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    """The temperature if it is on the device, where it stays, or log2(e) / tau: exp(s / tau) = exp2(s * scale)"""
-    return (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, LOG2E.value / temperature)
-
-
-def _columns(d: int) -> dict[str, int]:
-    """A launch of a row a program"""
-    return {"BLOCK_D": min(triton.next_power_of_2(d), 128), "num_warps": 8, **launch.FUSED}
-
-
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     query, key, query_ids, negative_ids = x.query, x.key, x.query_ids, x.negative_ids
     temperature, normalize, operand_dtype = x.temperature, x.normalize, x.operand_dtype
@@ -341,7 +331,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
         return losses, logged, dquery, dtemperature, stats
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["forward"]
     half = operand_dtype == torch.float16  # 5 bits of exponent: weights up to 2**14, the largest of a row that high
-    maximum, scale = None if half else fixed_maximum(temperature, normalize, len(c)), _scale(temperature)
+    maximum, scale = None if half else fixed_maximum(temperature, normalize, len(c)), launch.log2_scale(temperature)
     top, weight = 0.0 if maximum is None else maximum * temperature, 2.0**14 if half else 1.0
     with launch.on(query.device):
         positives, step = key[first : first + b], config["BLOCK_K"]
@@ -365,7 +355,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
         _join[b,](
             query, positives, inv_norm, similarity, r_parts, m_parts, exceeding_parts, o_parts, *scale, top,
             losses, exceeding, dquery, dtemperature, stats, b, d, stride, splits, normalize, weight, PARTS, CHUNK,
-            **_columns(d),
+            **launch.row_a_program(d),
         )  # fmt: skip
     return losses, logged, dquery, dtemperature, stats
 
@@ -374,17 +364,15 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
     """dkey, dnegatives in their inputs' dtypes, [0] for what is not wanted"""
     query, key, negatives, query_ids, negative_ids = x.query, x.key, x.negatives, x.query_ids, x.negative_ids
     temperature, normalize, operand_dtype = x.temperature, x.normalize, x.operand_dtype
-    key_grad, negatives_grad = x.needs_grad[1:3]
-    first = part.first if part else 0
-    b, d = query.shape
+    _, key_grad, negatives_grad, _ = x.needs_grad
+    (b, d), first = query.shape, part.first if part else 0
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["backward"]
-    scale, pull = _scale(temperature), grad * stats[2]
+    scale, pull = launch.log2_scale(temperature), grad * stats[2]
     w_scale = launch.half_scale(operand_dtype, pull) if b else None
     a = grad * stats[1] if w_scale is None else grad * stats[1] * w_scale
 
     def gradient(x: Tensor, with_pull: bool, with_weights: bool) -> Tensor:
-        k = len(x)
-        if b == 0 or k == 0:
+        if b == 0 or (k := len(x)) == 0:
             return torch.zeros_like(x)
         inv_x, out = inverse(x, normalize), torch.empty_like(x)
         blocks, slices = triton.cdiv(k, config["BLOCK_M"]), stride // config["BLOCK_K"]
@@ -397,7 +385,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
             )  # fmt: skip
         _join_back[k,](
             x, inv_x, query, inv_norm, pull, parts, w_scale, *scale, out, b, k, d, stride, first,
-            splits if with_weights else 0, with_pull, CHUNK, **_columns(d),
+            splits if with_weights else 0, with_pull, CHUNK, **launch.row_a_program(d),
         )  # fmt: skip
         return out
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,13 @@ def half_scale(operand: torch.dtype, values: Tensor) -> Tensor | None:
     if operand != torch.float16:
         return None
     return 2.0**14 / torch.linalg.vector_norm(values, float("inf")).clamp(min=1e-30)
+
+
+def row_a_program(width: int) -> dict[str, Any]:
+    """The launch config of kernels whose programs have a row each, and read it in pieces"""
+    return {"BLOCK_D": min(triton.next_power_of_2(width), 128), "num_warps": 8, **FUSED}
+
+
+def log2_scale(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """The temperature if it is on the device, where it stays, or log2(e) / tau: exp(s / tau) = exp2(s * scale)"""
+    return (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, math.log2(math.e) / temperature)

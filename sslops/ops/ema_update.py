@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .. import _C, _check
+from .. import _C, _check, _torch
 from .._random import RandomStream, philox
 from .._schema import LIBRARY
 from ..backend import kernel, resolve
@@ -151,8 +151,7 @@ class Pairs:
 
     @torch.no_grad()
     def update(self, momentum: float | Tensor, seed: int | Tensor | None, backend: str | None) -> None:
-        proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # make_fx's
-        if torch._C._is_tracing() or proxies is not None:
+        if _torch.in_jit_trace() or _torch.in_make_fx():
             raise RuntimeError(f"{self._op}: the trace would not record it")
         targets, _, shadows = self._lists
         if not targets:
@@ -323,7 +322,7 @@ def ema_update_(
         _listed(name, xs)
         for name, xs in zip(_LISTS, (targets, sources, () if shadows is None else shadows), strict=True)
     )
-    if targets and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+    if targets and (torch.compiler.is_compiling() or _torch.in_modes()):
         backend = resolve("ema_update", targets[0].device, targets[0].dtype, backend)
         with torch.no_grad():
             torch.ops.sslops.ema_update_(
