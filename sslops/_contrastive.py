@@ -1,4 +1,4 @@
-"""What the contrastive losses share: the reduction over rows, and what scripts log."""
+"""What the contrastive losses share: views that lie over ranks, the reduction over rows, and what scripts log."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _check, distributed
+from .backend import kernel
 
 REDUCTIONS = ("mean", "sum", "none")
 IDS = (torch.int64, torch.int32)
@@ -25,7 +26,41 @@ def classes(ids: Tensor) -> Tensor:
     return torch.where(ids < 0, len(ids) + torch.arange(len(ids), device=ids.device), found).int()
 
 
-def over_ranks(run: Callable[..., Any], x: Any, views: int, rows: int) -> tuple[Tensor, ...]:
+Direction = Callable[..., tuple[Tensor, ...]]
+
+
+def by_views(
+    op: str,
+    sizes: Callable[[Any], tuple[int, int, int]],
+    gather: Callable[[Any], Tensor],
+    to_kernel: Callable[..., Any],
+) -> tuple[Direction, Direction]:
+    """forward and backward by an op's kernels, which with a group are given the views of all ranks, the last output.
+
+    sizes: V, N, D of the arguments; gather: the views of all ranks; to_kernel: from both a kernel's arguments.
+    """
+
+    def forward(x: Any) -> tuple[Tensor, ...]:
+        run: Direction = kernel(x.backend, op).forward
+        if not x.group:
+            return run(to_kernel(x))
+        v, own, _ = sizes(x)
+        views = gather(x)
+        return *_over_ranks(run, to_kernel(x, views), v, own), views
+
+    def backward(grad: Tensor, x: Any, *saved: Tensor) -> tuple[Tensor, ...]:
+        _, inv_norm, stats, views = saved
+        run: Direction = kernel(x.backend, op).backward
+        if not x.group:
+            return run(grad, to_kernel(x), inv_norm, stats)
+        v, own, _ = sizes(x)
+        grad = _gradient_over_ranks(grad, x, v)
+        return run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
+
+    return forward, backward
+
+
+def _over_ranks(run: Callable[..., Any], x: Any, views: int, rows: int) -> tuple[Tensor, ...]:
     """losses [V N], logged [.., V N], inv_norm and stats [.., V N] of all ranks, where a kernel's are of a Part"""
     losses, logged, inv_norm, stats = run(x, distributed.part(x.group, rows))
     found = torch.cat([losses[None], stats, logged]).unflatten(1, (views, -1))
@@ -34,7 +69,7 @@ def over_ranks(run: Callable[..., Any], x: Any, views: int, rows: int) -> tuple[
     return losses[0], logged, inv_norm, stats
 
 
-def gradient_over_ranks(grad: Tensor, x: Any, views: int) -> Tensor:
+def _gradient_over_ranks(grad: Tensor, x: Any, views: int) -> Tensor:
     """[V N], that of all ranks' losses, from grad [V N] as this rank knows it"""
     if x.shared:
         return grad * distributed.size(x.group)

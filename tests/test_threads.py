@@ -70,10 +70,12 @@ def test_the_gil_is_released():
 
     thread = threading.Thread(target=count)
     thread.start()
-    sslops.nt_xent(z[0], z[1], backend="cpu")
-    during = counted[0]
-    done.set()
-    thread.join()
+    try:
+        sslops.nt_xent(z[0], z[1], backend="cpu")
+        during = counted[0]
+    finally:
+        done.set()
+        thread.join()
     assert during > 20
 
 

@@ -331,7 +331,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
         return losses, logged, dquery, dtemperature, stats
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["forward"]
     half = operand_dtype == torch.float16  # 5 bits of exponent: weights up to 2**14, the largest of a row that high
-    maximum, scale = None if half else fixed_maximum(temperature, normalize, len(c)), launch.log2_scale(temperature)
+    maximum, scale = None if half else fixed_maximum(temperature, normalize, len(c)), launch.scale_of(temperature)
     top, weight = 0.0 if maximum is None else maximum * temperature, 2.0**14 if half else 1.0
     with launch.on(query.device):
         positives, step = key[first : first + b], config["BLOCK_K"]
@@ -367,7 +367,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
     _, key_grad, negatives_grad, _ = x.needs_grad
     (b, d), first = query.shape, part.first if part else 0
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["backward"]
-    scale, pull = launch.log2_scale(temperature), grad * stats[2]
+    scale, pull = launch.scale_of(temperature), grad * stats[2]
     w_scale = launch.half_scale(operand_dtype, pull) if b else None
     a = grad * stats[1] if w_scale is None else grad * stats[1] * w_scale
 

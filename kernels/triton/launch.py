@@ -100,6 +100,6 @@ def row_a_program(width: int) -> dict[str, Any]:
     return {"BLOCK_D": min(triton.next_power_of_2(width), 128), "num_warps": 8, **FUSED}
 
 
-def log2_scale(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+def scale_of(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """The temperature if it is on the device, where it stays, or log2(e) / tau: exp(s / tau) = exp2(s * scale)"""
     return (temperature.float(), 0.0) if isinstance(temperature, Tensor) else (None, math.log2(math.e) / temperature)

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, check_options, classes, gradient_over_ranks, metrics, over_ranks, reduce
+from .._contrastive import IDS, by_views, check_options, classes, metrics, reduce
 from .._library import Out, register
-from ..backend import kernel
 
 
 class Arguments(NamedTuple):
@@ -144,27 +143,13 @@ def _to_kernel(x: Arguments, views: Tensor | None = None) -> Arguments:
     return x._replace(z0=views) if x.z1 is None else x._replace(z0=views[0], z1=views[1])
 
 
-def _forward(x: Arguments) -> tuple[Tensor, ...]:
-    run = kernel(x.backend, "nt_xent").forward
-    if not x.group:
-        return run(_to_kernel(x))
-    v, own, _ = _sizes(x)
-    views = (
-        distributed.all_gather(x.z0, x.group, 1) if x.z1 is None else distributed.gather_views([x.z0, x.z1], x.group)
-    )
-    return *over_ranks(run, _to_kernel(x, views), v, own), views
+def _gather(x: Arguments) -> Tensor:
+    if x.z1 is None:
+        return distributed.all_gather(x.z0, x.group, 1)
+    return distributed.gather_views([x.z0, x.z1], x.group)
 
 
-def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
-    _, inv_norm, stats, views = saved
-    run = kernel(x.backend, "nt_xent").backward
-    if not x.group:
-        return run(grad, _to_kernel(x), inv_norm, stats)
-    v, own, _ = _sizes(x)
-    grad = gradient_over_ranks(grad, x, v)
-    return run(grad, _to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
-
-
+_forward, _backward = by_views("nt_xent", _sizes, _gather, _to_kernel)
 _run = register(
     "nt_xent",
     Arguments,

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, REDUCTIONS, classes, gradient_over_ranks, over_ranks, reduce
+from .._contrastive import IDS, REDUCTIONS, by_views, classes, reduce
 from .._library import Out, register
-from ..backend import kernel
 
 WHERE = ("out", "in")
 
@@ -98,25 +97,11 @@ def _to_kernel(x: Arguments, views: Tensor | None = None) -> Arguments:
     return x._replace(z=views, labels=classes(distributed.all_gather(x.labels, x.group)))
 
 
-def _forward(x: Arguments) -> tuple[Tensor, ...]:
-    run = kernel(x.backend, "supcon").forward
-    if not x.group:
-        return run(_to_kernel(x))
-    v, own, _ = _sizes(x)
-    views = distributed.all_gather(x.z, x.group, x.z.dim() - 2)
-    return *over_ranks(run, _to_kernel(x, views), v, own), views
+def _gather(x: Arguments) -> Tensor:
+    return distributed.all_gather(x.z, x.group, x.z.dim() - 2)
 
 
-def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
-    _, inv_norm, stats, views = saved
-    run = kernel(x.backend, "supcon").backward
-    if not x.group:
-        return run(grad, _to_kernel(x), inv_norm, stats)
-    v, own, _ = _sizes(x)
-    grad = gradient_over_ranks(grad, x, v)
-    return run(grad, _to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
-
-
+_forward, _backward = by_views("supcon", _sizes, _gather, _to_kernel)
 _run = register(
     "supcon",
     Arguments,
