@@ -126,7 +126,7 @@ def ninja_graph(out: Path, tag: str, version: str) -> str:
         if isa == "amx" and emulated:
             isa_flags += " -include tests/amx_emulation/amx_emulation.h"
         compile("cxx", "cpu/*.cpp", f"{cxx_flags} {isa_flags} -DSSLOPS_ISA={isa}", f".{isa}")
-    if "SSLOPS_ZIG" in os.environ:
+    if os.environ.get("SSLOPS_ZIG"):
         compile("cxx", "manylinux/*.cpp", cxx_flags)
     if nvcc:
         compile("nvcc", "cuda/*.cu", nvcc_flags, ".cuda")

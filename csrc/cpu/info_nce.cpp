@@ -13,8 +13,6 @@ constexpr int64_t kMaxChunk = 256;
 
 // Candidates at a time. Fixed by the shapes, as the parts are: results do not depend on the threads.
 int64_t chunk_rows(int64_t candidates) { return candidates <= 1024 ? 64 : candidates <= 8192 ? 128 : kMaxChunk; }
-int64_t at_most(int64_t x, int64_t most) { return x < most ? x : most; }
-int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 Rows rows_from(const Tensor& x, int64_t first, bool normalize, const float* inv_norm) {
   Rows rows(x, normalize, inv_norm);

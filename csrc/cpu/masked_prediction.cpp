@@ -11,11 +11,8 @@ namespace {
 template <typename Term>
 SSLOPS_INLINE float sum_of(int64_t n, Term&& term) {
   F part[4]{};
-  int64_t done = 0;
-  for (; done + 4 * kLanes <= n; done += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) part[k] += term(done + k * kLanes, kLanes);
-  for_each_vector(n - done, [&](int64_t j, int lanes) { part[0] += term(done + j, lanes); });
-  return sum((part[0] + part[1]) + (part[2] + part[3]));
+  in_chains(n, [&](int64_t j, int k, int lanes) { part[k] += term(j, lanes); });
+  return sum(part);
 }
 
 Normal normal_of(const float* x, int64_t n, Norm norm, float eps) {
@@ -106,7 +103,7 @@ Sums loss(Prediction pred, Target t, Error error, const float* factors, const fl
   const float own = terms(error, p);
   const double over = each ? 1. : sums.weight == 0. ? 0. : 1. / sums.weight;
   parallel_for(patches, 8, [&](int64_t begin, int64_t end) {
-    const Scratch<float> planes(2 * size);
+    Buffer<float> planes(2 * size);
     const auto of_pred = [&](int64_t i) { return i / count * pred.image_stride + i % count * pred.patch_stride; };
     const auto of_image = [&](int64_t i) { return corner(p, i / count, i % count); };
     for (int64_t i = begin; i < end; ++i) {
@@ -118,16 +115,16 @@ Sums loss(Prediction pred, Target t, Error error, const float* factors, const fl
       int64_t next = i + 1;
       while (next < end && mask[next] == 0.f) ++next;
       if (next == end) next = i;
-      load_planes(t.images, t.dtype, p, of_image(i), of_image(next), planes.data);
-      if (factors) scale_planes(planes.data, p, factors);
+      load_planes(t.images, t.dtype, p, of_image(i), of_image(next), planes);
+      if (factors) scale_planes(planes, p, factors);
       Normal norm{0.f, 0.f, 1.f};
       if (t.norm == Norm::channel)
         for (int64_t c = 0; c < p.channels; ++c)
-          normalize(planes.data + c * area, area, normal_of(planes.data + c * area, area, t.norm, t.eps));
+          normalize(planes + c * area, area, normal_of(planes + c * area, area, t.norm, t.eps));
       else if (t.norm != Norm::none)
-        norm = normal_of(planes.data, size, t.norm, t.eps);
-      if (error.loss == Loss::cosine) normalize(planes.data, size, norm);
-      const float* const x = arrange(planes.data, p, t.layout, planes.data + size);
+        norm = normal_of(planes, size, t.norm, t.eps);
+      if (error.loss == Loss::cosine) normalize(planes, size, norm);
+      const float* const x = arrange(planes, p, t.layout, planes + size);
       const double weight = over / own * mask[i] * (d_pred ? grad[each ? i : 0] : 0.f);
       const float found = compared(pred, {of_pred(i), of_pred(next), i * size}, x, norm, size, error.beta,
                                    static_cast<float>(weight), d_pred);
@@ -154,9 +151,9 @@ void call_backward(Tensor pred, Tensor images, Tensor mask, int64_t frames, int6
                    Tensor factors, int64_t norm, double eps, int64_t kind, double beta, Tensor grad, Tensor,
                    Tensor d_pred) {
   on_huge_pages(d_pred);
-  const Scratch<float> errors(mask.numel);
+  Buffer<float> errors(mask.numel);
   loss(prediction(pred), target(images, frames, height, width, hwc, norm, eps), error(kind, beta), factors.as<float>(),
-       mask.as<float>(), grad.as<float>(), grad.dim > 0, errors.data, d_pred.data);
+       mask.as<float>(), grad.as<float>(), grad.dim > 0, errors, d_pred.data);
 }
 
 }  // namespace

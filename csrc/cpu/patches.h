@@ -1,23 +1,15 @@
 // Patches in float32, one at a time: pixels of any dtype and strides in, planes [C, frames * height * width] out.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include "../common/dtype.h"
 #include "../common/patches.h"
+#include "buffer.h"
 #include "vec.h"
 
 namespace sslops {
 namespace {
-
-template <typename T>
-struct Scratch {
-  T* const data;
-  explicit Scratch(int64_t n) : data(static_cast<T*>(malloc(n * sizeof(T)))) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { free(data); }
-};
 
 SSLOPS_INLINE F load_pixels(const void* base, DType dtype, int64_t index, int n) {
   if (dtype != DType::u8) return load_as_float(base, dtype, index, n);

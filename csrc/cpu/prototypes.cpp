@@ -2,7 +2,6 @@
 
 #include "../common/parallel.h"
 #include "logits.h"
-#include "tiles.h"
 
 namespace sslops::prototypes {
 namespace {
@@ -30,13 +29,12 @@ struct Crops {
   }
 };
 
-// 1 / temperature as a float and what it lacks; NaN if that is not positive.
+// 1 / temperature as a float, as Scale has it, and what it lacks.
 struct Inverse {
   float high, low;
 
   explicit Inverse(double temperature)
-      : high(temperature > 0. ? Scale(temperature, false).inverse : __builtin_nanf("")),
-        low(static_cast<float>(1. / temperature - high)) {}
+      : high(Scale(temperature, false).inverse), low(static_cast<float>(1. / temperature - high)) {}
 };
 
 struct Batch {

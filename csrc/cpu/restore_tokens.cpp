@@ -2,6 +2,7 @@
 
 #include "../common/huge_pages.h"
 #include "../common/parallel.h"
+#include "buffer.h"
 #include "vec.h"
 
 namespace sslops::restore_tokens {
@@ -41,7 +42,7 @@ void reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* token
   const int64_t rows = s.prefix + s.length;
   // One thread adds up all that comes to a position.
   parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
-    double* const visible = new double[s.d];
+    Buffer<double> visible(s.d);
     for (int64_t t = begin; t < end; ++t) {
       double* const masked = parts + t * s.d;
       std::memset(visible, 0, s.d * sizeof(double));
@@ -53,7 +54,6 @@ void reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* token
       if (positions)
         for (int64_t j = 0; j < s.d; ++j) positions[t * s.d + j] = static_cast<float>(masked[j] + visible[j]);
     }
-    delete[] visible;
   });
   for (int64_t t = 1; t < rows; ++t)
     for (int64_t j = 0; j < s.d; ++j) parts[j] += parts[t * s.d + j];

@@ -30,16 +30,10 @@ constexpr float kNormEps = 1e-12f;  // F.normalize's
 // leave its range; all else is double, for an error here shifts all logits of a column.
 SSLOPS_INLINE float inv_norm(const void* x, DType dtype, int64_t offset, int64_t d) {
   F squares[4]{};
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= d; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) {
-      const F v = load_as_float(x, dtype, offset + j + k * kLanes, kLanes);
-      squares[k] += v * v;
-    }
-  for (; j < d; j += kLanes) {
-    const F v = load_as_float(x, dtype, offset + j, d - j < kLanes ? static_cast<int>(d - j) : kLanes);
-    squares[0] += v * v;
-  }
+  in_chains(d, [&](int64_t j, int k, int lanes) {
+    const F v = load_as_float(x, dtype, offset + j, lanes);
+    squares[k] += v * v;
+  });
   double total = sum(__builtin_convertvector((squares[0] + squares[1]) + (squares[2] + squares[3]), D));
   if (!(total > 1e-20 && total < 1e30)) {
     D wide{};

@@ -2,10 +2,15 @@
 
 #include "../common/parallel.h"
 #include "logits.h"
-#include "tiles.h"
 
 namespace sslops::sinkhorn {
 namespace {
+
+// A row as it is stored.
+struct Row {
+  const char* data;
+  DType dtype;
+};
 
 struct Scores {
   const char* data;
@@ -20,13 +25,9 @@ struct Scores {
         rows(x.sizes[1]),
         k(x.sizes[2]),
         item(x.item_size),
-        inverse(Scale(temperature, false).inverse) {
-    if (!(temperature > 0.)) inverse = __builtin_nanf("");
-  }
+        inverse(Scale(temperature, false).inverse) {}
   Row row(int64_t view, int64_t i) const { return {data + (view * rows + i) * k * item, dtype}; }
 };
-
-int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 
 // ---- columns: the tickets are ranges of them ----
 
@@ -89,6 +90,18 @@ void columns(Tensor scores, double temperature, Tensor top, Tensor sums) {
 
 constexpr int64_t kBlock = 16, kMaxBlocks = 32, kGroupRows = 4;
 
+// y = x / tau + b [n, to whole vectors], the lowest number behind n; returns the maximum.
+template <DType kType>
+float scale_tile(const char* x, int64_t first, int64_t n, float inverse, const float* b, float* y) {
+  return largest(n, [&](int64_t j, int lanes) {
+    F v = load_as_float(x, kType, first + j, lanes) * inverse;
+    v += load_lanes(b + first + j, lanes, 0.f);
+    v = filled(v, lanes, kLowest);
+    store(y + j, v);
+    return v;
+  });
+}
+
 // A thread's rows, as exponentials relative to their tiles' maxima, and what makes a softmax of each tile.
 struct Group {
   const int64_t ld, tiles, rows;
@@ -103,13 +116,18 @@ struct Group {
         top(tiles) {}
 
   void fill(int64_t r, const Row& row, int64_t item, int64_t k, float inverse, const float* b) {
+    const auto run = row.dtype == DType::f32    ? scale_tile<DType::f32>
+                     : row.dtype == DType::bf16 ? scale_tile<DType::bf16>
+                                                : scale_tile<DType::f16>;
     float best = kLowest, *const sums = factors + r * tiles;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = t * kTile, n = at_most(kTile, k - first);
       float* const y = e + r * ld + first;
-      top[t] = scale_tile(row, first, n, inverse, b, y);
+      top[t] = run(row.data, first, n, inverse, b, y);
       F z[4]{};
-      exponentials(y, n, top[t], row.data + (first + kTile) * item, [&](int64_t j, int chain, F, F v) {
+      in_chains(n, [&](int64_t j, int chain, int) {
+        prefetch(row.data + (first + kTile) * item, j, chain, sizeof(float));
+        const F v = exp_nonpositive(load(y + j) - top[t]);
         store(y + j, v);
         z[chain] += v;
       });

@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t kGroup = 64;  // rows that are filled at once; tiles begin at multiples of it
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // A matrix in float32 whose rows miss each other's cache sets: an odd number of lines apart.
 constexpr int64_t stride_of(int64_t columns) {
   return round_up(columns, 16) / 16 % 2 ? round_up(columns, 16) : round_up(columns, 16) + 16;

@@ -143,6 +143,10 @@ SSLOPS_INLINE D fused(D a, D b, D c) {
   return c;
 }
 
+constexpr int64_t at_most(int64_t x, int64_t most) { return x < most ? x : most; }
+constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
+constexpr int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
+
 // f(j, n): n = kLanes lanes from column j, then the remainder. Lambdas see n as a constant in the main loop.
 template <typename Fn>
 SSLOPS_INLINE void for_each_vector(int64_t cols, Fn&& f) {
@@ -150,6 +154,17 @@ SSLOPS_INLINE void for_each_vector(int64_t cols, Fn&& f) {
   for (; j + kLanes <= cols; j += kLanes) f(j, kLanes);
   if (j < cols) f(j, static_cast<int>(cols - j));
 }
+
+// visit(j, k, lanes) over n elements in vectors, for four chains k = 0 .. 3 of sums or maxima.
+template <typename Visit>
+SSLOPS_INLINE void in_chains(int64_t n, Visit&& visit) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) visit(j + k * kLanes, k, kLanes);
+  for_each_vector(n - j, [&](int64_t i, int lanes) { visit(j + i, 0, lanes); });
+}
+SSLOPS_INLINE float sum(const F (&chains)[4]) { return sum((chains[0] + chains[1]) + (chains[2] + chains[3])); }
+
 SSLOPS_INLINE F load_lanes(const float* p, int n, float fill) { return n == kLanes ? load(p) : load(p, n, fill); }
 SSLOPS_INLINE void store_lanes(float* p, int n, F v) { n == kLanes ? store(p, v) : store(p, n, v); }
 

@@ -77,7 +77,6 @@ struct Part {
 // order, one at a time.
 template <typename Prepare, typename Visit>
 void for_each_tile(const Views& x, int64_t first, int64_t count, const Prepare& prepare, const Visit& visit) {
-  const auto size = [](int64_t from, int64_t step, int64_t end) { return end - from < step ? end - from : step; };
   const auto product = [&](Tile& tile, int64_t i0, int64_t rows, int64_t j0, int64_t columns, bool mirrored) {
     tile.multiply(x.z, i0, rows, x.z, j0, columns);
     const Part part{tile.s, tile.ld, i0, rows, j0, columns, mirrored};
@@ -91,12 +90,12 @@ void for_each_tile(const Views& x, int64_t first, int64_t count, const Prepare& 
     panels.run([&] { return Tile(x.side, x.z.bf16); },
                [&](int64_t i, int64_t j, Tile& tile) {
                  const int64_t i0 = i * x.side, j0 = j * x.side;
-                 if (i != j) return product(tile, i0, x.side, j0, size(j0, x.side, x.m), true);
+                 if (i != j) return product(tile, i0, x.side, j0, at_most(x.m - j0, x.side), true);
                  // Symmetry saves nothing in the tiles on the diagonal: they are small.
-                 const int64_t end = i0 + size(i0, x.side, x.m);
+                 const int64_t end = i0 + at_most(x.m - i0, x.side);
                  for (int64_t a = i0; a < end; a += kGroup)
                    for (int64_t b = a; b < end; b += kGroup)
-                     product(tile, a, size(a, kGroup, end), b, size(b, kGroup, end), a != b);
+                     product(tile, a, at_most(end - a, kGroup), b, at_most(end - b, kGroup), a != b);
                });
   } else {
     const int64_t blocks = (count + kGroup - 1) / kGroup;
@@ -105,7 +104,7 @@ void for_each_tile(const Views& x, int64_t first, int64_t count, const Prepare& 
         [&](int64_t ticket, Tile& tile) {
           const int64_t view = ticket / blocks * x.n + first, from = ticket % blocks * kGroup;
           for (int64_t j = 0; j < x.m; j += kMaxSide)
-            product(tile, view + from, size(from, kGroup, count), j, size(j, kMaxSide, x.m), false);
+            product(tile, view + from, at_most(count - from, kGroup), j, at_most(x.m - j, kMaxSide), false);
         });
   }
 }

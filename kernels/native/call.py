@@ -6,9 +6,8 @@ import torch
 
 from sslops import _C
 
+from ..cpu import memory
 from ..cuda import device as gpu
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def unsupported(device: torch.device) -> str | None:
@@ -18,7 +17,7 @@ def unsupported(device: torch.device) -> str | None:
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why kernels of float32, float16 and bfloat16 cannot take such tensors; None if they can."""
-    return unsupported(device) if dtype in DTYPES else f"no {dtype} kernel: float32, float16 and bfloat16"
+    return memory.refuses(device, dtype) or unsupported(device)
 
 
 def call(device: torch.device, name: str, *arguments: Any) -> None:
