@@ -20,6 +20,19 @@ def batch_norm(z: Tensor, eps: float, batches: int) -> Tensor:
     return normalized.unflatten(1, (batches, -1)).transpose(0, 1).flatten(0, 1)
 
 
+def correlation(x: Any) -> Tensor:
+    """C [D, D], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
+    wide = torch.promote_types(x.z_a.dtype, torch.float32)
+    a, b = (batch_norm(z.to(wide), x.eps, batches(x)).to(x.operand_dtype) for z in (x.z_a, x.z_b))
+    return (a.t() @ b).to(wide) / len(a)
+
+
+def off_identity(c: Tensor, lambd: float) -> Tensor:
+    """Barlow Twins' loss [] of C"""
+    diagonal = c.diagonal()
+    return (1 - diagonal).square().sum() + lambd * (c - torch.diag(diagonal)).square().sum()
+
+
 def batches(x: Any) -> int:
     """Into how many runs of rows the batch of all ranks falls that are normalised by themselves"""
     return 1 if x.synced else distributed.size(x.group)

@@ -15,7 +15,7 @@ from . import _check, _torch, distributed
 from ._levels import through_levels
 from ._precision import compute_dtype
 from ._schema import LIBRARY, Out, Outputs, Schema, define, tensors_in
-from .backend import BACKENDS, is_distributed, kernel, refusal, resolve
+from .backend import BACKENDS, is_distributed, kernel, require, resolve
 
 __all__ = ["Out", "register"]
 
@@ -41,9 +41,7 @@ def _guarded(name: str, x: Any, run: Callable[[], Any]) -> Any:
 
 
 def _require(name: str, x: Any, dtype: torch.dtype, form: str = "") -> None:
-    reason = refusal(x.backend, name, _check.first(x).device, dtype, _is_spread(x), form)
-    if reason is not None:
-        raise RuntimeError(f"{name}: backend {x.backend!r} cannot run here: {reason}")
+    require(x.backend, name, _check.first(x).device, dtype, _is_spread(x), form)
 
 
 def _is_spread(x: Any) -> bool:
@@ -296,15 +294,12 @@ def register(
             if getattr(ctx, "transformed", False):
                 results = through_levels(name, backward_op, read, lambda *_: None, refuse)
             else:
-                through = run_back if plain and not torch.is_grad_enabled() and not _is_traced() else backward_op
+                through = run_back if eager and not _is_traced() else backward_op
                 results = through(*read)
         found = dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
-        nothing = [
-            [None] * count if n in schema.lists else None for n, count in zip(schema.names, ctx.counts, strict=True)
-        ]
         return tuple(
-            found[n] if n in found and count else none
-            for n, count, none in zip(schema.names, ctx.counts, nothing, strict=True)
+            found[n] if n in found and count else [None] * count if n in schema.lists else None
+            for n, count in zip(schema.names, ctx.counts, strict=True)
         )
 
     def transformed_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

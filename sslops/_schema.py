@@ -38,7 +38,7 @@ class Schema:
 
     def __init__(self, arguments: type[Any]) -> None:
         hints = get_type_hints(arguments)
-        self.arguments, self.numbers = arguments, {name for name, kind in hints.items() if kind == float | Tensor}
+        self.arguments, self.numbers = arguments, [name for name, kind in hints.items() if kind == float | Tensor]
         self.lists = {name for name, kind in hints.items() if kind == list[Tensor]}
         self.floats = [name for name, kind in hints.items() if kind is float]
         self.names: list[str] = []  # as the schema has them

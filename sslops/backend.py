@@ -17,7 +17,18 @@ from torch import Tensor
 
 from . import _torch
 
-__all__ = ["BACKENDS", "check_name", "choice", "explain", "is_distributed", "kernel", "ops", "refusal", "resolve"]
+__all__ = [
+    "BACKENDS",
+    "check_name",
+    "choice",
+    "explain",
+    "is_distributed",
+    "kernel",
+    "ops",
+    "refusal",
+    "require",
+    "resolve",
+]
 
 # Per device type, fastest first.
 _ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -85,13 +96,20 @@ def refusal(
     return reason
 
 
+def require(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, distributed: bool = False, form: str = ""
+) -> None:
+    """RuntimeError, with the reason, where `refusal` has one"""
+    reason = refusal(backend, op, device, dtype, distributed, form)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run here: {reason}")
+
+
 @functools.cache
 def _choose(op: str, device: torch.device, dtype: torch.dtype, wanted: str | None, distributed: bool, form: str) -> str:
     if wanted is not None:
         check_name(op, wanted)
-        reason = refusal(wanted, op, device, dtype, distributed, form)
-        if reason is not None:
-            raise RuntimeError(f"{op}: backend {wanted!r} cannot run here: {reason}")
+        require(wanted, op, device, dtype, distributed, form)
         return wanted
     backends = (*_ORDER.get(device.type, ()), "eager")
     return next(b for b in backends if refusal(b, op, device, dtype, distributed, form) is None)

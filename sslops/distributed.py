@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _check, _torch
+from ._schema import LIBRARY, define
 
 __all__ = [
     "Group",
@@ -266,15 +267,9 @@ def options(arguments: dict[str, Any]) -> str:
     return ", ".join(texts)
 
 
-_LIBRARY = torch.library.Library("sslops", "FRAGMENT")
-
-
-def _define(schema: str, forward: Any, fake: Any, setup_context: Any, backward: Any) -> None:
-    op = f"sslops::{schema[: schema.index('(')]}"
-    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(op, forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(op, fake, lib=_LIBRARY)
-    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
+def _define(op: str, schema: str, forward: Any, fake: Any, setup_context: Any, backward: Any) -> None:
+    define(op, schema, forward, fake)
+    torch.library.register_autograd(f"sslops::{op}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def _gather(x: Tensor, group: str, dim: int, op: str, options: str = "") -> Tensor:
@@ -291,14 +286,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 _define(
-    'all_gather(Tensor x, str group, int dim, str op, str options="") -> Tensor',
+    "all_gather",
+    '(Tensor x, str group, int dim, str op, str options="") -> Tensor',
     _gather,
     lambda x, group, dim, op, options="": _resized(x, dim, x.shape[dim] * size(group)),
     _keep,
     lambda ctx, grad: (torch.ops.sslops.reduce_scatter(grad, *ctx.rest[:3]), None, None, None, None),
 )
 _define(
-    "reduce_scatter(Tensor x, str group, int dim, str op) -> Tensor",
+    "reduce_scatter",
+    "(Tensor x, str group, int dim, str op) -> Tensor",
     lambda x, group, dim, op: reduce_scatter(x, group, dim),
     lambda x, group, dim, op: _resized(x, dim, x.shape[dim] // size(group)),
     _keep,
@@ -314,7 +311,8 @@ def _all_reduce(x: Tensor, group: str, how: str, op: str) -> Tensor:
 
 
 _define(
-    "all_reduce(Tensor x, str group, str how, str op) -> Tensor",  # op: whose ranks must agree, or "": they do
+    "all_reduce",
+    "(Tensor x, str group, str how, str op) -> Tensor",  # op: whose ranks must agree, or "": they do
     _all_reduce,
     lambda x, group, how, op: torch.empty_like(x),
     _keep,

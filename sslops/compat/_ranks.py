@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import distributed
+from .._columns import off_identity
 from ..ops.cross_correlation import cross_correlation
 from ..ops.vicreg import vicreg
 
@@ -13,8 +15,7 @@ def barlow_twins_of_average(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
     from torch.distributed.nn.functional import all_reduce  # knows its gradient
 
     c = all_reduce(cross_correlation(z_a, z_b) / torch.distributed.get_world_size())
-    diagonal = c.diagonal()
-    return (1 - diagonal).square().sum() + lambd * (c - diagonal.diag()).square().sum()
+    return off_identity(c, lambd)
 
 
 def vicreg_of_own_invariance(
@@ -33,3 +34,9 @@ def world() -> str | None:
     """The group of all ranks, where there is one."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return "world" if ready and torch.distributed.get_world_size() > 1 else None
+
+
+def moved(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
+    """By the mean of the ranks' means, wherever there are ranks"""
+    mean = distributed.mean(mean, distributed.name("Center", world()))
+    return center * momentum + mean * (1 - momentum)

@@ -21,7 +21,7 @@ from ..ops.info_nce import info_nce
 from ..ops.masked_prediction import masked_patch_mse
 from ..ops.nt_xent import nt_xent
 from ..ops.sinkhorn import sinkhorn
-from ._ranks import barlow_twins_of_average, vicreg_of_own_invariance, world
+from ._ranks import barlow_twins_of_average, moved, vicreg_of_own_invariance, world
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
@@ -143,8 +143,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
-        mean = distributed.mean(teacher_output.mean(0, keepdim=True), distributed.name("DINOLoss", world()))
-        self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
+        self.center = moved(self.center, teacher_output.mean(0, keepdim=True), self.center_momentum)
 
 
 class SinkhornKnopp(nn.Module):

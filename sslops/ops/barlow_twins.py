@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._columns import ROUTES, batch_norm, batches, by_route, check_batch, kept_width
+from .._columns import ROUTES, by_route, check_batch, correlation, kept_width, off_identity
 from .._library import Out, register
 
 
@@ -41,13 +41,8 @@ def outputs(x: Arguments) -> Outputs:
 
 
 def reference(x: Arguments) -> tuple[Tensor]:
-    """loss [], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
-    wide = torch.promote_types(x.z_a.dtype, torch.float32)
-    a, b = (batch_norm(z.to(wide), x.eps, batches(x)).to(x.operand_dtype) for z in (x.z_a, x.z_b))
-    c = (a.t() @ b).to(wide) / len(a)
-    diagonal = c.diagonal()
-    off_diagonal = c - torch.diag(diagonal)
-    return ((1 - diagonal).square().sum() + x.lambd * off_diagonal.square().sum(),)
+    """loss [], the maths as it is written"""
+    return (off_identity(correlation(x), x.lambd),)
 
 
 def cheaper_route(n: int, d: int, backend: str | None = None) -> str:

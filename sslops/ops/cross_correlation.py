@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._columns import batch_norm, batches, check_batch, own_part
+from .._columns import check_batch, correlation, own_part
 from .._library import Out, register
 from ..backend import kernel
 
@@ -28,10 +28,7 @@ def outputs(x: Arguments) -> Out:
 
 
 def reference(x: Arguments) -> Tensor:
-    """C [D, D], the maths as it is written: float32 (float64 for float64) around a matmul in operand_dtype"""
-    wide = torch.promote_types(x.z_a.dtype, torch.float32)
-    a, b = (batch_norm(z.to(wide), x.eps, batches(x)).to(x.operand_dtype) for z in (x.z_a, x.z_b))
-    return (a.t() @ b).to(wide) / len(a)
+    return correlation(x)
 
 
 def _check_arguments(x: Arguments) -> None:

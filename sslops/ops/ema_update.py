@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import _C, _check, _torch
 from .._random import RandomStream, philox
-from .._schema import LIBRARY
+from .._schema import define
 from ..backend import kernel, resolve
 
 _CHUNK = 16384  # the random numbers of each tensor begin at a multiple of it (kChunk in csrc/common/ema_update.h)
@@ -265,13 +265,13 @@ def _impl(
 
 
 # By hand: register's ops return what they make, and these lists are written in place.
-LIBRARY.define(
-    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor? momentum, float momentum_value, "
+define(
+    "ema_update_",
+    "(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, Tensor? momentum, float momentum_value, "
     "Tensor? seed, int? seed_value, str backend) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
+    _impl,
+    lambda *arguments: None,
 )
-LIBRARY.impl("ema_update_", _impl, "CompositeExplicitAutograd")
-torch.library.register_fake("sslops::ema_update_", lambda *arguments: None, lib=LIBRARY)
 
 
 def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:

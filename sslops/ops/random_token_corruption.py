@@ -106,7 +106,8 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
     )
     stride = x.row + spans - 1
     starts = philox(x.key, stream, 0, count * stride, device).view(count, stride, 4)
-    units = torch.arange(x.row, device=device).expand(count, -1) if x.units is None else x.units.view(count, x.row)
+    units, kept = x.units, x.kept
+    units = torch.arange(x.row, device=device).expand(count, -1) if units is None else units.view(count, x.row)
     chosen = torch.zeros_like(units, dtype=torch.bool)
     for back in reversed(range(spans)):  # the nearest span says what becomes of a token
         start = starts.gather(1, (units + (spans - 1 - back))[..., None].expand(-1, -1, 4))
@@ -116,8 +117,8 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
             action = torch.where(begins, start[..., 1], action)
     chosen, action, word = (each.view(x.ids.shape) for each in (chosen, action, word))
     drawn = word * x.drawn >> 32
-    if x.kept is not None:
-        chosen &= ~x.kept
+    if kept is not None:
+        chosen &= ~kept
     for first, end in x.runs:
         chosen &= (x.ids < first) | (x.ids >= end)
         drawn += (drawn >= first) * (end - first)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _check, distributed
 from .._check import Of
 from .._library import Out, register
+from .._prototypes import check_prototypes
 from ..backend import kernel
 
 STARTS = ("scores", "probabilities")
@@ -66,8 +67,7 @@ def reference(x: Arguments) -> Tensor:
 
 def _check_arguments(x: Arguments) -> None:
     _check.count("sinkhorn", "iterations", x.iterations, 1, 2**31 - 1)
-    if x.scores.shape[2] == 0:
-        _check.bad_value("sinkhorn", "scores", "at least one prototype", list(x.scores.shape))
+    check_prototypes("sinkhorn", "scores", x.scores)
 
 
 def _forward(x: Arguments) -> Tensor:

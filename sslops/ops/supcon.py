@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, REDUCTIONS, by_views, classes, reduce
+from .._contrastive import IDS, by_views, check_options, classes, reduce
 from .._library import Out, register
 
 WHERE = ("out", "in")
@@ -171,9 +171,7 @@ def supcon(
 
     Source: Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362, Eq. 2 and 3.
     """
-    _check.flag("supcon", "normalize", normalize)
-    _check.choice("supcon", "reduction", reduction, REDUCTIONS)
-    _check.flag("supcon", "return_metrics", return_metrics)
+    check_options("supcon", normalize, reduction, return_metrics)
     group = distributed.name("supcon", group)
     shared = reduction != "none"
     losses, positives, *_ = _run(Arguments(z, labels, temperature, normalize, where, group, shared), backend)

@@ -15,8 +15,8 @@ from ...ops.ibot import ibot
 from ...ops.info_nce import info_nce
 from ...ops.nt_xent import nt_xent
 from ...ops.sinkhorn import sinkhorn
-from .._ranks import barlow_twins_of_average, vicreg_of_own_invariance, world
-from .state import Center, MemoryBankModule, check_center_mode, check_gather, group_of, moved
+from .._ranks import barlow_twins_of_average, moved, vicreg_of_own_invariance, world
+from .state import Center, MemoryBankModule, check_center_mode, check_gather, group_of
 
 
 class NTXentLoss(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import distributed
 from ...ops.ema_update import ema_update_
-from .._ranks import world
+from .._ranks import moved, world
 
 
 class MemoryBankModule(nn.Module):
@@ -82,12 +82,6 @@ class Center(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         self.center = moved(self.center, x.mean(self.dim, keepdim=True), self.momentum)
-
-
-def moved(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
-    """By the mean of the ranks' means, wherever there are ranks"""
-    mean = distributed.mean(mean, distributed.name("Center", world()))
-    return center * momentum + mean * (1 - momentum)
 
 
 def check_center_mode(mode: str) -> None:

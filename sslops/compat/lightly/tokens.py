@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ... import _patches
 from ...ops import random_mask
 from ...ops.gather_tokens import gather_tokens
 
@@ -34,5 +35,4 @@ def repeat_token(token: Tensor, size: tuple[int, int]) -> Tensor:
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     assert images.shape[2] == images.shape[3]
     assert images.shape[2] % patch_size == 0
-    grid = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # [B, C, rows, columns, p, p]
-    return grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    return _patches.patchify(images, (patch_size, patch_size), "hwc")
