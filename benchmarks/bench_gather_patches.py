@@ -131,6 +131,7 @@ def embed(benchmark, device, case):
 
 
 def test_memory(benchmark, device, case):
-    setup = f"import torch; from bench_gather_patches import *; e = Embedding({case.shape}, '', {case.dtype}, 'cpu')"
+    setup = "import torch; from benchmarks.bench_gather_patches import *; "
+    setup += f"e = Embedding({case.shape}, '', {case.dtype}, 'cpu')"
     found = {name: peak_memory(setup, f"e.both(e.{name})") for name in ("sslops", "eager", "indexed")}
     record_memory(benchmark, found, **facts(case), part="memory")

@@ -91,7 +91,8 @@ def test_time(benchmark, device, case):
 def test_memory(benchmark, device, case):
     b, side, p = case.shape
     patch = tubelet(case.shape, case.part)
-    setup = f"import torch; from bench_masked_prediction import *; xs = inputs({case.shape}, '', {case.dtype}, 'cpu')"
+    setup = "import torch; from benchmarks.bench_masked_prediction import *; "
+    setup += f"xs = inputs({case.shape}, '', {case.dtype}, 'cpu')"
     found = {}
     for name, loss in (("sslops", "sslops.masked_patch_mse"), ("eager", "eager"), ("gathered", "gathered")):
         found[name] = peak_memory(setup, f"torch.autograd.grad({loss}(*xs, {patch}), xs[0])")

@@ -17,6 +17,7 @@ CASES = {
         *cases("4096x128", "bfloat16", "both"),
         *cases("4096x128 65536x128", "float32", "memory"),
     ],
+    "cuda": cases("4096x128", "bfloat16", "both"),
     "small": cases("66x7 202x100", "float32 bfloat16", "both"),
 }
 

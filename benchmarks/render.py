@@ -34,8 +34,9 @@ round after round: what counts is their ratio. Our time is the median, ± half t
 others are multiples of it, **bold** where they are faster. The limit is a variant too: it does only what cannot be
 avoided. Memory is what a step adds at its peak.
 
-Each table names the commit that it was measured at. Those of cpu-xeon-amx-2core are of 2026-11-22, before the CPU's
-loops over tiles moved into C++ with products of their own (2026-11-29): that machine has not been measured since.
+Each table names the commit that it was measured at. Those of cpu-xeon-amx-2core, and the remarks beside them, are of
+2026-11-22, before the CPU's loops over tiles moved into C++ with products of their own (2026-11-29): that machine has
+not been measured since.
 """
 
 

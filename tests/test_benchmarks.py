@@ -1,6 +1,7 @@
 """The measuring itself: what is timed in turn, what is stored, what is refused. Nothing here depends on a time."""
 
 import copy
+import importlib
 import json
 import os
 import re
@@ -26,6 +27,13 @@ ROOT = Path(__file__).parents[1]
 def test_results_md_is_what_the_data_say():
     text = render.document(render.load(render.RESULTS))
     assert (ROOT / "RESULTS.md").read_text() == text, "run python -m benchmarks.render"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("bench_*.py")), ids=lambda file: file.stem)
+def test_every_benchmark_has_cases_for_every_device(file):
+    """One without is an error of the whole collection"""
+    cases = getattr(importlib.import_module(f"benchmarks.{file.stem}"), "CASES", None)
+    assert cases is None or {"cpu", "cuda", "small"} <= cases.keys()
     readme = (ROOT / "README.md").read_text()
     assert readme == render.with_headlines(readme, render.load(render.RESULTS)), "run python -m benchmarks.render"
     assert all(name in readme for name in render.HEADLINES)

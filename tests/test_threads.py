@@ -14,10 +14,9 @@ import sslops
 def test_ctrl_c_ends_a_long_call():
     """As KeyboardInterrupt, and the process goes on"""
     script = """
-import time, torch, sslops
+import torch, sslops
 z = torch.randn(2, 32768, 256)
 print("ready", flush=True)
-begin = time.monotonic()
 try:
     sslops.nt_xent(z[0], z[1], backend="cpu")
     print("finished")

@@ -18,7 +18,7 @@ for python in $PYTHONS; do
     # without numpy, which torch does not require
     "$folder/env/bin/pip" install -q "torch==$torch" "$folder"/dist/*.whl pytest hypothesis packaging ||
       { echo "$python, torch $torch: not to be had"; continue; }
-    rm -rf "$folder/tests" && cp -r tests "$folder/tests"
+    rm -rf "$folder/tests" "$folder/benchmarks" && cp -r tests benchmarks "$folder"
     said=$(cd "$folder" && OMP_NUM_THREADS=1 env/bin/python -m pytest -q -p no:cacheprovider "$@" 2>&1)
     # what failed, to look at
     echo "$said" | grep ^FAILED >&2

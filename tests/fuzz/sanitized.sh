@@ -8,7 +8,7 @@ python=$PWD/.venv/bin/python flavour=$1
 shift
 package=$PWD/build/sanitize-${flavour/,/-}
 SSLOPS_SANITIZE=$flavour "$python" setup.py -q build --build-lib "$package"
-cp -r tests pyproject.toml "$package"
+cp -r tests benchmarks pyproject.toml "$package"  # some tests import benchmarks
 case $flavour in thread) runtime=libtsan.so ;; *) runtime=libasan.so ;; esac
 # Leaks are looked for by leaks.py: Python's own end is full of them. Nothing else in the process is instrumented: of
 # torch's pool, which hands out our work, ThreadSanitizer sees neither locks nor barriers.
