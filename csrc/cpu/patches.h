@@ -26,12 +26,13 @@ SSLOPS_INLINE void prefetch(const void* base, DType dtype, int64_t index) {
 
 // body(from, at, channel): where each row of a patch's pixels begins, from its corner and in planes.
 template <typename Body>
-SSLOPS_INLINE void for_each_row(const Patches& p, const Body& body) {
+SSLOPS_INLINE void for_each_row(const Patches p, const Body& body) {
   int64_t at = 0;
   for (int64_t c = 0; c < p.channels; ++c)
-    for (int64_t frame = 0; frame < p.frames; ++frame)
-      for (int64_t row = 0; row < p.height; ++row, at += p.width)
-        body(c * p.channel_stride + frame * p.frame_stride + row * p.row_stride, at, c);
+    for (int64_t frame = 0; frame < p.frames; ++frame) {
+      int64_t from = c * p.channel_stride + frame * p.frame_stride;
+      for (int64_t row = 0; row < p.height; ++row, from += p.row_stride, at += p.width) body(from, at, c);
+    }
 }
 
 // kWidth: that of a patch where it is a constant, else 0. `next`: the corner of the patch that comes after; a patch's

@@ -318,10 +318,8 @@ def ema_update_(
 
     Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722, Eq. 2.
     """
-    targets, sources, shadows = (
-        _listed(name, xs)
-        for name, xs in zip(_LISTS, (targets, sources, () if shadows is None else shadows), strict=True)
-    )
+    targets, sources = _listed("targets", targets), _listed("sources", sources)
+    shadows = [] if shadows is None else _listed("shadows", shadows)
     if targets and (torch.compiler.is_compiling() or _torch.in_modes()):
         backend = resolve("ema_update", targets[0].device, targets[0].dtype, backend)
         with torch.no_grad():
