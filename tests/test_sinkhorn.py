@@ -210,7 +210,7 @@ class TestBrokenKernelsAreFound:
 
     def test_a_sloppy_temperature(self, monkeypatch):
         run = kernel.columns
-        monkeypatch.setattr(kernel, "columns", lambda x: run(x._replace(temperature=x.temperature * (1 + 1e-5))))
+        monkeypatch.setattr(kernel, "columns", lambda x: run(x._replace(temperature=x.temperature * (1 + 1e-4))))
         self.refuse(scores(300, 40))
 
     def test_unwritten_memory(self, monkeypatch):
