@@ -133,7 +133,8 @@ double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType op
     a.take(strip.a, from, width);
     b.take(strip.b, from, width);
   });
-  const int64_t n = a.n, d = a.d, panels = (d + kSide - 1) / kSide, ld = stride_of(kSide);
+  constexpr int64_t ld = stride_of(kSide);
+  const int64_t n = a.n, d = a.d, panels = a.panels;
   Matrix da(g ? n : 0, d), db(g ? n : 0, d);
   Buffer<double> losses(panels * panels);
   Buffer<int32_t> progress(2 * panels);
@@ -142,10 +143,9 @@ double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType op
       panels * panels, [&] { return Buffer<float>(2 * kSide * ld); },
       [&](int64_t ticket, Buffer<float>& s) {
         const int64_t round = ticket / panels, i = ticket % panels, j = (i + round) % panels;
-        const int64_t i0 = i * kSide, j0 = j * kSide, p = d - i0 < kSide ? d - i0 : kSide,
-                      q = d - j0 < kSide ? d - j0 : kSide;
+        const int64_t i0 = i * kSide, j0 = j * kSide, p = a.width(i), q = b.width(j);
         float* const transposed = s + kSide * ld;
-        multiply(a, i0, p, b, j0, q, s, ld);
+        multiply(a, i, b, j, s, ld);
         double loss = 0.;
         for (int64_t k = 0; k < p; ++k)
           loss += weigh_row(s + k * ld, q, i0 + k - j0, c.as<float>()[i0 + k], static_cast<double>(n), lambd);
@@ -157,8 +157,8 @@ double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType op
           run();
           advance(turn);
         };
-        in_turn(progress + i, [&] { multiply_back(b, j0, q, transposed, ld, p, da, i0, round > 0); });
-        in_turn(progress + panels + j, [&] { multiply_back(a, i0, p, s, ld, q, db, j0, round > 0); });
+        in_turn(progress + i, [&] { multiply_back(b, j, transposed, ld, p, da, i, round > 0); });
+        in_turn(progress + panels + j, [&] { multiply_back(a, i, s, ld, q, db, j, round > 0); });
       });
   double loss = 0.;
   for (int64_t k = 0; k < panels * panels; ++k) loss += losses[k];

@@ -8,12 +8,14 @@ namespace {
 constexpr int64_t kSide = 128;  // of a tile
 constexpr int64_t kDeep = 256;  // rows at a time: what a tile meets of them is in the second-level cache
 
-// [N, D] in float32, rows ld apart, zeros after them
+// [N, D] in float32, panels of kSide columns one after another: what a tile meets is on few pages, its rows an odd
+// number of lines apart.
 struct Matrix {
-  const int64_t n, d, ld;
+  const int64_t n, d, panels, ld;
   Buffer<float> data;
 
-  Matrix(int64_t n, int64_t d) : n(n), d(d), ld(stride_of(d)), data(n * ld) {}
+  Matrix(int64_t n, int64_t d)
+      : n(n), d(d), panels((d + kSide - 1) / kSide), ld(stride_of(d < kSide ? d : kSide)), data(panels * n * ld) {}
   // A view that is centred or normalised, as an operand; each(strip's first column, width, strip) sees it pass.
   explicit Matrix(const View& v) : Matrix(v, [](int64_t, int64_t, const Strip&) {}) {}
   template <typename Each>
@@ -27,34 +29,38 @@ struct Matrix {
         });
   }
 
-  void take(const Strip& strip, int64_t first, int64_t width) {
-    const int64_t end = first + width == d ? ld - first : width;
+  float* panel(int64_t k) { return data + k * n * ld; }
+  const float* panel(int64_t k) const { return data + k * n * ld; }
+  int64_t width(int64_t k) const { return k + 1 < panels ? kSide : d - k * kSide; }
+
+  void take(const Strip& strip, int64_t first, int64_t width) {  // up to whole vectors
+    float* const to = panel(first / kSide) + first % kSide;
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < end; j += kLanes)
-        store(data + i * ld + first + j, j < kStrip ? strip.operand(i, j) : F{});
+      for (int64_t j = 0; j < width; j += kLanes) store(to + i * ld + j, strip.operand(i, j));
   }
 
   void copy_to(float* out) const {  // [N, D]
     parallel_for(n, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) std::memcpy(out + i * d, data + i * ld, d * sizeof(float));
+      for (int64_t k = 0; k < panels; ++k)
+        for (int64_t i = begin; i < end; ++i)
+          std::memcpy(out + i * d + k * kSide, panel(k) + i * ld, width(k) * sizeof(float));
     });
   }
 };
 
-// s [p, q] = a[:, i .. i + p)^T b[:, j .. j + q), columns of s up to whole vectors
-inline void multiply(const Matrix& a, int64_t i, int64_t p, const Matrix& b, int64_t j, int64_t q, float* s,
-                     int64_t ld) {
+// s = A^T B of panel i of a and panel j of b, columns of s up to whole vectors
+inline void multiply(const Matrix& a, int64_t i, const Matrix& b, int64_t j, float* s, int64_t ld) {
   for (int64_t k = 0; k < a.n; k += kDeep)
-    gemm(p, q, a.n - k < kDeep ? a.n - k : kDeep, {a.data + k * a.ld + i, 1, a.ld},
-         {b.data + k * b.ld + j, b.ld, kPanel}, s, ld, k > 0);
+    gemm(a.width(i), b.width(j), a.n - k < kDeep ? a.n - k : kDeep, {a.panel(i) + k * a.ld, 1, a.ld},
+         {b.panel(j) + k * b.ld, b.ld, kPanel}, s, ld, k > 0);
 }
 
-// out[:, j .. j + q) (+)= a[:, i .. i + p) w, w [p, q]
-inline void multiply_back(const Matrix& a, int64_t i, int64_t p, const float* w, int64_t ld, int64_t q, Matrix& out,
-                          int64_t j, bool add) {
+// out's panel j (+)= a's panel i times w [panel's width, q]
+inline void multiply_back(const Matrix& a, int64_t i, const float* w, int64_t ld, int64_t q, Matrix& out, int64_t j,
+                          bool add) {
   for (int64_t k = 0; k < a.n; k += kDeep)
-    gemm(a.n - k < kDeep ? a.n - k : kDeep, q, p, {a.data + k * a.ld + i, a.ld, 1}, {w, ld, kPanel},
-         out.data + k * out.ld + j, out.ld, add);
+    gemm(a.n - k < kDeep ? a.n - k : kDeep, q, a.width(i), {a.panel(i) + k * a.ld, a.ld, 1}, {w, ld, kPanel},
+         out.panel(j) + k * out.ld, out.ld, add);
 }
 
 // to [q, p] = w^T, w [p, q]

@@ -53,25 +53,25 @@ double forward_panels(Tensor z, DType operand, Tensor moments, Tensor t) {
     keep(strip, first, width, moments);
     for (int64_t j = first; j < first + width; ++j) moments.as<float>()[2 * moments.sizes[1] + j] = 0.f;
   });
-  const int64_t d = a.d, panels = (d + kSide - 1) / kSide, ld = stride_of(kSide);
-  const auto size = [&](int64_t panel) { return d - panel * kSide < kSide ? d - panel * kSide : kSide; };
-  Matrix products(t ? a.n : 0, d);
+  constexpr int64_t ld = stride_of(kSide);
+  const int64_t panels = a.panels;
+  Matrix products(t ? a.n : 0, a.d);
   Buffer<double> squares(panels * panels);
   Tournament(panels).run([&] { return Buffer<float>(2 * kSide * ld); },
                          [&](int64_t i, int64_t j, Buffer<float>& s) {
                            float* const transposed = s + kSide * ld;
-                           multiply(a, i * kSide, size(i), a, j * kSide, size(j), s, ld);
+                           multiply(a, i, a, j, s, ld);
                            double total = 0.;
-                           for (int64_t k = 0; k < size(i); ++k) {
+                           for (int64_t k = 0; k < a.width(i); ++k) {
                              if (i == j) s[k * ld + k] = 0.f;
-                             total += squares_of(s + k * ld, size(j));
+                             total += squares_of(s + k * ld, a.width(j));
                            }
                            squares[i * panels + j] = i == j ? total : 2. * total;
                            if (!t) return;
-                           multiply_back(a, i * kSide, size(i), s, ld, size(j), products, j * kSide, i != j);
+                           multiply_back(a, i, s, ld, a.width(j), products, j, i != j);
                            if (i == j) return;
-                           transpose(s, size(i), size(j), ld, transposed, ld);
-                           multiply_back(a, j * kSide, size(j), transposed, ld, size(i), products, i * kSide, true);
+                           transpose(s, a.width(i), a.width(j), ld, transposed, ld);
+                           multiply_back(a, j, transposed, ld, a.width(i), products, i, true);
                          });
   if (t) products.copy_to(t.as<float>());
   double total = 0.;
