@@ -4,8 +4,10 @@ A new csrc/cuda/<op>.cu joins with a driver <op>.cpp here, whose main() returns 
 DRIVERS.
 """
 
+import functools
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,29 +33,36 @@ SANITIZERS = {
 }
 
 
-def run(driver: str, sanitizer: str, csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    program = folder / driver
-    sources = [HERE / f"{driver}.cpp", *(csrc / source for source in DRIVERS[driver])]
+def compiled(sanitizer: str, csrc: Path, *arguments: str | Path) -> None:
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas"]
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-g",
-        "-DNDEBUG",
-        "-pthread",
-        *warnings,
-        "-DSSLOPS_ISA=portable",
-        *SANITIZERS[sanitizer].split(),
-    ]
-    command = ["g++", *flags, f"-I{csrc}", f"-I{HERE}", *map(str, sources), "-ldl", "-o", str(program)]
+    flags = ["-std=c++20", "-O1", "-g", "-DNDEBUG", "-pthread", *warnings, "-DSSLOPS_ISA=portable"]
+    command = ["g++", *flags, *SANITIZERS[sanitizer].split(), f"-I{csrc}", f"-I{HERE}", *map(str, arguments)]
     subprocess.run(command, check=True)
-    return subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Callable[[str, str, Path], subprocess.CompletedProcess[str]]:
+    """(driver, sanitizer, csrc): the driver's run. What it links from csrc/cpu and csrc/common is compiled once."""
+    folder = tmp_path_factory.mktemp("objects")
+
+    @functools.cache
+    def linked(source: str, sanitizer: str) -> Path:
+        out = folder / f"{source.replace('/', '-')}.{sanitizer}.o"
+        compiled(sanitizer, CSRC, "-c", CSRC / source, "-o", out)
+        return out
+
+    def run(driver: str, sanitizer: str, csrc: Path) -> subprocess.CompletedProcess[str]:
+        objects = [linked(source, sanitizer) for source in DRIVERS[driver]]
+        compiled(sanitizer, csrc, HERE / f"{driver}.cpp", *objects, "-ldl", "-o", folder / driver)
+        return subprocess.run([folder / driver], capture_output=True, text=True, timeout=300)
+
+    return run
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> None:
-    done = run(driver, sanitizer, CSRC, tmp_path)
+def test_cuda_source_runs_clean(driver: str, sanitizer: str, run) -> None:
+    done = run(driver, sanitizer, CSRC)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
@@ -115,7 +124,7 @@ def test_cuda_source_runs_clean(driver: str, sanitizer: str, tmp_path: Path) -> 
     ],
 )
 def test_a_planted_fault_is_found(
-    driver: str, file: str, sanitizer: str, right: str, wrong: str, report: str, tmp_path: Path
+    driver: str, file: str, sanitizer: str, right: str, wrong: str, report: str, run, tmp_path: Path
 ) -> None:
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
@@ -123,7 +132,7 @@ def test_a_planted_fault_is_found(
     text = source.read_text()
     assert text.count(right) == 1
     source.write_text(text.replace(right, wrong))
-    done = run(driver, sanitizer, csrc, tmp_path)
+    done = run(driver, sanitizer, csrc)
     assert done.returncode != 0
     assert report in done.stdout + done.stderr
 
