@@ -134,6 +134,8 @@ class NegativeQueue(nn.Module):
         op = "NegativeQueue.from_lightly"
         _check.tensors(op, {"bank": bank}, {"bank": Of("K D")})
         _check.tensors(op, {"bank_ptr": bank_ptr, "P": 1}, {"bank_ptr": Of("P", _check.ID_DTYPES)})
+        if bank_ptr.is_meta and not bank.is_meta:
+            _check.bad_value(op, "bank_ptr", "a tensor with a value", bank_ptr.device)
         with torch.no_grad(), bank.device:
             made = cls(bank.shape[0], bank.shape[1], bank.dtype)
             made.negatives.copy_(bank)

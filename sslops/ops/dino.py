@@ -69,6 +69,7 @@ def _listed(name: str, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [crop[None] if isinstance(crop, Tensor) and crop.dim() == 2 else crop for crop in crops]
 
 
+@distributed.in_step
 def dino(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],

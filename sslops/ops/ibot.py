@@ -46,6 +46,7 @@ _run = register("ibot", Arguments, outputs, reference=reference, check=_check_ar
                 unit="gradient")  # fmt: skip
 
 
+@distributed.in_step
 def ibot(
     student: Tensor,
     teacher: Tensor,

@@ -22,7 +22,9 @@ class Arguments(NamedTuple):
     alpha: float
     beta: float
     num_negatives: int | None  # the rows that follow in cyclic order; None: all others
-    order: Annotated[Tensor | None, Of("B", _check.ID_DTYPES)]  # of the rows; None: as they come
+    order: Annotated[
+        Tensor | None, Of("B", _check.ID_DTYPES, below=lambda x: len(x.online))
+    ]  # of the rows; None: as they come
     normalize: bool
     count_exceeding: bool  # whether to count the negatives that exceed a positive
     operand_dtype: torch.dtype = torch.float32

@@ -38,8 +38,12 @@ def potentials(
     """
 
     def of_all(values: Tensor, how: str, first: bool = False) -> Tensor:
-        op = "sinkhorn" if first else ""  # which sees to it that the shapes are those of all ranks
-        return torch.ops.sslops.all_reduce(values, x.ranks, how, op) if x.ranks else values
+        if not x.ranks:
+            return values
+        if not first:
+            return torch.ops.sslops.all_reduce(values, x.ranks, how, "")
+        options = distributed.options({k: v for k, v in x._asdict().items() if k != "ranks"})
+        return torch.ops.sslops.all_reduce(values, x.ranks, how, "sinkhorn", options)
 
     if x.balanced:
         own, sums = columns(x)
@@ -68,6 +72,8 @@ def reference(x: Arguments) -> Tensor:
 def _check_arguments(x: Arguments) -> None:
     _check.count("sinkhorn", "iterations", x.iterations, 1, 2**31 - 1)
     check_prototypes("sinkhorn", "scores", x.scores)
+    if x.ranks and not distributed.is_known(x.ranks):
+        _check.bad_value("sinkhorn", "ranks", "the name of a process group", repr(x.ranks))
 
 
 def _forward(x: Arguments) -> Tensor:
@@ -78,6 +84,7 @@ def _forward(x: Arguments) -> Tensor:
 _run = register("sinkhorn", Arguments, outputs, reference=reference, check=_check_arguments, forward=_forward)
 
 
+@distributed.in_step
 @torch.no_grad()
 def sinkhorn(
     scores: Tensor,

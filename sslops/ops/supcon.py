@@ -60,6 +60,8 @@ def outputs(x: Arguments) -> Outputs:
 def _check_views(x: Arguments) -> None:
     if x.z.dim() not in (2, 3):
         _check.bad_value("supcon", "z", "shape [M, D] or [V, N, D]", list(x.z.shape))
+    if not _sizes(x)[0]:
+        _check.bad_value("supcon", "z", "at least one view [V, N, D]", list(x.z.shape))
     if x.labels.shape != x.z.shape[-2:-1]:
         _check.bad_value("supcon", "labels", f"shape {list(x.z.shape[-2:-1])}", list(x.labels.shape))
     _check.choice("supcon", "where", x.where, WHERE)
@@ -121,6 +123,7 @@ class SupConMetrics(NamedTuple):
     positives: Tensor  # how many a row has, the mean over all
 
 
+@distributed.in_step
 def supcon(
     z: Tensor,
     labels: Tensor,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import sslops
 
+from .. import oracle
 from ..cases import CASES
 from ..test_promises import calls
 
@@ -82,7 +83,14 @@ def of_value(name: str, value: Any) -> list[Any]:
         torch.int32,
         torch.qint8,
     ]
-    others += [torch.tensor(0.5), torch.tensor([0.5, 0.5]), torch.tensor(3), torch.tensor(0.5, device="meta")]
+    others += [
+        oracle.Array(),
+        10**400,
+        torch.tensor(0.5),
+        torch.tensor([0.5, 0.5]),
+        torch.tensor(3),
+        torch.tensor(0.5, device="meta"),
+    ]
     if isinstance(value, list) and value:
         others += [value[:-1], value * 2, [*value[:-1], float("nan")], [*value[:-1], -value[-1]], value[0]]
     return numbers + others
