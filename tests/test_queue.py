@@ -125,6 +125,10 @@ def test_refused_and_unchanged():
         oracle.assert_refused(
             ValueError, "NegativeQueue.from_lightly", "bank_ptr", lambda p=pointer: queue.from_lightly(unit(4, 3), p)
         )
+    pointer = torch.zeros(1, dtype=torch.int64, device="meta")
+    oracle.assert_refused(
+        ValueError, "NegativeQueue.from_lightly", "bank_ptr", lambda: queue.from_lightly(unit(4, 3), pointer)
+    )
     oracle.assert_refused(ValueError, "NegativeQueue", "size", lambda: sslops.NegativeQueue(0, 3))
     oracle.assert_refused(ValueError, "NegativeQueue", "dim", lambda: sslops.NegativeQueue(3, 0))
     oracle.assert_refused(TypeError, "NegativeQueue", "size", lambda: sslops.NegativeQueue(3.0, 3))

@@ -108,7 +108,8 @@ def sinkhorn(
             give NaN if it is not positive).
         iterations: at least 1, each over prototypes and then over rows.
         start: "scores" begins with the columns of exp(scores / temperature); "probabilities" with those of each row's
-            softmax, as MSN does. There a prototype whose mass is 0 in the dtype keeps its b.
+            softmax, as MSN does. There a prototype without mass keeps its b, and the mass that all rows give it counts
+            as none if it is below e^-87, float32's smallest normal number (e^-103 in the reference).
         group: None, or "world" or a ProcessGroup over whose ranks the batch lies; ranks may have different numbers of
             rows. K numbers travel in an iteration, and in the first one twice.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
