@@ -114,7 +114,9 @@ def masked_token_cross_entropy(
         gradients of 0.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; other options on other ranks, or an error there (on a GPU some ranks notice choices at their
+            next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers, arXiv:1810.04805, Section 3.1.

@@ -120,7 +120,8 @@ def sinkhorn(
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; other K on other ranks.
+            initialised; other K or options on other ranks, or an error there (on a GPU some ranks notice K and choices
+            at their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here.
 
     Source: Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv:2006.09882,

@@ -168,8 +168,8 @@ def supcon(
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; inputs of other shapes on other ranks (on a GPU some ranks notice at their next call, and have
-            NaN until then).
+            initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
+            their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362, Eq. 2 and 3.
