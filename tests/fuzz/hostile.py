@@ -25,6 +25,7 @@ from ..test_promises import calls
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
 MADE_OF = {"swav": ("dino: ", "sinkhorn: "), "NegativeQueue.from_moco": ("NegativeQueue: ",)}  # messages may name these
+FUNCTIONS = {"include", "exclude", "copied"}  # may be, and what a function raises is its own
 AMOUNTS = {"iterations", "batch", "length", "size", "dim"}  # of work or memory: a million is a call that makes sense
 
 
@@ -93,7 +94,7 @@ def of_value(name: str, value: Any) -> list[Any]:
     ]
     if isinstance(value, list) and value:
         others += [value[:-1], value * 2, [*value[:-1], float("nan")], [*value[:-1], -value[-1]], value[0]]
-    return numbers + others
+    return [each for each in numbers + others if not (callable(each) and name in FUNCTIONS)]
 
 
 def wrong_calls() -> Iterator[tuple[str, str, Callable[[], Any], list[Tensor]]]:
