@@ -5,6 +5,7 @@ TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueErr
 
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ID_DTYPES = (torch.int64,)
+_LARGEST = sys.float_info.max  # integers go beyond
 
 
 class Of(NamedTuple):
@@ -133,7 +135,7 @@ def bad_value(op: str, argument: str, wanted: str, got: object) -> NoReturn:
 
 
 def choice(op: str, argument: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not (isinstance(value, str) and value in choices):  # an array's comparison has no truth
         bad_value(op, argument, "one of " + ", ".join(choices), repr(value))
 
 
@@ -186,7 +188,7 @@ def scalars(op: str, x: Any, names: Iterable[str]) -> dict[str, Any]:
 def finite(op: str, **numbers: float) -> None:
     for name, value in numbers.items():
         _number(op, name, value)
-        if not math.isfinite(value):
+        if not -_LARGEST <= value <= _LARGEST:
             bad_value(op, name, "a finite number", value)
 
 
@@ -194,7 +196,7 @@ def non_negative(op: str, **numbers: float) -> None:
     """Finite numbers, at least 0."""
     for name, value in numbers.items():
         _number(op, name, value)
-        if not 0 <= value < math.inf:
+        if not 0 <= value <= _LARGEST:
             bad_value(op, name, "a finite number, at least 0", value)
 
 
@@ -202,7 +204,7 @@ def positive(op: str, **numbers: float) -> None:
     """Finite numbers above 0."""
     for name, value in numbers.items():
         _number(op, name, value)
-        if not 0 < value < math.inf:
+        if not 0 < value <= _LARGEST:
             bad_value(op, name, "a positive finite number", value)
 
 

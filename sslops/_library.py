@@ -79,8 +79,9 @@ def register(
     backward: Callable[..., Any] | None = None,
     kept: Callable[[Any], Any] = lambda x: x,
     unit: str | Sequence[str] = (),
-) -> Callable[[Any, str | None], Any]:
-    """The op as a function of its arguments and the backend asked for, or None.
+) -> Callable[..., Any]:
+    """The op as a function of its arguments and the backend asked for, or None; and of what is still to be done to
+    arguments that have passed all checks, if anything.
 
     In torch's library it is `name(arguments) -> outputs` and `name_backward(grad, arguments, *saved) -> gradients`.
 
@@ -211,7 +212,7 @@ def register(
     define(name, f"({schema.text}) -> ({', '.join(f'Tensor {each}' for each in names)})", implementation, fake)
     op = getattr(torch.ops.sslops, name)
 
-    def call(x: Any, backend: str | None) -> Any:
+    def call(x: Any, backend: str | None, prepared: Callable[[Any], Any] = lambda x: x) -> Any:
         _check.tensors(name, _named(x), declared)
         filled = _check.scalars(name, x, schema.numbers)
         check(x)
@@ -239,6 +240,7 @@ def register(
         traced = _is_traced() or not all(type(each) in _PLAIN for each in tensors_in(x))
         if not traced:
             _check.indices(name, x, declared)
+        x = prepared(x)
         if filled["backend"] == "eager":
             return reference(_replaced(x, **filled))
         for field in schema.numbers:

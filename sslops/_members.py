@@ -104,7 +104,8 @@ class Selection:
         if callable(names) and not isinstance(names, nn.Module):
             self._chosen = names
             return
-        self._chosen = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else ()
+        given = () if isinstance(names, (Tensor, nn.Module)) else names  # whose parts are no names
+        self._chosen = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else ()
         if not self._chosen or not all(isinstance(name, str) for name in self._chosen):
             _check.bad_type("EMA", argument, "names, patterns or a function of name and tensor", repr(names))
 

@@ -84,21 +84,26 @@ def wide(value: Any, like: Tensor) -> Any:
 
 def call(op: str, run: Any, x: Any, group: str, return_metrics: bool, backend: str | None) -> Any:
     """run(x, backend), reduced over the examples of all ranks"""
-    reduction, first, weights = x.reduction, _check.first(x), x.weights
-    ours = reduction == "mean" and (bool(group) or weights is not None)
+    reduction, first = x.reduction, _check.first(x)
+    ours = reduction == "mean" and (bool(group) or x.weights is not None)
     if not (ours or group or return_metrics) or not isinstance(first, Tensor):  # which is refused
         return run(x, backend)[0]
-    if weights is None:
-        weights = first.new_ones(first.shape[-2:-1], dtype=torch.promote_types(first.dtype, torch.float32))
-    elif not isinstance(weights, Tensor):
-        return run(x, backend)
-    total = distributed.mean(weights.sum(), group)  # a rank's share of them
-    if group or x.weights is not None:
-        total = torch.where(total == 0, 1.0, total)
-    if ours:
-        x = x._replace(weights=weights / total, reduction="sum")
-    result, entropy, *_ = run(x, backend)
-    loss = result
+    found: list[Tensor] = []  # the weights, and a rank's share of their sum
+
+    def weighted(x: Any) -> Any:
+        weights = x.weights
+        if weights is None:
+            weights = first.new_ones(first.shape[-2:-1], dtype=torch.promote_types(first.dtype, torch.float32))
+        same = {**x._asdict(), x._fields[0]: first, "prototypes": first.shape[-1], "metrics": return_metrics}
+        options = distributed.options({k: v for k, v in same.items() if k != "ready"}) if group else ""
+        total = distributed.mean(weights.sum(), group, op, options)
+        if group or x.weights is not None:
+            total = torch.where(total == 0, 1.0, total)
+        found.extend((weights, total))
+        return x._replace(weights=weights / total, reduction="sum") if ours else x
+
+    result, entropy, *_ = run(x, backend, weighted)
+    (weights, total), loss = found, result
     if group and reduction != "none":
         loss = distributed.mean(result, group) * (1 if reduction == "mean" else distributed.size(group))
     if not return_metrics:

@@ -152,7 +152,7 @@ def explain(op: str, *tensors: Tensor) -> str:
 
     >>> print(sslops.explain("nt_xent", z0, z1))
     """
-    if op not in ops():
+    if not (isinstance(op, str) and op in ops()):
         raise ValueError(f"explain: op: wanted one of {', '.join(ops())}, got {op!r}")
     for x in tensors:
         if not isinstance(x, Tensor):

@@ -140,11 +140,11 @@ class _Agreement:
         self.tensors: list[tuple[torch.Size, torch.dtype]] | None = None  # when all were last known to agree
         self.options = ""
         self.code = torch.empty(0)
-        self.asked = 0  # how often
         self.unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
 
 _agreements: weakref.WeakKeyDictionary[Any, dict[str, _Agreement]] = weakref.WeakKeyDictionary()
+_asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls and agreements of a group's ranks
 _HOST_WAITS = {"cpu"}  # for every check, where that is no synchronisation
 _FAILED = -1  # instead of a number of rows
 
@@ -171,6 +171,11 @@ def _known(op: str, group: str) -> _Agreement:
     return _agreements.setdefault(resolved(group), {}).setdefault(op, _Agreement())
 
 
+def _count(group: str) -> int:
+    count = _asked[resolved(group)] = _asked.get(resolved(group), 0) + 1
+    return count
+
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -184,16 +189,15 @@ def in_step(function: _F) -> _F:
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("group") is None or torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        group, known = "", None
+        group, before = "", 0
         with contextlib.suppress(TypeError, ValueError):  # which the function raises itself
             group = name(op, kwargs["group"])
         if group:
-            known = _known(op, group)
-            asked = known.asked
+            before = _count(group)
         try:
             return function(*args, **kwargs)
         except Exception:
-            if known is not None and known.asked == asked and torch.device("cpu") in resolved(group)._device_types:
+            if group and _count(group) == before + 1 and torch.device("cpu") in resolved(group)._device_types:
                 all_gather(torch.tensor([[_FAILED, 0, 0]]), group)
             raise
 
@@ -214,7 +218,7 @@ def agreed(op: str, group: str, tensors: list[Tensor], options: str = "") -> Ite
         yield tensors  # a graph has the shapes of its warm-up
         return
     known = _known(op, group)
-    known.asked += 1
+    _count(group)
     while known.unread and (known.unread[0][1] is None or known.unread[0][1].query()):
         _require_equal(op, known.unread.popleft()[0], known.options)
     own = [(x.shape, x.dtype) for x in tensors]
@@ -260,7 +264,7 @@ def options(arguments: dict[str, Any]) -> str:
     """
     kinds: tuple[type, ...] = (bool, str, torch.dtype, Tensor, type(None))
     on_cpu = not any(isinstance(x, Tensor) and x.device.type not in _HOST_WAITS for x in arguments.values())
-    kinds = (*kinds, float, int) if on_cpu else kinds
+    kinds = (*kinds, float, int) if on_cpu and not torch.compiler.is_compiling() else kinds
     texts = [
         f"{name}={'a tensor' if isinstance(x, Tensor) else x}" for name, x in arguments.items() if isinstance(x, kinds)
     ]
@@ -303,26 +307,26 @@ _define(
 )
 
 
-def _all_reduce(x: Tensor, group: str, how: str, op: str) -> Tensor:
+def _all_reduce(x: Tensor, group: str, how: str, op: str, options: str = "") -> Tensor:
     if not op:
         return all_reduce(x, group, how)
-    with agreed(op, group, [x]) as (own,):
-        return all_reduce(own, group, how)
+    with agreed(op, group, [x[None]], options) as (own,):
+        return all_reduce(own[0], group, how)
 
 
 _define(
     "all_reduce",
-    "(Tensor x, str group, str how, str op) -> Tensor",  # op: whose ranks must agree, or "": they do
+    '(Tensor x, str group, str how, str op, str options="") -> Tensor',  # op: whose ranks must agree, or "": they do
     _all_reduce,
-    lambda x, group, how, op: torch.empty_like(x),
+    lambda x, group, how, op, options="": torch.empty_like(x),
     _keep,
-    lambda ctx, grad: (grad * size(ctx.rest[0]), None, None, None),  # of a sum
+    lambda ctx, grad: (grad * size(ctx.rest[0]), None, None, None, None),  # of a sum
 )
 
 
-def mean(x: Tensor, group: str) -> Tensor:
-    """Of the ranks' x. A rank's gradient is that of its own x."""
-    return torch.ops.sslops.all_reduce(x, group, "sum", "") / size(group) if group else x
+def mean(x: Tensor, group: str, op: str = "", options: str = "") -> Tensor:
+    """Of the ranks' x. A rank's gradient is that of its own x. op: whose options must agree, or "": they do."""
+    return torch.ops.sslops.all_reduce(x, group, "sum", op, options) / size(group) if group else x
 
 
 def gathered(op: str, group: str, *tensors: Tensor, options: str = "") -> tuple[Tensor, ...]:

@@ -47,6 +47,7 @@ class PrototypeCenter(nn.Module):
         """-center / teacher_temp [K], what `dino` and `ibot` add to the teacher's logits over the same temperature."""
         return (-self.center / teacher_temp)[0]
 
+    @distributed.in_step
     @torch.no_grad()
     def update(self, teacher: Tensor | Sequence[Tensor], *, group: distributed.Group = None) -> None:
         """center = momentum * center + (1 - momentum) * the logits' mean.
@@ -83,6 +84,7 @@ class PrototypeCenter(nn.Module):
         return f"{self.center.shape[1]}, momentum={self.momentum}"
 
 
+@distributed.in_step
 def swav(
     scores: Tensor | Sequence[Tensor],
     *,
@@ -127,14 +129,14 @@ def swav(
     _check.count("swav", "assign", assign, 1, len(views))
     if queue is not None and len(queue) != assign:
         _check.bad_value("swav", "queue", f"scores for each of the {assign} assigned views", f"{len(queue)}")
-    bias = []
-    for k, view in enumerate(views[:assign]):
-        if queue is not None:
-            if queue[k].dim() != 2 or queue[k].shape[1] != view.shape[-1]:
-                _check.bad_value("swav", f"queue[{k}]", f"shape [Q, {view.shape[-1]}]", list(queue[k].shape))
-            view = torch.cat([view, queue[k].detach().to(view.dtype)])
-        bias.append(sinkhorn(view, temperature=epsilon, iterations=iterations, group=group, backend=backend))
+    balanced = views[:assign]
+    for k, earlier in enumerate(queue if queue is not None else ()):
+        if earlier.dim() != 2 or earlier.shape[1] != views[k].shape[-1]:
+            _check.bad_value("swav", f"queue[{k}]", f"shape [Q, {views[k].shape[-1]}]", list(earlier.shape))
+        balanced[k] = torch.cat([views[k], earlier.detach().to(views[k].dtype)])
+    options: dict[str, Any] = {"group": group, "backend": backend}
+    bias = [sinkhorn(x, temperature=epsilon, iterations=iterations, **options) for x in balanced]
     return dino(
         scores, views[:assign], student_temp=temperature, teacher_temp=epsilon, bias=torch.stack(bias),
-        reduction=reduction, return_metrics=return_metrics, group=group, backend=backend,
+        reduction=reduction, return_metrics=return_metrics, **options,
     )  # fmt: skip

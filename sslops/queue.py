@@ -57,7 +57,7 @@ class NegativeQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             _check.count("NegativeQueue", name, value, 1, 2**62)
         dtype = torch.float32 if dtype is None else dtype
-        if dtype not in DTYPES:
+        if not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
             _check.bad_type("NegativeQueue", "dtype", "float32, float16 or bfloat16", dtype)
         self.register_buffer("negatives", F.normalize(torch.randn(size, dim, dtype=torch.float32)).to(dtype))
         for name in ("ids", "labels"):
@@ -121,8 +121,7 @@ class NegativeQueue(nn.Module):
         """From the buffers of MoCo's model: queue [D, K], queue_ptr [1]. All rows count as filled."""
         op = "NegativeQueue.from_moco"
         _check.tensors(op, {"queue": queue}, {"queue": Of("D K")})
-        _check.tensors(op, {"queue_ptr": queue_ptr, "P": 1}, {"queue_ptr": Of("P", _check.ID_DTYPES)})
-        return cls.from_lightly(queue.t(), queue_ptr)
+        return cls._of(op, queue.t(), queue_ptr=queue_ptr)
 
     def to_moco(self) -> dict[str, Tensor]:
         """Copies, named as MoCo's buffers: {"queue": [D, K], "queue_ptr": [1]}."""
@@ -133,11 +132,18 @@ class NegativeQueue(nn.Module):
         """From the buffers of lightly's MemoryBankModule: bank [K, D], bank_ptr [1]. All rows count as filled."""
         op = "NegativeQueue.from_lightly"
         _check.tensors(op, {"bank": bank}, {"bank": Of("K D")})
-        _check.tensors(op, {"bank_ptr": bank_ptr, "P": 1}, {"bank_ptr": Of("P", _check.ID_DTYPES)})
+        return cls._of(op, bank, bank_ptr=bank_ptr)
+
+    @classmethod
+    def _of(cls, op: str, bank: Tensor, **named: Tensor) -> "NegativeQueue":
+        ((name, pointer),) = named.items()
+        _check.tensors(op, {name: pointer, "P": 1}, {name: Of("P", _check.ID_DTYPES)})
+        if pointer.is_meta and not bank.is_meta:
+            _check.bad_value(op, name, "a tensor with a value", pointer.device)
         with torch.no_grad(), bank.device:
             made = cls(bank.shape[0], bank.shape[1], bank.dtype)
             made.negatives.copy_(bank)
-            made.pointer.copy_(bank_ptr.reshape(()) % len(bank))
+            made.pointer.copy_(pointer.reshape(()) % len(bank))
             made.filled.fill_(len(bank))
         return made
 

@@ -176,6 +176,13 @@ print(peak() - before)
     return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
+class Array:
+    """As numpy's: what it is compared with, the answer has no truth"""
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("The truth value of an array is ambiguous")
+
+
 def assert_refused(error: type[Exception], op: str, argument: str, call: Callable[[], object]) -> None:
     """call() raises `error`, and the message names the op, the argument, what was wanted and what came."""
     with pytest.raises(error) as caught:

@@ -724,9 +724,18 @@ def caught(op, inputs, options):
         return str(error)
 
 
+INPUTS = {
+    sslops.dino: lambda: [torch.stack(views(4, 6)), torch.stack(views(4, 6))],
+    sslops.swav: lambda: [torch.stack(views(4, 6))],
+    sslops.sinkhorn: lambda: views(4, 6)[:1],
+    sslops.supcon: lambda: [views(4, 6)[0], torch.arange(4) % 2],
+    sslops.masked_token_cross_entropy: lambda: [*views(4, 6), torch.arange(4)],
+}
+
+
 def one_rank_is_wrong(rank, world, op, options, wrong):
     """What each rank says when the last one has other options; and then all go on."""
-    inputs = views(4, 6)
+    inputs = INPUTS.get(op, lambda: views(4, 6))()
     message = caught(op, inputs, options | (wrong if rank == world - 1 else {}))
     assert caught(op, inputs, options) is None
     return message
@@ -743,6 +752,16 @@ WRONG = [
     (sslops.barlow_twins, {}, {"route": "nonsense"}),
     (sslops.vicreg, {}, {"eps": -1.0}),
     (sslops.cross_correlation, {}, {"eps": float("nan")}),
+    (sslops.supcon, {}, {"where": "nonsense"}),
+    (sslops.sinkhorn, {}, {"iterations": 0}),
+    (sslops.dino, {}, {"student_temp": -1.0}),
+    (sslops.dino, {}, {"bias": torch.zeros(7)}),
+    (sslops.ibot, {}, {"index": torch.arange(4) + 1}),
+    (sslops.ibot, {}, {"weights": torch.ones(3)}),
+    (sslops.ibot, {}, {"backend": "triton"}),
+    (sslops.swav, {}, {"assign": 0}),
+    (sslops.masked_token_cross_entropy, {}, {"label_smoothing": 2.0}),
+    (sslops.masked_token_cross_entropy, {}, {"reduction": "nonsense"}),
 ]
 OTHER = [
     (sslops.nt_xent, {}, {"reduction": "none"}),
@@ -753,6 +772,15 @@ OTHER = [
     (sslops.relic, RELIC, {"num_negatives": 2}),
     (sslops.barlow_twins, {"route": "gram"}, {"route": "panels"}),
     (sslops.vicreg, {"route": "gram"}, {"covariance": 3.0}),
+    (sslops.supcon, {}, {"where": "in"}),
+    (sslops.sinkhorn, {}, {"iterations": 4}),
+    (sslops.sinkhorn, {}, {"start": "probabilities"}),
+    (sslops.dino, {}, {"reduction": "none"}),
+    (sslops.dino, {}, {"teacher_temp": 0.05}),
+    (sslops.ibot, {}, {"return_metrics": True}),
+    (sslops.ibot, {}, {"reduction": "sum"}),
+    (sslops.ibot, {}, {"weights": torch.ones(4)}),
+    (sslops.masked_token_cross_entropy, {}, {"reduction": "none"}),
 ]
 
 
@@ -760,8 +788,9 @@ OTHER = [
 def test_an_error_on_one_rank_is_raised_on_all(ranks, op, options, wrong):
     *others, own = ranks(one_rank_is_wrong, op, options, wrong)
     assert own.startswith(f"{op.__name__}: {next(iter(wrong))}")
+    name = "sinkhorn" if op is sslops.swav else op.__name__  # which comes first in it
     for message in others:
-        assert message == f"{op.__name__}: group: wanted no error on any rank, got one on ranks [{ranks.world - 1}]"
+        assert message == f"{name}: group: wanted no error on any rank, got one on ranks [{ranks.world - 1}]"
 
 
 @pytest.mark.parametrize(("op", "options", "wrong"), OTHER)
@@ -772,6 +801,29 @@ def test_other_options_on_one_rank_are_refused_on_all(ranks, op, options, wrong)
             f"{op.__name__}: group: wanted the same options on all ranks, got equal ones on ranks {alike} only; here "
         )
         assert message.startswith(wanted), message
+
+
+def other_crops(rank, world):
+    """Sinkhorn is through when one rank's crops are found to be wrong"""
+    crops = [*views(4, 6), views(4, 6 if rank else 5)[0]]
+    with pytest.raises(ValueError, match="dino: group: wanted no error" if rank else "dino: student"):
+        sslops.swav(crops, group="world")
+    return float(sslops.swav(crops[:2], group="world"))
+
+
+def test_an_error_on_one_rank_in_the_middle_of_swav(two):
+    assert len(set(two(other_crops))) == 1
+
+
+def updated_by_one(rank, world):
+    center = sslops.nn.PrototypeCenter(6)
+    with pytest.raises(ValueError, match="update: group: wanted no error" if rank else "update: teacher: wanted "):
+        center.update(views(4, 6 if rank else 5)[0], group="world")
+    center.update(views(4, 6)[0], group="world")
+
+
+def test_an_error_on_one_rank_of_a_center(two):
+    two(updated_by_one)
 
 
 def enqueued_by_one(rank, world):

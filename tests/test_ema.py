@@ -126,7 +126,7 @@ class TestWhatIsAveraged:
         for argument in ("include", "exclude", "copied"):
             with pytest.raises(ValueError, match=rf"EMA: {argument}: wanted names of .* got 'bodi\.0'"):
                 EMA(*models, **{argument: ["first", "bodi.0"]})
-            for bad in (3, [3], [], models[0]):
+            for bad in (3, [3], [], models[0], torch.ones(()), torch.ones(2)):
                 with pytest.raises(TypeError, match=rf"EMA: {argument}: wanted names"):
                     EMA(*models, **{argument: bad})
 

@@ -616,6 +616,8 @@ def test_the_op_checks_what_pointers_need():
         {"negatives": None, "query_ids": ids, "negative_ids": ids},
         {"needs_grad": []},
         {"temperature": torch.ones(2)},
+        {"version": -1},
+        {"version": 2**63 - 1},
     ):
         with pytest.raises(ValueError, match="info_nce: "):
             torch.ops.sslops.info_nce(*oracle.lowered(x._replace(**bad)))
@@ -632,6 +634,11 @@ def test_the_op_checks_what_pointers_need():
         grad, *kept = bad
         with pytest.raises(ValueError, match=r"info_nce: (grad|dquery|dtemperature|stats)"):
             torch.ops.sslops.info_nce_backward(grad, *oracle.lowered(x), logged, *kept, seen)
+    other = oracle.lowered(x._replace(version=5))
+    with pytest.raises(RuntimeError, match="info_nce: negatives"):
+        torch.ops.sslops.info_nce_backward(
+            torch.ones(4), *other, logged, dquery, dtemperature, stats, seen.new_empty(0)
+        )
 
 
 def test_odd_temperatures_on_a_tensor():

@@ -104,6 +104,16 @@ def test_unnormalised(device, backend, dtype, size):
 
 
 @each_target
+@pytest.mark.parametrize("logit", [10, 100, 1000])
+def test_long_rows(device, backend, logit):
+    """Two rows of many columns: the gradient's rounding does not grow with the logits."""
+    g = torch.Generator().manual_seed(0)
+    size = (logit / 513**0.5) ** 0.5
+    inputs = {name: (size * torch.randn(2, 513, generator=g)).to(device) for name in ("z0", "z1")}
+    oracle.check(losses, inputs, backend, temperature=1.0, normalize=False)
+
+
+@each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.5, 0.03])
 @pytest.mark.parametrize("normalize", [True, False])
@@ -551,7 +561,10 @@ def test_bad_input():
     refused(TypeError, "temperature", z0, z1, temperature=torch.ones((), dtype=torch.int64))
     refused(TypeError, "temperature", z0, z1, temperature="warm")
     refused(TypeError, "temperature", z0, z1, temperature=None)
+    refused(ValueError, "temperature", z0, z1, temperature=10**400)
     refused(ValueError, "reduction", z0, z1, reduction="median")
+    refused(ValueError, "reduction", z0, z1, reduction=oracle.Array())
+    refused(TypeError, "backend", z0, z1, backend=oracle.Array())
     refused(ValueError, "backend", z0, z1, backend="tpu")
     refused(ValueError, "backend", z0, z1, backend="")
     refused(TypeError, "backend", z0, z1, backend=["cpu"])

@@ -125,10 +125,15 @@ def test_refused_and_unchanged():
         oracle.assert_refused(
             ValueError, "NegativeQueue.from_lightly", "bank_ptr", lambda p=pointer: queue.from_lightly(unit(4, 3), p)
         )
+    pointer = torch.zeros(1, dtype=torch.int64, device="meta")
+    oracle.assert_refused(
+        ValueError, "NegativeQueue.from_lightly", "bank_ptr", lambda: queue.from_lightly(unit(4, 3), pointer)
+    )
     oracle.assert_refused(ValueError, "NegativeQueue", "size", lambda: sslops.NegativeQueue(0, 3))
     oracle.assert_refused(ValueError, "NegativeQueue", "dim", lambda: sslops.NegativeQueue(3, 0))
     oracle.assert_refused(TypeError, "NegativeQueue", "size", lambda: sslops.NegativeQueue(3.0, 3))
-    oracle.assert_refused(TypeError, "NegativeQueue", "dtype", lambda: sslops.NegativeQueue(3, 3, torch.int8))
+    for dtype in (torch.int8, oracle.Array()):
+        oracle.assert_refused(TypeError, "NegativeQueue", "dtype", lambda d=dtype: sslops.NegativeQueue(3, 3, d))
 
 
 def test_labels_and_ids_are_forgotten_with_their_keys():

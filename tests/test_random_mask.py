@@ -241,7 +241,7 @@ def test_bad_input():
     refused(ValueError, "noise", 4, 9, 0.5, noise=noise, device="meta")
     refused(ValueError, "generator", 4, 9, 0.5, noise=noise, generator=torch.Generator())
     refused(TypeError, "generator", 4, 9, 0.5, generator=7)
-    for device in ("nonsense", 3.5, "cpu:x", "hip:9999"):
+    for device in ("nonsense", 3.5, 10**30, "cpu:x", "hip:9999"):
         refused(ValueError, "device", 4, 9, 0.5, device=device)
         refused(ValueError, "device", 4, 9, 0.5, noise=noise, device=device)
     refused(ValueError, "backend", 4, 9, 0.5, backend="tpu")

@@ -191,6 +191,8 @@ def test_bad_input():
     refused(ValueError, "start", x, start="rows")
     refused(ValueError, "group", x, group="all")
     refused(ValueError, "backend", x, backend="tpu")
+    with pytest.raises(ValueError, match="sinkhorn: ranks: wanted the name of a process group, got 'nonsense'"):
+        torch.ops.sslops.sinkhorn(x[None], None, 0.1, 3, True, "nonsense", "cpu")
     with pytest.raises(RuntimeError, match=r"no torch\.float64 kernel"):
         sslops.sinkhorn(x.double(), backend="cpu")
     with pytest.raises(RuntimeError, match="sinkhorn has no triton kernel"):

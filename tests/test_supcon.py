@@ -192,6 +192,7 @@ def test_bad_input():
 
     refused(ValueError, "z", z[0], labels)
     refused(ValueError, "z", z[None, None], labels)
+    refused(ValueError, "z", z[None][:0], labels)
     refused(ValueError, "labels", z, labels[:3])
     refused(ValueError, "labels", z[None], labels[None])
     refused(TypeError, "labels", z, labels.float())

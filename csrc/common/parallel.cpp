@@ -8,6 +8,24 @@
 namespace sslops {
 namespace {
 
+#ifdef __SANITIZE_THREAD__
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+
+// ThreadSanitizer sees neither how torch's pool hands out work nor how it waits for its end: it is told.
+struct Seen {
+  RangeFn fn;
+  void* ctx;
+
+  static void run(int64_t begin, int64_t end, void* seen) {
+    __tsan_acquire(seen);
+    const Seen* const x = static_cast<Seen*>(seen);
+    x->fn(begin, end, x->ctx);
+    __tsan_release(seen);
+  }
+};
+#endif
+
 using TorchParallelFor = int32_t (*)(int64_t, int64_t, int64_t, RangeFn, void*);
 
 TorchParallelFor torch_pool() {
@@ -22,7 +40,14 @@ const char* parallel_backend() { return torch_pool() ? "torch" : "serial"; }
 void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* ctx) {
   if (begin >= end) return;
   if (TorchParallelFor pool = torch_pool(); pool && end - begin > grain) {
+#ifdef __SANITIZE_THREAD__
+    Seen seen{fn, ctx};
+    __tsan_release(&seen);
+    pool(begin, end, grain, Seen::run, &seen);
+    __tsan_acquire(&seen);
+#else
     pool(begin, end, grain, fn, ctx);
+#endif
   } else {
     fn(begin, end, ctx);
   }

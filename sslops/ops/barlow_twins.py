@@ -127,4 +127,4 @@ def barlow_twins(
         _check.choice("barlow_twins", "route", route, ROUTES)
     group = distributed.name("barlow_twins", group)
     loss: Tensor = _run(Arguments(z_a, z_b, lambd, eps, route or "", group, synced), backend)[0]
-    return loss * scale
+    return loss * float(scale)

@@ -69,6 +69,7 @@ def _listed(name: str, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [crop[None] if isinstance(crop, Tensor) and crop.dim() == 2 else crop for crop in crops]
 
 
+@distributed.in_step
 def dino(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
@@ -110,7 +111,9 @@ def dino(
         images; NaN in a crop's logits makes the loss NaN, and the gradient of its image. With return_metrics, the pair.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; no pair of crops left.
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; no pair of crops left;
+            torch.distributed not initialised; other options on other ranks, or an error there (on a GPU some ranks
+            notice choices at their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, Eq. 3.

@@ -42,7 +42,7 @@ def _check_options(x: Arguments) -> None:
     op = "gather_patches"
     _patches.check(op, x.images, x.patch_size, x.mean, x.std)
     _check.choice(op, "layout", x.layout, ("chw", "hwc"))
-    if x.dtype not in _check.FLOAT_DTYPES:
+    if not (isinstance(x.dtype, torch.dtype) and x.dtype in _check.FLOAT_DTYPES):
         _check.bad_type(op, "dtype", "a floating-point dtype", x.dtype)
 
 

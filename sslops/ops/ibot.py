@@ -46,6 +46,7 @@ _run = register("ibot", Arguments, outputs, reference=reference, check=_check_ar
                 unit="gradient")  # fmt: skip
 
 
+@distributed.in_step
 def ibot(
     student: Tensor,
     teacher: Tensor,
@@ -82,7 +83,9 @@ def ibot(
         row. With return_metrics, the pair.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; other options on other ranks, or an error there (on a GPU some ranks notice choices at their
+            next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Zhou et al., iBOT: Image BERT Pre-Training with Online Tokenizer, arXiv:2111.07832, Eq. 2.

@@ -98,6 +98,7 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _check_pairs(x: Arguments) -> None:
+    _check.count("info_nce", "version", x.version, 0, 2**32 - 1)
     if x.negatives is None:
         if x.negative_ids is not None:
             _check.bad_value("info_nce", "negative_ids", "None in-batch, where query_ids are the keys' too", "ids")
@@ -142,7 +143,7 @@ def _kept(x: Arguments) -> Arguments:
 def _backward(
     grad: Tensor, x: Arguments, logged: Tensor, dquery: Tensor, dtemperature: Tensor, stats: Tensor, seen: Tensor
 ) -> tuple[Tensor, ...]:
-    if seen.shape[1] != x.version:
+    if seen.shape[-1:] != (x.version,):
         raise RuntimeError(
             "info_nce: negatives: wanted those of the forward pass, got changed ones in its recomputation "
             "(activation checkpointing): enqueue after backward"

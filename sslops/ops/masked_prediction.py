@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,10 @@ _run = register(
 )
 
 
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and not (x.is_complex() or x.is_quantized)
+
+
 def masked_prediction(
     pred: Tensor,
     target: Tensor,
@@ -155,11 +159,11 @@ def masked_prediction(
     else:  # the rows of an image of one channel are its patches
         target, sides = target.unsqueeze(1), [1, target.shape[2]]
     means, stds = _patches.numbers(op, "mean", mean), _patches.numbers(op, "std", std)
-    if isinstance(mask, Tensor) and isinstance(pred, Tensor) and not mask.is_complex():
+    if _is_real(mask) and isinstance(pred, Tensor) and pred.is_floating_point():  # all else is refused below
         mask = mask.to(torch.promote_types(pred.dtype, torch.float32))
     needs_grad = torch.is_grad_enabled() and isinstance(pred, Tensor) and pred.requires_grad
     ahead = needs_grad and reduction == "mean" and not torch.compiler.is_compiling()
-    options = (layout, means, stds, norm or "", eps, loss, beta, reduction, ahead)
+    options = (layout, means, stds, "" if norm is None else norm, eps, loss, beta, reduction, ahead)
     found: Tensor = _run(Arguments(pred, target, mask, sides, *options), backend)[0]
     return found
 

@@ -73,6 +73,7 @@ _run = register(
 )
 
 
+@distributed.in_step
 def masked_token_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -113,7 +114,9 @@ def masked_token_cross_entropy(
         gradients of 0.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; other options on other ranks, or an error there (on a GPU some ranks notice choices at their
+            next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers, arXiv:1810.04805, Section 3.1.
@@ -124,12 +127,16 @@ def masked_token_cross_entropy(
     if not flat and hidden.layout == labels.layout == torch.strided:  # all else is refused below
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
     x = Arguments(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction)
-    if not ranks or reduction == "none":
-        loss, *_ = _run(x, backend)
-        return loss.view(shape) if reduction == "none" else loss
-    loss, *_ = _run(x._replace(reduction="sum"), backend)
+    summed = bool(ranks) and reduction == "mean"
+    loss, *_ = _run(x._replace(reduction="sum") if summed else x, backend)
+    if ranks:  # the labels of a rank, on average
+        share = (labels != ignore_index).sum().to(loss.dtype)
+        share = distributed.mean(share, ranks, "masked_token_cross_entropy", distributed.options(x._asdict()))
+    if reduction == "none":
+        return loss.view(shape)
+    if not ranks:
+        return loss
     if reduction == "sum":
         return distributed.mean(loss, ranks) * distributed.size(ranks)
-    share = distributed.mean((labels != ignore_index).sum().to(loss.dtype), ranks)  # of a rank, on average
     mean = distributed.mean(loss / torch.where(share == 0, 1.0, share), ranks)
     return mean + torch.where(share == 0, torch.nan, 0.0)

@@ -41,7 +41,7 @@ class Outputs(NamedTuple):
 
 def _sizes(x: Arguments) -> tuple[int, int, int]:
     """V, N, D"""
-    return (2, *x.z0.shape) if x.z1 is not None else tuple(x.z0.shape)  # type: ignore[return-value]
+    return (2, *x.z0.shape[-2:]) if x.z1 is not None else tuple(x.z0.shape)  # type: ignore[return-value]
 
 
 def outputs(x: Arguments) -> Outputs:

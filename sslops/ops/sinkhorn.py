@@ -38,8 +38,12 @@ def potentials(
     """
 
     def of_all(values: Tensor, how: str, first: bool = False) -> Tensor:
-        op = "sinkhorn" if first else ""  # which sees to it that the shapes are those of all ranks
-        return torch.ops.sslops.all_reduce(values, x.ranks, how, op) if x.ranks else values
+        if not x.ranks:
+            return values
+        if not first:
+            return torch.ops.sslops.all_reduce(values, x.ranks, how, "")
+        options = distributed.options({k: v for k, v in x._asdict().items() if k != "ranks"})
+        return torch.ops.sslops.all_reduce(values, x.ranks, how, "sinkhorn", options)
 
     if x.balanced:
         own, sums = columns(x)
@@ -68,6 +72,8 @@ def reference(x: Arguments) -> Tensor:
 def _check_arguments(x: Arguments) -> None:
     _check.count("sinkhorn", "iterations", x.iterations, 1, 2**31 - 1)
     check_prototypes("sinkhorn", "scores", x.scores)
+    if x.ranks and not distributed.is_known(x.ranks):
+        _check.bad_value("sinkhorn", "ranks", "the name of a process group", repr(x.ranks))
 
 
 def _forward(x: Arguments) -> Tensor:
@@ -78,6 +84,7 @@ def _forward(x: Arguments) -> Tensor:
 _run = register("sinkhorn", Arguments, outputs, reference=reference, check=_check_arguments, forward=_forward)
 
 
+@distributed.in_step
 @torch.no_grad()
 def sinkhorn(
     scores: Tensor,
@@ -101,7 +108,8 @@ def sinkhorn(
             give NaN if it is not positive).
         iterations: at least 1, each over prototypes and then over rows.
         start: "scores" begins with the columns of exp(scores / temperature); "probabilities" with those of each row's
-            softmax, as MSN does. There a prototype whose mass is 0 in the dtype keeps its b.
+            softmax, as MSN does. There a prototype without mass keeps its b, and the mass that all rows give it counts
+            as none if it is below e^-87, float32's smallest normal number (e^-103 in the reference).
         group: None, or "world" or a ProcessGroup over whose ranks the batch lies; ranks may have different numbers of
             rows. K numbers travel in an iteration, and in the first one twice.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
@@ -112,7 +120,8 @@ def sinkhorn(
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; other K on other ranks.
+            initialised; other K or options on other ranks, or an error there (on a GPU some ranks notice K and choices
+            at their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here.
 
     Source: Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv:2006.09882,

@@ -60,6 +60,8 @@ def outputs(x: Arguments) -> Outputs:
 def _check_views(x: Arguments) -> None:
     if x.z.dim() not in (2, 3):
         _check.bad_value("supcon", "z", "shape [M, D] or [V, N, D]", list(x.z.shape))
+    if not _sizes(x)[0]:
+        _check.bad_value("supcon", "z", "at least one view [V, N, D]", list(x.z.shape))
     if x.labels.shape != x.z.shape[-2:-1]:
         _check.bad_value("supcon", "labels", f"shape {list(x.z.shape[-2:-1])}", list(x.labels.shape))
     _check.choice("supcon", "where", x.where, WHERE)
@@ -121,6 +123,7 @@ class SupConMetrics(NamedTuple):
     positives: Tensor  # how many a row has, the mean over all
 
 
+@distributed.in_step
 def supcon(
     z: Tensor,
     labels: Tensor,
@@ -165,8 +168,8 @@ def supcon(
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; inputs of other shapes on other ranks (on a GPU some ranks notice at their next call, and have
-            NaN until then).
+            initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
+            their next call, and have NaN until then, and numbers and errors not at all).
         RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
 
     Source: Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362, Eq. 2 and 3.

@@ -19,11 +19,13 @@ from torch import Tensor
 
 import sslops
 
+from .. import oracle
 from ..cases import CASES
 from ..test_promises import calls
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
 MADE_OF = {"swav": ("dino: ", "sinkhorn: "), "NegativeQueue.from_moco": ("NegativeQueue: ",)}  # messages may name these
+FUNCTIONS = {"include", "exclude", "copied"}  # may be, and what a function raises is its own
 AMOUNTS = {"iterations", "batch", "length", "size", "dim"}  # of work or memory: a million is a call that makes sense
 
 
@@ -82,10 +84,17 @@ def of_value(name: str, value: Any) -> list[Any]:
         torch.int32,
         torch.qint8,
     ]
-    others += [torch.tensor(0.5), torch.tensor([0.5, 0.5]), torch.tensor(3), torch.tensor(0.5, device="meta")]
+    others += [
+        oracle.Array(),
+        10**400,
+        torch.tensor(0.5),
+        torch.tensor([0.5, 0.5]),
+        torch.tensor(3),
+        torch.tensor(0.5, device="meta"),
+    ]
     if isinstance(value, list) and value:
         others += [value[:-1], value * 2, [*value[:-1], float("nan")], [*value[:-1], -value[-1]], value[0]]
-    return numbers + others
+    return [each for each in numbers + others if not (callable(each) and name in FUNCTIONS)]
 
 
 def wrong_calls() -> Iterator[tuple[str, str, Callable[[], Any], list[Tensor]]]:
