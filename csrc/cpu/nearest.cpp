@@ -7,10 +7,10 @@
 namespace sslops::nearest {
 namespace {
 
-constexpr int64_t kBlock = 256;    // queries that a tile has at most
-constexpr int64_t kSpan = 1024;    // queries that meet a chunk of candidates while it is in the caches
-constexpr int64_t kTickets = 64;   // to aim at: if the queries do not fill the threads, the candidates are split
-constexpr int64_t kTogether = 4;   // candidates that are looked at at once
+constexpr int64_t kBlock = 256;   // queries that a tile has at most
+constexpr int64_t kSpan = 1024;   // queries that meet a chunk of candidates while it is in the caches
+constexpr int64_t kTickets = 64;  // to aim at: if the queries do not fill the threads, the candidates are split
+constexpr int64_t kTogether = 4;  // candidates that are looked at at once
 
 // Candidates at a time. Fixed by the shapes, as the parts are; no result depends on either.
 int64_t chunk_rows(int64_t candidates) { return candidates <= 1024 ? 64 : candidates <= 8192 ? 128 : 256; }

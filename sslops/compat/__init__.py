@@ -28,13 +28,17 @@ def _patch(package: str, distribution: str, wanted: str) -> Patch:
     else:
         if found.split(".")[0] != wanted.split(".")[0]:
             raise ImportError(f"patch_{package}: wanted {distribution} {wanted}, got {found}")
-    ours = []
+    ours, classes = [], []
     for home, objects in replaced.items():
+        path, _, owner = home.partition(":")
         try:
-            module = importlib.import_module(home)
+            module = importlib.import_module(path)
         except ImportError as error:
             said = f"{distribution} {found} does not import {home}: {error}"
             raise ImportError(f"patch_{package}: {said}; wanted {wanted}") from error
+        if owner:
+            module = getattr(module, owner, None)
+            classes.append(module)
         for x in objects:
             there = getattr(module, x.__name__, None)
             if there is None or _parameters(there) != _parameters(x):
@@ -44,7 +48,9 @@ def _patch(package: str, distribution: str, wanted: str) -> Patch:
             if there is not x:
                 theirs[x] = there
             ours.append(x)
-    return Patch(lambda: [x for path, x in list(sys.modules.items()) if path.split(".")[0] == package], ours)
+    return Patch(
+        lambda: [*(x for path, x in list(sys.modules.items()) if path.split(".")[0] == package), *classes], ours
+    )
 
 
 def patch_lightly() -> Patch:

@@ -130,9 +130,7 @@ def _ids(query: Tensor, support: Tensor, k: int, normalize: bool, first: int, ba
 
 
 @distributed.in_step
-def koleo(
-    x: Tensor, *, eps: float = 1e-8, group: distributed.Group = None, backend: str | None = None
-) -> Tensor:
+def koleo(x: Tensor, *, eps: float = 1e-8, group: distributed.Group = None, backend: str | None = None) -> Tensor:
     """KoLeo, the regulariser that spreads a batch: -log of each row's distance to its nearest other one, the mean.
 
     Rows are scaled to unit length first; the gradient goes through both ends of each distance, d, whose loss is
