@@ -24,6 +24,7 @@ CASES = {
         *cases("256x65536x256", "bfloat16", "forward"),
         *cases("256x65536x256", "float32", "memory"),
     ],
+    "cuda": cases("256x65536x256", "float32 bfloat16", "forward"),
     "small": [*cases("6x40x7 70x1500x33", "float32 bfloat16", "forward"), *cases("6x40x7", "float32", "both")],
 }
 
@@ -35,7 +36,8 @@ def eager(query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
 
 def tiled(query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
     """The strongest eager form that we found: 2,048 candidates at a time"""
-    best, ids = query.new_full((len(query),), -torch.inf), torch.zeros(len(query), dtype=torch.int64)
+    best = query.new_full((len(query),), -torch.inf)
+    ids = torch.zeros_like(best, dtype=torch.int64)
     for first in range(0, len(support), 2048):
         value, where = (query @ support[first : first + 2048].t()).max(dim=1)
         higher = value > best
@@ -70,7 +72,7 @@ def bank(support: torch.Tensor) -> Callable | None:
 def nt_xent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     z = F.normalize(torch.cat([a, b]))
     logits = (z @ z.t() / TEMPERATURE).fill_diagonal_(-torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(a)))
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
 
 
 def fused_nt_xent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

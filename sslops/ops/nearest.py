@@ -1,4 +1,4 @@
-"""Nearest neighbours by the inner product, without the matrix of all of them; and KoLeo, the loss of their distances."""
+"""Nearest neighbours by the inner product, without the matrix of all; and KoLeo, the loss of their distances."""
 
 from typing import Annotated, NamedTuple
 
@@ -124,8 +124,8 @@ def nearest(
 
 def _ids(query: Tensor, support: Tensor, k: int, normalize: bool, first: int, backend: str | None) -> Tensor:
     """[B] or [B, k]"""
-    given = (x.detach() if isinstance(x, Tensor) else x for x in (query, support))
-    ids: Tensor = _run(Arguments(*given, k, normalize, first), backend)
+    query, support = (x.detach() if isinstance(x, Tensor) else x for x in (query, support))
+    ids: Tensor = _run(Arguments(query, support, k, normalize, first), backend)
     return ids[:, 0] if k == 1 else ids
 
 

@@ -3,8 +3,8 @@
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
 shapes and values that no loss is meant for (a negative temperature, a momentum above 1, views of different dtypes,
 SwaVLoss without Sinkhorn iterations) raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy.
-DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. KoLeoLoss refuses a batch of one row. update_momentum takes no DTensors and no two models
-that share memory: for fully_shard there is `sslops.EMA`.
+DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. KoLeoLoss refuses a batch of one row.
+update_momentum takes no DTensors and no two models that share memory: for fully_shard there is `sslops.EMA`.
 
 gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
 own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
