@@ -14,6 +14,7 @@
 #include "cpu/gather_tokens.h"
 #include "cpu/info_nce.h"
 #include "cpu/masked_prediction.h"
+#include "cpu/nearest.h"
 #include "cpu/nt_xent.h"
 #include "cpu/prototypes.h"
 #include "cpu/random_mask.h"
@@ -230,6 +231,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, gather_tokens::table);
   bind(m, info_nce::table);
   bind(m, masked_prediction::table);
+  bind(m, nearest::table);
   bind(m, nt_xent::table);
   bind(m, prototypes::table);
   bind(m, random_mask::table);

@@ -15,6 +15,7 @@ from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_prediction import masked_patch_mse, masked_prediction
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
+from .ops.nearest import koleo, nearest
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
 from .ops.random_token_corruption import random_token_corruption
@@ -42,9 +43,11 @@ __all__ = [
     "gather_tokens",
     "ibot",
     "info_nce",
+    "koleo",
     "masked_patch_mse",
     "masked_prediction",
     "masked_token_cross_entropy",
+    "nearest",
     "nn",
     "nt_xent",
     "patch_lightly",

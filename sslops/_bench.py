@@ -21,6 +21,7 @@ from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_prediction import masked_patch_mse
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
+from .ops.nearest import nearest
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
 from .ops.random_token_corruption import random_token_corruption
@@ -88,6 +89,7 @@ SUBJECTS = {
     "supcon": Subject("M x D, classes of 40", "4096x128", _classes),
     "info_nce": Subject("B x K x D, K negatives in a queue", "256x65536x128", lambda x, b, k, d:
         (partial(info_nce, temperature=0.2), [x.leaf(b, d), x.data(b, d), x.data(k, d)])),
+    "nearest": Subject("B x K x D", "256x65536x256", lambda x, b, k, d: (nearest, [x.data(b, d), x.data(k, d)])),
     "relic": Subject("B x D, all negatives", "4096x128", lambda x, b, d:
         (partial(relic, temperature=0.1, alpha=1.0, beta=1.0), [x.leaf(b, d), x.data(b, d)])),
     "barlow_twins": Subject("N x D", "256x2048", lambda x, n, d: (barlow_twins, [x.leaf(n, d), x.leaf(n, d)])),

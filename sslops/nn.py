@@ -21,6 +21,7 @@ from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_prediction import masked_patch_mse, masked_prediction
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
+from .ops.nearest import koleo
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
 from .ops.supcon import supcon
@@ -33,6 +34,7 @@ __all__ = [
     "DINOLoss",
     "IBOTLoss",
     "InfoNCELoss",
+    "KoLeoLoss",
     "MaskedPatchEmbed",
     "MaskedPatchMSE",
     "MaskedPredictionLoss",
@@ -105,6 +107,10 @@ class IBOTLoss(_Loss, op=ibot):
 
 class InfoNCELoss(_Loss, op=info_nce):
     """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D]) -> [] or [B]: see `sslops.info_nce`."""
+
+
+class KoLeoLoss(_Loss, op=koleo):
+    """The regulariser of DINOv2, (x [N, D]) -> []: see `sslops.koleo`."""
 
 
 class MaskedPatchMSE(_Loss, op=masked_patch_mse):

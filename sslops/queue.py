@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from . import _check, distributed
 from ._check import Of
+from .ops.nearest import Nearest, nearest
 
 __all__ = ["NegativeQueue"]
 
@@ -32,6 +33,12 @@ class NegativeQueue(nn.Module):
 
         queue.enqueue(key, ids=ids)
         loss = sslops.info_nce(query, key, queue.negatives, query_ids=ids, negative_ids=queue.ids)
+
+    In NNCLR the positive is the nearest key of the queue in place of the own one::
+
+        positive = queue.negatives[queue.nearest(z0).ids]
+        loss = sslops.info_nce(positive, p1, temperature=0.1)  # p1: the prediction from the other view
+        queue.enqueue(z0)
 
     Args:
         size, dim: K and D, positive.
@@ -115,6 +122,25 @@ class NegativeQueue(nn.Module):
             getattr(self, name).index_copy_(0, rows, torch.full_like(rows, -1) if x is None else x[first:])
         self.pointer.add_(n).remainder_(size)
         self.filled.add_(n).clamp_(max=size)
+
+    def nearest(self, query: Tensor, *, k: int = 1) -> Nearest:
+        """The k rows with the largest cosine to each query, by `sslops.nearest`; those that hold no keys yet count too.
+
+        Args:
+            query: [B, D], of any length, float32, float16 or bfloat16.
+            k: how many of each query's, at most K.
+
+        Returns:
+            (ids, values), [B] each, or for k > 1 [B, k]: the rows of `negatives`, and the cosines, which have the
+            query's gradient.
+
+        Raises:
+            TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value.
+        """
+        op = "NegativeQueue.nearest"
+        _check.tensors(op, {"negatives": self.negatives, "query": query}, {"negatives": Of("K D"), "query": Of("B D")})
+        unit = F.normalize(query.to(torch.promote_types(query.dtype, torch.float32)))
+        return nearest(unit, self.negatives, k=k)
 
     @classmethod
     def from_moco(cls, queue: Tensor, queue_ptr: Tensor) -> "NegativeQueue":

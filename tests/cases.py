@@ -1,5 +1,6 @@
 """What every promise is tried on: for each op a few calls of its public function, small, with the ways it branches."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,6 +60,14 @@ _QK = {"query": _random(12, 20), "key": _random(12, 20, seed=1)}
 _OT = {"online": _random(12, 20), "target": _random(12, 20, seed=1)}
 _RELIC = {"temperature": 0.3, "alpha": 1.0, "beta": 0.5}
 
+_NEAR = {"query": _random(12, 20), "support": _random(14, 20, seed=1)}
+
+
+@functools.wraps(sslops.nearest)
+def nearest_values(*args: Any, **kwargs: Any) -> Tensor:
+    return sslops.nearest(*args, **kwargs).values
+
+
 _PRED = {"pred": _random(3, 6, 48), "target": _random(3, 3, 12, 8, seed=1), "mask": (_random(3, 6) > 0).float()}
 _TOKENS = {
     "visible": _random(3, 5, 10),
@@ -91,6 +100,9 @@ CASES = [
     Case("info_nce", "in-batch", sslops.info_nce, _QK, {}, ("query", "key")),
     Case("info_nce", "queue", sslops.info_nce, _QK | {"negatives": _random(40, 20, seed=2)},
          {"temperature": 0.2, "reduction": "none"}, ("query", "key", "negatives"), batched=False),
+    Case("nearest", "ids", sslops.nearest, _NEAR, {}),
+    Case("nearest", "values", nearest_values, _NEAR, {"k": 3, "normalize": True}),
+    Case("nearest", "self", nearest_values, {"query": _Z["z0"], "support": _Z["z1"]}, {"exclude_self": True, "k": 2}),
     Case("relic", "all", sslops.relic, _OT, _RELIC, ("online", "target")),
     Case("relic", "drawn", _drawn(sslops.relic), _OT, _RELIC | {"num_negatives": 3}, ("online",)),
     Case("barlow_twins", "gram", sslops.barlow_twins, _AB, {"route": "gram"}, ("z_a", "z_b")),

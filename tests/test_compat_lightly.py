@@ -223,6 +223,35 @@ def test_update_momentum():
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
 
 
+def test_nn_memory_bank():
+    """The rows, and the bank after each step; also from rows of any length"""
+    banks = both("NNMemoryBankModule", {"size": (50, 8)})
+    assert public(banks[1]) == public(banks[0])
+    for rows, update in [(16, True), (9, False), (40, True), (30, True), (5, True)]:
+        batch = 3 * torch.randn(rows, 8, requires_grad=True)
+        theirs, mine = (bank(batch, update=update) for bank in banks)
+        assert torch.equal(mine, theirs)
+        assert torch.equal(banks[0].bank, banks[1].bank)
+        assert not mine.requires_grad
+    for bank in both("NNMemoryBankModule", {"size": 0}):
+        with pytest.raises(AssertionError):
+            bank(batch)
+
+
+@pytest.mark.parametrize(("options", "shape"), [({}, (65, 33)), ({"p": 1, "eps": 1e-3}, (24, 40))])
+def test_koleo(options, shape):
+    theirs, mine = both("KoLeoLoss", options)
+    assert public(mine).keys() == public(theirs).keys()
+    modules = [mine, theirs, theirs]
+
+    def answers(draw):
+        dtypes = (torch.float32, torch.float32, torch.float64)
+        return [run(m, [x.to(t) for x in draw]) for m, t in zip(modules, dtypes, strict=True)]
+
+    oracle.assert_promise(("loss", "gradient"), answers, [torch.randn(shape)], torch.float32)
+    oracle.assert_compiles(mine, torch.randn(shape))
+
+
 @pytest.mark.parametrize("size", [(3, 50), (2, 1), (4, 0), (0, 9)])
 @pytest.mark.parametrize(
     "options", [{}, {"mask_ratio": 0.75}, {"mask_ratio": 0.0}, {"mask_ratio": 1.0}, {"mask_class_token": True}]

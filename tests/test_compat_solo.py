@@ -157,6 +157,35 @@ def test_simclr_compiles():
         compiled(z, torch.arange(len(z)))
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_nnclr(temperature):
+    mine, their = ours.nnclr_loss_func, theirs("losses/nnclr", "nnclr_loss_func")
+    assert sslops.compat._parameters(mine) == sslops.compat._parameters(their)
+    assert_same(mine, their, views(24, 16), temperature=temperature)
+
+
+def test_find_nn(solo):
+    """solo-learn's own modules want Lightning: by their formula, in the classes that they are patched into"""
+    solo()
+    z, queue, labels, index = (
+        F.normalize(torch.randn(9, 8)),
+        F.normalize(torch.randn(40, 8)),
+        *torch.randint(9, (2, 40)),
+    )
+    scores = z @ queue.t()
+    with sslops.patch_solo():
+        for path, owner in (("nnclr", "NNCLR"), ("nnbyol", "NNBYOL"), ("nnsiam", "NNSiam"), ("all4one", "All4One")):
+            method = getattr(importlib.import_module(f"solo.methods.{path}"), owner)()
+            method.queue, method.queue_y, method.queue_index = queue, labels, index
+            first, *found = method.find_nn(z.clone().requires_grad_())
+            assert torch.equal(first, scores.argmax(1))
+            ids = scores.topk(5).indices if owner == "All4One" else first
+            expected = [queue[ids], index[ids], labels[ids]][: len(found)]
+            assert len(found) == (3 if owner == "All4One" else 1)
+            assert all(map(torch.equal, found, expected))
+    assert method.find_nn(z) == "theirs"
+
+
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_mae(norm_pix_loss):
     imgs, mask = torch.randn(5, 3, 32, 32), (torch.rand(5, 16) < 0.75).float()
@@ -234,18 +263,22 @@ def solo(tmp_path, monkeypatch):
 
     def package(signature="z, indexes, temperature=0.1", found="1.0.6"):
         for home, objects in ours.REPLACED.items():
-            file = tmp_path / (home.replace(".", "/") + ".py")
+            path, _, owner = home.partition(":")
+            file = tmp_path / (path.replace(".", "/") + ".py")
             file.parent.mkdir(parents=True, exist_ok=True)
             for folder in (file.parent, file.parents[1]):
                 (folder / "__init__.py").touch()
             name = objects[0].__name__
             parameters = {"simclr_loss_func": signature}.get(name) or plain(objects[0])
+            if owner:
+                file.write_text(f"class {owner}:\n    def {name}({parameters}): return 'theirs'\n")
+                continue
             file.write_text(
                 f"class {name}:\n    def __init__(self, {parameters}): pass\n"
                 if isinstance(objects[0], type)
                 else f"def {name}({parameters}): return 'theirs'\n"
             )
-        (tmp_path / "solo/methods.py").write_text(
+        (tmp_path / "solo/methods/__init__.py").write_text(
             "from solo.losses.simclr import simclr_loss_func\nfrom solo.utils.momentum import MomentumUpdater\n"
         )
         monkeypatch.syspath_prepend(tmp_path)

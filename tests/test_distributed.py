@@ -152,6 +152,22 @@ def test_supcon(ranks, backend, reduction, where, tau):
     check(ranks, supcon, views(rows, 40, torch.bfloat16)[:1], backend, **options)
 
 
+def nearest_values(query, support, *, reduction, **options):
+    return sslops.nearest(query, support, **options).values
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"normalize": True, "exclude_self": True}], ids=str)
+def test_nearest(ranks, backend, options):
+    """A rank's neighbours are of all ranks, and so is what comes back to its rows"""
+    check(ranks, nearest_values, views(37 * ranks.world, 40), backend, reduction="none", **options)
+
+
+@each_backend
+def test_koleo(ranks, backend):
+    check(ranks, sslops.koleo, views(37 * ranks.world, 40)[:1], backend)
+
+
 @each_backend
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("normalize", [True, False])

@@ -2,7 +2,7 @@
 
 from .base import Method, TwoViews, augment, conv_encoder, mlp
 from .bert import BERT, king_james
-from .contrastive import MoCo, RELICv2, SimCLR
+from .contrastive import NNCLR, MoCo, RELICv2, SimCLR
 from .masked import MAE, Data2Vec, standard
 from .prototypes import DINO, SwAV
 from .redundancy import BarlowTwins, VICReg
@@ -16,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "barlow": BarlowTwins,
     "vicreg": VICReg,
     "moco": MoCo,
+    "nnclr": NNCLR,
     "relicv2": RELICv2,
     "dino": DINO,
     "swav": SwAV,

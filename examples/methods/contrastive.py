@@ -1,4 +1,4 @@
-"""Each embedding must find its own among others: SimCLR, MoCo, RELICv2."""
+"""Each embedding must find its own among others: SimCLR, MoCo, NNCLR, RELICv2."""
 
 from functools import partial
 from typing import ClassVar
@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sslops
 
-from .base import LARGE, SMALL, MomentumTarget, TwoViews, augment, multicrop
+from .base import LARGE, SMALL, Method, MomentumTarget, TwoViews, augment, conv_encoder, mlp, multicrop
 
 
 def eager_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
@@ -57,6 +57,50 @@ class MoCo(MomentumTarget):
     def update(self) -> None:
         super().update()
         self.queue.enqueue(self.keys)  # after the loss: a key is no negative of its own query
+
+
+def fused_nnclr(z: Tensor, p0: Tensor, p1: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """The nearest row of the bank stands for each view of z `[2N, D]`; the other view's prediction must find it."""
+    near0, near1 = bank[sslops.nearest(z, bank).ids].chunk(2)
+    losses = (sslops.info_nce(near, p, temperature=temperature) for near, p in ((near0, p1), (near1, p0)))
+    return sum(losses) / 2
+
+
+def eager_nnclr(z: Tensor, p0: Tensor, p1: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """NNCLR's loss as it is usually written, with the `[2N, K]` matrix of all similarities."""
+    near0, near1 = bank[(z @ bank.T).argmax(dim=1)].chunk(2)
+    own = torch.arange(len(p0))
+    logits = [near @ F.normalize(p).T / temperature for near, p in ((near0, p1), (near1, p0))]
+    return sum(F.cross_entropy(each, own) for each in logits) / 2
+
+
+class NNCLR(Method):
+    """One network with a predictor on top; the queue is of its own embeddings."""
+
+    batch = 512
+    hidden, projection = 256, 128
+    losses: ClassVar = {
+        "sslops": partial(fused_nnclr, temperature=0.1),
+        "eager": partial(eager_nnclr, temperature=0.1),
+    }
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.encoder, features = conv_encoder(side)
+        self.head = mlp(features, self.hidden, self.projection)
+        self.predictor = mlp(self.projection, self.hidden, self.projection)
+        self.queue = sslops.NegativeQueue(16384, self.projection)
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (augment(torch.cat([images, images])),)
+
+    def forward(self, views: Tensor) -> tuple[Tensor, ...]:
+        z = self.head(self.encoder(views))
+        self.keys = z.detach()
+        return F.normalize(self.keys), *self.predictor(z).chunk(2), self.queue.negatives
+
+    def update(self) -> None:
+        self.queue.enqueue(self.keys.chunk(2)[0])  # of one view
 
 
 def fused_relic(*crops: Tensor, **constants: float) -> Tensor:

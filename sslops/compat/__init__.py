@@ -28,23 +28,29 @@ def _patch(package: str, distribution: str, wanted: str) -> Patch:
     else:
         if found.split(".")[0] != wanted.split(".")[0]:
             raise ImportError(f"patch_{package}: wanted {distribution} {wanted}, got {found}")
-    ours = []
-    for home, objects in replaced.items():
+    ours, classes = [], []
+    for path, objects in replaced.items():
+        path, _, owner = path.partition(":")
         try:
-            module = importlib.import_module(home)
+            home: Any = importlib.import_module(path)
         except ImportError as error:
-            said = f"{distribution} {found} does not import {home}: {error}"
+            said = f"{distribution} {found} does not import {path}: {error}"
             raise ImportError(f"patch_{package}: {said}; wanted {wanted}") from error
+        if owner:
+            home = getattr(home, owner, None)
+            classes.append(home)
         for x in objects:
-            there = getattr(module, x.__name__, None)
+            there = getattr(home, x.__name__, None)
             if there is None or _parameters(there) != _parameters(x):
                 said = f"wanted {x.__name__}{inspect.signature(x)}, {distribution} {found} has "
                 said += str(there and inspect.signature(there))
-                raise ImportError(f"patch_{package}: {home}: {said}; wanted {wanted}")
+                raise ImportError(f"patch_{package}: {path}: {said}; wanted {wanted}")
             if there is not x:
                 theirs[x] = there
             ours.append(x)
-    return Patch(lambda: [x for path, x in list(sys.modules.items()) if path.split(".")[0] == package], ours)
+    return Patch(
+        lambda: [*(x for path, x in list(sys.modules.items()) if path.split(".")[0] == package), *classes], ours
+    )
 
 
 def patch_lightly() -> Patch:

@@ -1,4 +1,5 @@
-"""solo-learn 1.0.6's loss functions and momentum updater on our ops: the same names, arguments and defaults.
+"""solo-learn 1.0.6's loss functions, momentum updater and nearest neighbours on our ops: the same names, arguments and
+defaults.
 
 What differs: losses are float32 for bf16 and float16 inputs and under autocast; arguments that no loss is meant for
 raise ValueError or TypeError; simclr_loss_func has no overflow at low temperatures; mae_loss_func is 0, not NaN, where
@@ -8,6 +9,7 @@ other ranks' losses contribute.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from ..ops.dino import dino
 from ..ops.ema_update import ema_update_
 from ..ops.info_nce import info_nce
 from ..ops.masked_prediction import masked_patch_mse
+from ..ops.nearest import nearest
 from ..ops.nt_xent import nt_xent
 from ..ops.sinkhorn import sinkhorn
 from ._ranks import barlow_twins_of_average, moved, vicreg_of_own_invariance, world
@@ -79,6 +82,30 @@ def _by_index(z: Tensor, indexes: Tensor, temperature: float) -> Tensor:
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
     """query, key: [N, D], of unit length as they should be; queue: [D, K]."""
     return info_nce(query, key, queue.t(), temperature=temperature, normalize=False)
+
+
+def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
+    """nn, p: [N, D]; over several ranks the candidates are all ranks' p, and the mean is of the own rows."""
+    losses: Tensor = info_nce(nn, p, temperature=temperature, reduction="none", group=world())
+    return losses.mean()
+
+
+def _find_nn() -> Callable[..., tuple[Tensor, Tensor]]:
+    """One for each class that has it"""
+
+    @torch.no_grad()
+    def find_nn(self: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+        ids = nearest(z, self.queue).ids  # type: ignore[arg-type]
+        return ids, self.queue[ids]  # type: ignore[index]
+
+    return find_nn
+
+
+@torch.no_grad()
+def find_nn(self: nn.Module, z: Tensor) -> tuple[Tensor, ...]:
+    """All4One's: the nearest one's index, and of five neighbours the rows, the images' indexes and the labels"""
+    ids = nearest(z, self.queue, k=5).ids  # type: ignore[arg-type]
+    return ids[:, 0], *(x[ids] for x in (self.queue, self.queue_index, self.queue_y))  # type: ignore[index]
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
@@ -192,6 +219,11 @@ REPLACED = {
     "solo.losses.mae": (mae_loss_func,),
     "solo.losses.dino": (DINOLoss,),
     "solo.losses.swav": (swav_loss_func,),
+    "solo.losses.nnclr": (nnclr_loss_func,),
+    "solo.methods.nnclr:NNCLR": (_find_nn(),),
+    "solo.methods.nnbyol:NNBYOL": (_find_nn(),),
+    "solo.methods.nnsiam:NNSiam": (_find_nn(),),
+    "solo.methods.all4one:All4One": (find_nn,),
     "solo.utils.sinkhorn_knopp": (SinkhornKnopp,),
     "solo.utils.momentum": (MomentumUpdater,),
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sslops
 
-from ..cases import Case
+from ..cases import Case, nearest_values
 
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 63, 64, 65, 97, 128, 129])
 SEEDS = st.integers(0, 2**31 - 1)
@@ -145,6 +145,14 @@ def info_nce(draw: Any) -> Case:
 
 
 @st.composite
+def nearest(draw: Any) -> Case:
+    inputs, n, _ = _pair(draw, ("query", "support"), rows=2)
+    options = _options(draw, normalize=[True, False], exclude_self=[True, False], k=[1, 2, 5])
+    options["k"] = min(options["k"], n - options["exclude_self"])
+    return Case("nearest", "", nearest_values, inputs, options)
+
+
+@st.composite
 def relic(draw: Any) -> Case:
     inputs, _, seed = _pair(draw, ("online", "target"))
     options = _options(draw, temperature=TEMPERATURES, normalize=[True, False], reduction=["mean", "none"],
@@ -263,6 +271,7 @@ CALLS: dict[str, st.SearchStrategy[Case]] = {
     "nt_xent": nt_xent(),
     "supcon": supcon(),
     "info_nce": info_nce(),
+    "nearest": nearest(),
     "relic": relic(),
     "barlow_twins": columns("barlow_twins"),
     "vicreg": columns("vicreg"),

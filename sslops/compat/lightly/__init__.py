@@ -3,8 +3,8 @@
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
 shapes and values that no loss is meant for (a negative temperature, a momentum above 1, views of different dtypes,
 SwaVLoss without Sinkhorn iterations) raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy.
-DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. update_momentum takes no DTensors and no two models
-that share memory: for fully_shard there is `sslops.EMA`.
+DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. KoLeoLoss refuses a batch of one row.
+update_momentum takes no DTensors and no two models that share memory: for fully_shard there is `sslops.EMA`.
 
 gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
 own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
@@ -20,6 +20,7 @@ from .losses import (
     DCLWLoss,
     DINOLoss,
     IBOTPatchLoss,
+    KoLeoLoss,
     MSNLoss,
     NegativeCosineSimilarity,
     NTXentLoss,
@@ -27,7 +28,7 @@ from .losses import (
     VICRegLoss,
     negative_mises_fisher_weights,
 )
-from .state import Center, MemoryBankModule, update_momentum
+from .state import Center, MemoryBankModule, NNMemoryBankModule, update_momentum
 from .tokens import get_at_index, patchify, random_token_mask, repeat_token, set_at_index
 
 REPLACED = {
@@ -39,9 +40,11 @@ REPLACED = {
     "lightly.loss.ibot_loss": (IBOTPatchLoss,),
     "lightly.loss.swav_loss": (SwaVLoss,),
     "lightly.loss.msn_loss": (MSNLoss,),
+    "lightly.loss.koleo_loss": (KoLeoLoss,),
     "lightly.models.modules.center": (Center,),
     "lightly.loss.negative_cosine_similarity": (NegativeCosineSimilarity,),
     "lightly.models.modules.memory_bank": (MemoryBankModule,),
+    "lightly.models.modules.nn_memory_bank": (NNMemoryBankModule,),
     "lightly.models.utils": (
         update_momentum, random_token_mask, get_at_index, set_at_index, repeat_token, patchify,
     ),

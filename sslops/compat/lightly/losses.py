@@ -13,6 +13,7 @@ from ...ops.barlow_twins import barlow_twins
 from ...ops.dino import dino
 from ...ops.ibot import ibot
 from ...ops.info_nce import info_nce
+from ...ops.nearest import nearest
 from ...ops.nt_xent import nt_xent
 from ...ops.sinkhorn import sinkhorn
 from .._ranks import barlow_twins_of_average, moved, vicreg_of_own_invariance, world
@@ -282,6 +283,19 @@ class MSNLoss(nn.Module):
 
     def regularization_loss(self, mean_anchor_probs: Tensor) -> Tensor:
         return -torch.special.entr(mean_anchor_probs).sum() + math.log(len(mean_anchor_probs))
+
+
+class KoLeoLoss(nn.Module):
+    def __init__(self, p: float = 2, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.p, self.eps = p, eps
+        self.pairwise_distance = nn.PairwiseDistance(p=p, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), eps=self.eps)
+        other = F.embedding(nearest(x.detach(), x.detach(), exclude_self=True).ids, x)  # sums its gradient in one order
+        distance: Tensor = self.pairwise_distance(x, other)
+        return -(distance + self.eps).log().mean()
 
 
 class NegativeCosineSimilarity(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ... import distributed
 from ...ops.ema_update import ema_update_
+from ...ops.nearest import nearest
 from .._ranks import moved, world
 
 
@@ -62,6 +63,21 @@ class MemoryBankModule(nn.Module):
         fits, slots = slots < size, slots % size
         self.bank.index_copy_(0, slots, torch.where(fits[:, None], batch, self.bank[slots]))
         self.bank_ptr.copy_(torch.where(end < size, end, 0))
+
+
+class NNMemoryBankModule(MemoryBankModule):
+    """The bank as it was before the update; it is neither copied nor normalised."""
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        super().__init__(size)
+
+    def forward(self, output: Tensor, update: bool = False) -> Tensor:  # type: ignore[override]
+        assert self.size[0] > 0, "NNMemoryBankModule: wanted a bank, got size 0"
+        bank = self.bank.detach().to(output.device)
+        found = bank[nearest(output.detach(), bank, normalize=True).ids]
+        if update:
+            self._dequeue_and_enqueue(output)
+        return found
 
 
 class Center(nn.Module):
