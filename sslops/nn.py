@@ -23,6 +23,7 @@ from .ops.masked_prediction import masked_patch_mse, masked_prediction
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
+from .ops.sigreg import lejepa, sigreg
 from .ops.supcon import supcon
 from .ops.vicreg import vicreg
 from .prototypes import PrototypeCenter, swav
@@ -33,6 +34,7 @@ __all__ = [
     "DINOLoss",
     "IBOTLoss",
     "InfoNCELoss",
+    "LeJEPALoss",
     "MaskedPatchEmbed",
     "MaskedPatchMSE",
     "MaskedPredictionLoss",
@@ -40,6 +42,7 @@ __all__ = [
     "NTXentLoss",
     "PrototypeCenter",
     "RELICLoss",
+    "SIGReg",
     "SupConLoss",
     "SwAVLoss",
     "VICRegLoss",
@@ -107,6 +110,10 @@ class InfoNCELoss(_Loss, op=info_nce):
     """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D]) -> [] or [B]: see `sslops.info_nce`."""
 
 
+class LeJEPALoss(_Loss, op=lejepa):
+    """LeJEPA's loss, (global_views [G, N, D], local_views [L, N, D]) -> []: see `sslops.lejepa`."""
+
+
 class MaskedPatchMSE(_Loss, op=masked_patch_mse):
     """MAE's loss, (pred [B, L, P], images [B, C, H, W], mask [B, L]) -> []: see `sslops.masked_patch_mse`."""
 
@@ -121,6 +128,10 @@ class MaskedTokenCrossEntropy(_Loss, op=masked_token_cross_entropy):
 
 class RELICLoss(_Loss, op=relic):
     """RELIC's loss of a view from the online network and one from the target's, [B, D] each: see `sslops.relic`."""
+
+
+class SIGReg(_Loss, op=sigreg):
+    """LeJEPA's regulariser, (z [N, D] or [V, N, D]) -> []: see `sslops.sigreg`."""
 
 
 class SupConLoss(_Loss, op=supcon):
