@@ -209,19 +209,23 @@ void forward(Tensor z, Tensor directions, double step, Tensor sums) {
       });
 }
 
+// From so many knots on, the rounding of 1 - versine, which is the same at each, costs digits.
+constexpr int64_t kMany = 32;
+
 // u [kCount rows] becomes its gradient: the real part of sum_k (a_k + i b_k) e^(i t_k u), by Horner's rule.
-template <int kCount>
-SSLOPS_INLINE void differentiate(float* u, int64_t ld, int64_t count, float step, const float* coefficients) {
-  F sine[kCount], cosine[kCount], p[kCount], q[kCount];
+template <int kCount, bool kIsMany>
+void differentiate(float* u, int64_t ld, int64_t count, float step, const float* coefficients) {
+  F sine[kCount], versine[kCount], cosine[kCount], p[kCount], q[kCount];
   for (int r = 0; r < kCount; ++r) {
     const Turn t = turn(load(u + r * ld) * step);
-    sine[r] = t.sine, cosine[r] = 1.f - t.versine, p[r] = q[r] = F{};
+    sine[r] = t.sine, versine[r] = t.versine, cosine[r] = 1.f - t.versine, p[r] = q[r] = F{};
   }
   for (int64_t k = count; k-- > 0;) {
     const F a = load(coefficients + 2 * k * kLanes), b = load(coefficients + (2 * k + 1) * kLanes);
     for (int r = 0; r < kCount; ++r) {
-      const F real = (p[r] * cosine[r] + a) - q[r] * sine[r];
-      q[r] = (q[r] * cosine[r] + b) + p[r] * sine[r];
+      const F real =
+          kIsMany ? (a - q[r] * sine[r]) + (p[r] - p[r] * versine[r]) : (a + p[r] * cosine[r]) - q[r] * sine[r];
+      q[r] = kIsMany ? (b + p[r] * sine[r]) + (q[r] - q[r] * versine[r]) : (b + q[r] * cosine[r]) + p[r] * sine[r];
       p[r] = real;
     }
   }
@@ -260,8 +264,8 @@ void backward(double scale, Tensor z, Tensor directions, double step, Tensor sum
           });
           for (int64_t j = 0; j < width; j += kLanes)
             together(rows, [&](int64_t r, auto at_once) {
-              differentiate<at_once.value>(tile.s + r * tile.ld + j, tile.ld, count, x.step,
-                                           state.coefficients + j * 2 * count);
+              const auto run = count > kMany ? differentiate<at_once.value, true> : differentiate<at_once.value, false>;
+              run(tile.s + r * tile.ld + j, tile.ld, count, x.step, state.coefficients + j * 2 * count);
             });
           tile.add(rows, width, x.directions, j0, state.rows, x.z, 0, nullptr);
         }

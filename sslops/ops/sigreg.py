@@ -43,9 +43,10 @@ def draw(key: Tensor, slices: int, d: int) -> Tensor:
 
 
 def reference(x: Arguments) -> tuple[Tensor]:
-    """loss [], the maths as it is written, in float32 (float64 for float64): phases are not rounded to half precision"""
+    """loss [], the maths as it is written, in float32 (float64 for float64), phases too"""
     z = x.z.to(torch.promote_types(x.z.dtype, torch.float32))
-    directions = draw(x.key, x.slices, z.shape[2]) if x.directions is None else x.directions
+    directions = x.directions if x.key is None else draw(x.key, x.slices, z.shape[2])
+    assert directions is not None
     step = x.t_max / (x.knots - 1)
     t = torch.arange(x.knots, dtype=z.dtype, device=z.device) * step
     phi = (-t.square() / 2).exp()

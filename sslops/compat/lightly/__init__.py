@@ -3,8 +3,8 @@
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
 shapes and values that no loss is meant for (a negative temperature, a momentum above 1, views of different dtypes,
 SwaVLoss without Sinkhorn iterations) raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy.
-DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. update_momentum takes no DTensors and no two models
-that share memory: for fully_shard there is `sslops.EMA`.
+DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. SIGReg's batches are of one size on all ranks.
+update_momentum takes no DTensors and no two models that share memory: for fully_shard there is `sslops.EMA`.
 
 gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
 own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
@@ -20,9 +20,11 @@ from .losses import (
     DCLWLoss,
     DINOLoss,
     IBOTPatchLoss,
+    LeJEPALoss,
     MSNLoss,
     NegativeCosineSimilarity,
     NTXentLoss,
+    SIGReg,
     SwaVLoss,
     VICRegLoss,
     negative_mises_fisher_weights,
@@ -39,6 +41,7 @@ REPLACED = {
     "lightly.loss.ibot_loss": (IBOTPatchLoss,),
     "lightly.loss.swav_loss": (SwaVLoss,),
     "lightly.loss.msn_loss": (MSNLoss,),
+    "lightly.loss.lejepa_loss": (SIGReg, LeJEPALoss),
     "lightly.models.modules.center": (Center,),
     "lightly.loss.negative_cosine_similarity": (NegativeCosineSimilarity,),
     "lightly.models.modules.memory_bank": (MemoryBankModule,),
