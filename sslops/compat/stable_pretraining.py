@@ -2,8 +2,9 @@
 values, over ranks too.
 
 What differs: losses are float32 for bf16 and float16 inputs and under autocast. SlicedEppsPulley over ranks is of all
-their rows; theirs drops the means that it has reduced. What is not here: its BarlowTwinsLoss divides sums over N by deviations over N - 1, and each rank's rows by its own, so that its diagonal never reaches 1; its
-BYOLLoss is a few row operations, of which a kernel would save nothing.
+their rows; theirs drops the means that it has reduced. What is not here: its BarlowTwinsLoss divides sums over N by
+deviations over N - 1, and each rank's rows by its own, so that its diagonal never reaches 1; its BYOLLoss is a few row
+operations, of which a kernel would save nothing.
 """
 
 import torch
