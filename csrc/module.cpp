@@ -21,6 +21,7 @@
 #include "cpu/random_token_corruption.h"
 #include "cpu/relic.h"
 #include "cpu/restore_tokens.h"
+#include "cpu/sigreg.h"
 #include "cpu/sinkhorn.h"
 #include "cpu/supcon.h"
 #include "cpu/vicreg.h"
@@ -238,6 +239,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, random_token_corruption::table);
   bind(m, relic::table);
   bind(m, restore_tokens::table);
+  bind(m, sigreg::table);
   bind(m, sinkhorn::table);
   bind(m, supcon::table);
   bind(m, vicreg::table);

@@ -21,6 +21,7 @@ from .ops.random_mask import random_mask
 from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic, relic_multicrop
 from .ops.restore_tokens import restore_tokens
+from .ops.sigreg import lejepa, sigreg
 from .ops.sinkhorn import sinkhorn
 from .ops.supcon import supcon
 from .ops.vicreg import vicreg
@@ -44,6 +45,7 @@ __all__ = [
     "ibot",
     "info_nce",
     "koleo",
+    "lejepa",
     "masked_patch_mse",
     "masked_prediction",
     "masked_token_cross_entropy",
@@ -59,6 +61,7 @@ __all__ = [
     "relic",
     "relic_multicrop",
     "restore_tokens",
+    "sigreg",
     "sinkhorn",
     "supcon",
     "swav",

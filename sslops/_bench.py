@@ -27,6 +27,7 @@ from .ops.random_mask import random_mask
 from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic
 from .ops.restore_tokens import restore_tokens
+from .ops.sigreg import sigreg
 from .ops.sinkhorn import sinkhorn
 from .ops.supcon import supcon
 from .ops.vicreg import vicreg
@@ -99,6 +100,8 @@ SUBJECTS = {
     "dino": Subject("V x B x K, two teacher crops", "10x32x65536", lambda x, v, b, k:
         (dino, [x.leaf(v, b, k), x.data(2, b, k)])),
     "ibot": Subject("R x K", "256x65536", lambda x, r, k: (ibot, [x.leaf(r, k), x.data(r, k)])),
+    "sigreg": Subject("V x N x D x M, along M directions", "8x128x64x1024", lambda x, v, n, d, m:
+        (partial(sigreg, slices=m), [x.leaf(v, n, d)])),
     "sinkhorn": Subject("B x K, three iterations", "512x3000", lambda x, b, k: (sinkhorn, [x.data(b, k).tanh()])),
     "random_mask": Subject("B x L, a quarter kept", "4096x196", lambda x, b, length:
         (partial(random_mask, b, length, 0.75, device=x.device), [])),

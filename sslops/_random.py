@@ -14,6 +14,7 @@ class RandomStream(enum.IntEnum):
     EMA_UPDATE = 1
     RANDOM_MASK = 2
     RANDOM_TOKEN_CORRUPTION = 3
+    SIGREG = 4
 
 
 def philox(key: int | Tensor, stream: RandomStream, first_block: int, blocks: int, device: torch.device) -> Tensor:
@@ -28,6 +29,13 @@ def philox(key: int | Tensor, stream: RandomStream, first_block: int, blocks: in
         c = [high[1] ^ c[1] ^ keys[0], products[1] & low, high[0] ^ c[3] ^ keys[1], products[0] & low]
         keys = [(keys[0] + 0x9E3779B9) & low, (keys[1] + 0xBB67AE85) & low]
     return torch.stack(c, dim=1)
+
+
+def normals(key: Tensor, stream: RandomStream, blocks: int) -> Tensor:
+    """[blocks, 4] normal numbers in float64: Box and Muller's of two radii and two angles a block"""
+    uniform = ((philox(key, stream, 0, blocks, key.device) >> 9).double() + 0.5) * 2.0**-23  # exact in float32
+    radii, angles = (-2 * uniform[:, :2].log()).sqrt(), 2 * torch.pi * uniform[:, 2:]
+    return torch.cat([radii * angles.cos(), radii * angles.sin()], 1)
 
 
 def draw_key(op: str, generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nearest import koleo
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
+from .ops.sigreg import lejepa, sigreg
 from .ops.supcon import supcon
 from .ops.vicreg import vicreg
 from .prototypes import PrototypeCenter, swav
@@ -35,6 +36,7 @@ __all__ = [
     "IBOTLoss",
     "InfoNCELoss",
     "KoLeoLoss",
+    "LeJEPALoss",
     "MaskedPatchEmbed",
     "MaskedPatchMSE",
     "MaskedPredictionLoss",
@@ -42,6 +44,7 @@ __all__ = [
     "NTXentLoss",
     "PrototypeCenter",
     "RELICLoss",
+    "SIGReg",
     "SupConLoss",
     "SwAVLoss",
     "VICRegLoss",
@@ -113,6 +116,10 @@ class KoLeoLoss(_Loss, op=koleo):
     """The regulariser of DINOv2, (x [N, D]) -> []: see `sslops.koleo`."""
 
 
+class LeJEPALoss(_Loss, op=lejepa):
+    """LeJEPA's loss, (global_views [G, N, D], local_views [L, N, D]) -> []: see `sslops.lejepa`."""
+
+
 class MaskedPatchMSE(_Loss, op=masked_patch_mse):
     """MAE's loss, (pred [B, L, P], images [B, C, H, W], mask [B, L]) -> []: see `sslops.masked_patch_mse`."""
 
@@ -127,6 +134,10 @@ class MaskedTokenCrossEntropy(_Loss, op=masked_token_cross_entropy):
 
 class RELICLoss(_Loss, op=relic):
     """RELIC's loss of a view from the online network and one from the target's, [B, D] each: see `sslops.relic`."""
+
+
+class SIGReg(_Loss, op=sigreg):
+    """LeJEPA's regulariser, (z [N, D] or [V, N, D]) -> []: see `sslops.sigreg`."""
 
 
 class SupConLoss(_Loss, op=supcon):

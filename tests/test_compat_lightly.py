@@ -343,6 +343,51 @@ def test_autocast(name, options, shape, dtype):
     assert losses[1] <= 2 * losses[0] + 1e-3 * abs(float(exact))
 
 
+@pytest.mark.parametrize("options", [{}, {"knots": 5, "t_max": 2.0, "num_vectors": 70}])
+def test_sigreg(options):
+    """Along the directions that lightly draws"""
+    z, (theirs, mine), exact = torch.randn(3, 40, 12), both("SIGReg", options), both("SIGReg", options)[0].double()
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    mine.load_state_dict(theirs.state_dict())
+    assert all(torch.equal(x, y) for x, y in zip(mine.buffers(), theirs.buffers(), strict=True))
+    assert public(mine).keys() == public(theirs).keys()
+
+    directions = nn.functional.normalize(torch.randn(12, mine.num_vectors), dim=0)
+    exact._generate_unit_vectors = lambda *_: directions.double()
+    theirs._generate_unit_vectors = lambda *_: directions
+    torch.manual_seed(5)
+    found = mine(z)
+    torch.manual_seed(5)
+    torch.testing.assert_close(found, original("SIGReg")(**options)(z))
+
+    def ours_along(z):
+        return sslops.sigreg(z, knots=len(mine.t), t_max=mine._t_max, directions=directions.t())
+
+    def answers(draw):
+        return run(ours_along, draw), run(theirs, draw), run(exact, [draw[0].double()])
+
+    oracle.assert_promise(("loss", "gradient"), answers, [z], torch.float32)
+    assert mine(z[:0, 0].expand(0, 40, 12)).isnan()
+    assert mine(z.view(3, 2, 20, 12)).shape == mine(z[0]).shape == ()
+
+
+def test_lejepa():
+    found = []
+    for module in both("LeJEPALoss", {"lambda_param": 0.3, "sigreg_num_vectors": 70}):
+        torch.manual_seed(5)
+        views = torch.randn(5, 40, 12, requires_grad=True)
+        loss = module(global_proj=views[:2], local_proj=views[2:])
+        found.append([loss, *torch.autograd.grad(loss, views)])
+        with pytest.raises(ValueError, match="local_proj must have shape"):
+            module(global_proj=views[:2], local_proj=views[2])
+        with pytest.raises(ValueError, match="local_proj must have at least one local view"):
+            module(global_proj=views[:2], local_proj=views[:0])
+    torch.testing.assert_close(*found)
+    with sslops.patch_lightly():
+        world_model = importlib.import_module("lightly.loss.lewm_loss").LeWMLoss()
+        assert isinstance(world_model.sigreg, ours.SIGReg)
+
+
 # ---- prototypes: what forward takes, as lists that run() can make leaves of ----
 
 

@@ -204,3 +204,22 @@ class TestStablePretraining:
         against(getattr(theirs, name)(), getattr(stable_pretraining, name)(), views)
         options = {"temperature": 0.1} if name == "NTXEntLoss" else {"sim_coeff": 3.0, "std_coeff": 2.0, "epsilon": 0.1}
         against(getattr(theirs, name)(**options), getattr(stable_pretraining, name)(**options), views)
+
+    def test_sliced_epps_pulley(self, theirs, monkeypatch):
+        """The module is by itself, too; their directions are of the counter"""
+        backbone, root = ModuleType("stable_pretraining.backbone"), sys.modules["stable_pretraining"]
+        backbone.MLP = root.Module = nn.Module
+        methods = ModuleType("stable_pretraining.methods")
+        methods.__path__ = [f"{root.__path__[0]}/methods"]
+        for module in (backbone, methods, ModuleType("timm")):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        pytest.importorskip("transformers")
+        peers._let_torchvision_load()
+        original = importlib.import_module("stable_pretraining.methods.lejepa").SlicedEppsPulley
+        modules = [make(num_slices=70, n_points=9) for make in (original, stable_pretraining.SlicedEppsPulley)]
+        assert modules[0].state_dict().keys() == modules[1].state_dict().keys()
+        modules[1].load_state_dict(modules[0].state_dict())
+        for _ in range(3):
+            x = torch.randn(40, 12, requires_grad=True)
+            found = [[loss := module(x), *torch.autograd.grad(loss, x)] for module in modules]
+            torch.testing.assert_close(*found)

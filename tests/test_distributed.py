@@ -453,6 +453,28 @@ def test_sinkhorn(ranks, backend, scale, start):
     oracle.assert_promise(["b"], answers, [scores], torch.float32)
 
 
+def drawn(op, views, group=None, **options):
+    """Of views [B, D] in one tensor; the ranks' generators are not in step"""
+    seed = 3 if group is None else 3 + dist.get_rank()
+    return op(torch.stack(views), generator=torch.Generator().manual_seed(seed), slices=70, group=group, **options)
+
+
+def sigreg(*views, **options):
+    return drawn(sslops.sigreg, views, **options)
+
+
+def lejepa(*views, **options):
+    return drawn(sslops.lejepa, views, **options)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("op", [sigreg, lejepa])
+def test_sigreg(ranks, backend, dtype, op):
+    for rows in (1, 37):
+        check(ranks, op, views(rows * ranks.world, 40, dtype), backend)
+
+
 def other_prototypes(rank, world):
     with pytest.raises(ValueError, match="sinkhorn: group"):
         sslops.sinkhorn(torch.zeros(3, 4 + rank), group="world")
@@ -767,6 +789,7 @@ WRONG = [
     (sslops.relic, RELIC, {"alpha": -1.0}),
     (sslops.barlow_twins, {}, {"route": "nonsense"}),
     (sslops.vicreg, {}, {"eps": -1.0}),
+    (sigreg, {}, {"knots": 1}),
     (sslops.cross_correlation, {}, {"eps": float("nan")}),
     (sslops.supcon, {}, {"where": "nonsense"}),
     (sslops.sinkhorn, {}, {"iterations": 0}),
@@ -797,6 +820,7 @@ OTHER = [
     (sslops.ibot, {}, {"reduction": "sum"}),
     (sslops.ibot, {}, {"weights": torch.ones(4)}),
     (sslops.masked_token_cross_entropy, {}, {"reduction": "none"}),
+    (sigreg, {}, {"t_max": 2.0}),
 ]
 
 

@@ -8,7 +8,7 @@
 namespace sslops {
 
 // Who draws: one seed gives each op a stream of its own.
-enum class RandomStream : uint32_t { ema_update = 1, random_mask = 2, random_token_corruption = 3 };
+enum class RandomStream : uint32_t { ema_update = 1, random_mask = 2, random_token_corruption = 3, sigreg = 4 };
 
 struct Random4 {
   uint32_t word[4];

@@ -5,7 +5,7 @@ from .bert import BERT, king_james
 from .contrastive import NNCLR, MoCo, RELICv2, SimCLR
 from .masked import MAE, Data2Vec, standard
 from .prototypes import DINO, SwAV
-from .redundancy import BarlowTwins, VICReg
+from .redundancy import BarlowTwins, LeJEPA, VICReg
 
 __all__ = [
     "BERT", "MAE", "METHODS", "Method", "TwoViews", "augment", "conv_encoder", "king_james", "mlp", "standard",
@@ -15,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
     "barlow": BarlowTwins,
     "vicreg": VICReg,
+    "lejepa": LeJEPA,
     "moco": MoCo,
     "nnclr": NNCLR,
     "relicv2": RELICv2,

@@ -1,13 +1,17 @@
-"""stable-pretraining 0.1's NTXEntLoss and VICRegLoss on our ops: the same arguments, defaults, values, over ranks too.
+"""stable-pretraining 0.1's NTXEntLoss, VICRegLoss and SlicedEppsPulley on our ops: the same arguments, defaults and
+values, over ranks too.
 
-What differs: losses are float32 for bf16 and float16 inputs and under autocast. What is not here: its BarlowTwinsLoss
-divides sums over N by deviations over N - 1, and each rank's rows by its own, so that its diagonal never reaches 1; its
-BYOLLoss is a few row operations, of which a kernel would save nothing.
+What differs: losses are float32 for bf16 and float16 inputs and under autocast. SlicedEppsPulley over ranks is of all
+their rows; theirs drops the means that it has reduced. What is not here: its BarlowTwinsLoss divides sums over N by
+deviations over N - 1, and each rank's rows by its own, so that its diagonal never reaches 1; its BYOLLoss is a few row
+operations, of which a kernel would save nothing.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.nt_xent import nt_xent
+from ..ops.sigreg import sigreg
 from ._ranks import vicreg_of_own_invariance, world
 
 
@@ -30,3 +34,34 @@ class VICRegLoss(nn.Module):
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         weights = self.sim_coeff, self.std_coeff, self.cov_coeff
         return vicreg_of_own_invariance(z_i, z_j, *weights, self.epsilon, world())
+
+
+class SlicedEppsPulley(nn.Module):
+    """Along directions by a counter of its calls, with the buffers that theirs has."""
+
+    global_step: Tensor
+
+    def __init__(self, num_slices: int = 1024, t_max: float = 3.0, n_points: int = 17) -> None:
+        super().__init__()
+        if n_points % 2 == 0:
+            raise ValueError(f"n_points: wanted an odd number, got {n_points}")
+        self.num_slices, self._t_max, self._knots = num_slices, t_max, n_points
+        t = torch.linspace(0, t_max, n_points)
+        weights = torch.full((n_points,), 2 * t_max / (n_points - 1))
+        weights[[0, -1]] /= 2
+        phi = (-t.square() / 2).exp()
+        self.ep = nn.Module()
+        for name, values in (("t", t), ("phi", phi), ("weights", weights * phi)):
+            self.ep.register_buffer(name, values)  # not read
+        self.register_buffer("global_step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, D]"""
+        step, group = self.global_step.clone(), world()
+        if group:
+            torch.distributed.broadcast(step, src=0)
+        generator = torch.Generator(device=x.device).manual_seed(int(step))
+        directions = torch.randn(x.shape[-1], self.num_slices, device=x.device, generator=generator)
+        self.global_step += 1
+        directions = (directions / directions.norm(dim=0)).t()
+        return sigreg(x, knots=self._knots, t_max=self._t_max, directions=directions, group=group)

@@ -184,6 +184,18 @@ def sinkhorn(draw: Any) -> Case:
 
 
 @st.composite
+def sigreg(draw: Any) -> Case:
+    n, d, seed = draw(SIZES), draw(SIZES), draw(SEEDS)
+    z = MILD[draw(st.sampled_from(sorted(MILD)))]((n, d), seed)
+    options = _options(draw, slices=SIZES, knots=[2, 5, 17], t_max=[0.5, 3.0])
+
+    def call(z: Tensor, **options: Any) -> Any:
+        return sslops.sigreg(z, generator=_generator(seed), **options)
+
+    return Case("sigreg", "", call, {"z": z}, options, ("z",))
+
+
+@st.composite
 def dino(draw: Any) -> Case:
     rows, k, seed = draw(SIZES), draw(SIZES), draw(SEEDS)
     make = MILD[draw(st.sampled_from(sorted(MILD)))]
@@ -276,6 +288,7 @@ CALLS: dict[str, st.SearchStrategy[Case]] = {
     "barlow_twins": columns("barlow_twins"),
     "vicreg": columns("vicreg"),
     "cross_correlation": columns("cross_correlation"),
+    "sigreg": sigreg(),
     "sinkhorn": sinkhorn(),
     "dino": dino(),
     "ibot": ibot(),

@@ -3,7 +3,8 @@
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
 shapes and values that no loss is meant for (a negative temperature, a momentum above 1, views of different dtypes,
 SwaVLoss without Sinkhorn iterations) raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy.
-DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. KoLeoLoss refuses a batch of one row.
+DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. KoLeoLoss refuses a batch of one row. SIGReg's batches
+are of one size on all ranks.
 update_momentum takes no DTensors and no two models that share memory: for fully_shard there is `sslops.EMA`.
 
 gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
@@ -21,9 +22,11 @@ from .losses import (
     DINOLoss,
     IBOTPatchLoss,
     KoLeoLoss,
+    LeJEPALoss,
     MSNLoss,
     NegativeCosineSimilarity,
     NTXentLoss,
+    SIGReg,
     SwaVLoss,
     VICRegLoss,
     negative_mises_fisher_weights,
@@ -41,6 +44,7 @@ REPLACED = {
     "lightly.loss.swav_loss": (SwaVLoss,),
     "lightly.loss.msn_loss": (MSNLoss,),
     "lightly.loss.koleo_loss": (KoLeoLoss,),
+    "lightly.loss.lejepa_loss": (SIGReg, LeJEPALoss),
     "lightly.models.modules.center": (Center,),
     "lightly.loss.negative_cosine_similarity": (NegativeCosineSimilarity,),
     "lightly.models.modules.memory_bank": (MemoryBankModule,),

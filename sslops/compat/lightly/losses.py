@@ -15,6 +15,7 @@ from ...ops.ibot import ibot
 from ...ops.info_nce import info_nce
 from ...ops.nearest import nearest
 from ...ops.nt_xent import nt_xent
+from ...ops.sigreg import sigreg
 from ...ops.sinkhorn import sinkhorn
 from .._ranks import barlow_twins_of_average, moved, vicreg_of_own_invariance, world
 from .state import Center, MemoryBankModule, check_center_mode, check_gather, group_of
@@ -296,6 +297,73 @@ class KoLeoLoss(nn.Module):
         other = F.embedding(nearest(x.detach(), x.detach(), exclude_self=True).ids, x)  # sums its gradient in one order
         distance: Tensor = self.pairwise_distance(x, other)
         return -(distance + self.eps).log().mean()
+
+
+class SIGReg(nn.Module):
+    t: Tensor
+
+    def __init__(
+        self, *, knots: int = 17, t_max: float = 3.0, num_vectors: int = 1024, gather_distributed: bool = False
+    ) -> None:
+        super().__init__()
+        if knots <= 1:
+            raise ValueError("knots must be an integer greater than one.")
+        if t_max <= 0:
+            raise ValueError("t_max must be greater than zero.")
+        if num_vectors <= 0:
+            raise ValueError("num_vectors must be a positive integer.")
+        check_gather(gather_distributed)
+        self.num_vectors = num_vectors
+        self.gather_distributed = gather_distributed
+        self._t_max = t_max
+        t = torch.linspace(0, t_max, knots)
+        weights = torch.full((knots,), 2 * t_max / (knots - 1))
+        weights[[0, -1]] /= 2
+        phi = (-t.square() / 2).exp()
+        for name, values in (("t", t), ("phi", phi), ("weights", weights * phi)):
+            self.register_buffer(name, values)  # not read
+
+    def forward(self, proj: Tensor) -> Tensor:
+        """proj: [.., N, D]. Along lightly's own directions, from torch's generator."""
+        directions = torch.randn(proj.shape[-1], self.num_vectors, device=proj.device, dtype=proj.dtype)
+        group = group_of(self)
+        if group:
+            torch.distributed.broadcast(directions, src=0)
+        directions = (directions / directions.norm(dim=0)).t()
+        views = proj.reshape(-1, *proj.shape[-2:])
+        return sigreg(views, knots=len(self.t), t_max=self._t_max, directions=directions, group=group)
+
+
+class LeJEPALoss(nn.Module):
+    def __init__(
+        self,
+        lambda_param: float = 0.05,
+        gather_distributed: bool = False,
+        sigreg_knots: int = 17,
+        sigreg_t_max: float = 3.0,
+        sigreg_num_vectors: int = 1024,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= lambda_param <= 1.0:
+            raise ValueError("lambda_param must be in the unit interval [0, 1].")
+        self.lambda_param = lambda_param
+        self.sigreg = SIGReg(
+            knots=sigreg_knots, t_max=sigreg_t_max, num_vectors=sigreg_num_vectors,
+            gather_distributed=gather_distributed,
+        )  # fmt: skip
+
+    def forward(self, *, local_proj: Tensor, global_proj: Tensor) -> Tensor:
+        """local_proj: [L, N, D]; global_proj: [G, N, D]. Over ranks the invariance is the rank's own."""
+        for name, views in (("local", local_proj), ("global", global_proj)):
+            if views.dim() != 3:
+                raise ValueError(f"{name}_proj must have shape (V_{name}, N, D), got {views.shape}.")
+            if not len(views):
+                raise ValueError(f"{name}_proj must have at least one {name} view, got {views.shape}.")
+        everyone = torch.cat([global_proj, local_proj])
+        wide = everyone.to(torch.promote_types(everyone.dtype, torch.float32))
+        apart = (wide - wide[: len(global_proj)].mean(0)).square().mean()
+        loss: Tensor = self.lambda_param * self.sigreg(everyone) + (1 - self.lambda_param) * apart
+        return loss
 
 
 class NegativeCosineSimilarity(nn.Module):
