@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("mlxtend", reason="the demo's packages are an extra: pip install sslops[demo]")
 
 STEPS, BATCH = 6, 64
-METHODS = (
-    "simclr", "barlow", "vicreg", "lejepa", "moco", "nnclr", "relicv2", "dino", "swav", "mae", "data2vec", "bert"
-)  # fmt: skip
+METHODS = [
+    "simclr", "barlow", "vicreg", "lejepa", "moco", "nnclr", "relicv2", "dino", "swav", "mae", "data2vec", "bert",
+]  # fmt: skip
 
 
 @pytest.fixture
