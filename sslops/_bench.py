@@ -101,7 +101,7 @@ SUBJECTS = {
         (dino, [x.leaf(v, b, k), x.data(2, b, k)])),
     "ibot": Subject("R x K", "256x65536", lambda x, r, k: (ibot, [x.leaf(r, k), x.data(r, k)])),
     "sigreg": Subject("V x N x D x M, along M directions", "8x128x64x1024", lambda x, v, n, d, m:
-        (partial(sigreg, slices=m), [x.leaf(v, n, d)])),
+        (partial(sigreg, directions=x.data(m, d).float() / d**0.5), [x.leaf(v, n, d)])),
     "sinkhorn": Subject("B x K, three iterations", "512x3000", lambda x, b, k: (sinkhorn, [x.data(b, k).tanh()])),
     "random_mask": Subject("B x L, a quarter kept", "4096x196", lambda x, b, length:
         (partial(random_mask, b, length, 0.75, device=x.device), [])),

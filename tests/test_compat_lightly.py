@@ -367,7 +367,6 @@ def test_sigreg(options):
         return run(ours_along, draw), run(theirs, draw), run(exact, [draw[0].double()])
 
     oracle.assert_promise(("loss", "gradient"), answers, [z], torch.float32)
-    assert mine(z[:0, 0].expand(0, 40, 12)).isnan()
     assert mine(z.view(3, 2, 20, 12)).shape == mine(z[0]).shape == ()
 
 

@@ -211,10 +211,11 @@ class TestStablePretraining:
         backbone.MLP = root.Module = nn.Module
         methods = ModuleType("stable_pretraining.methods")
         methods.__path__ = [f"{root.__path__[0]}/methods"]
-        for module in (backbone, methods, ModuleType("timm")):
+        transformers, utils = ModuleType("transformers"), ModuleType("transformers.utils")
+        utils.ModelOutput = object
+        for module in (backbone, methods, ModuleType("timm"), transformers, utils):
             monkeypatch.setitem(sys.modules, module.__name__, module)
-        pytest.importorskip("transformers")
-        peers._let_torchvision_load()
+        monkeypatch.delitem(sys.modules, "stable_pretraining.methods.lejepa", raising=False)
         original = importlib.import_module("stable_pretraining.methods.lejepa").SlicedEppsPulley
         modules = [make(num_slices=70, n_points=9) for make in (original, stable_pretraining.SlicedEppsPulley)]
         assert modules[0].state_dict().keys() == modules[1].state_dict().keys()

@@ -60,7 +60,7 @@ def test_collapsed_and_far(device, backend, scale):
 
 
 @each_target
-@pytest.mark.parametrize(("knots", "t_max"), [(2, 3.0), (3, 0.5), (33, 5.0), (129, 3.0), (1025, 3.0)])
+@pytest.mark.parametrize(("knots", "t_max"), [(2, 3.0), (3, 0.5), (33, 5.0), (129, 3.0)])
 def test_knots(device, backend, knots, t_max):
     check(embeddings(67, 20, device=device), backend, knots=knots, t_max=t_max)
 
@@ -74,7 +74,7 @@ def test_is_zero_for_a_normal_distribution():
     """Of its integral over t, with characteristic functions for means; and of many rows, near what N of them have"""
     z = torch.special.ndtri((torch.arange(4001).double() + 0.5) / 4001)[:, None]
     assert sslops.sigreg(z, slices=1) < 1e-3
-    integral = sslops.sigreg(torch.zeros(1, 1).double(), slices=1, knots=4001, t_max=8.0)
+    integral = sslops.sigreg(torch.zeros(1, 1).double(), slices=1, knots=129, t_max=8.0)
     expected = (2 * math.pi) ** 0.5 * (1 - 2 / 2**0.5 + 1 / 3**0.5)  # of phi (1 - phi)^2
     torch.testing.assert_close(integral.item(), expected, rtol=1e-9, atol=0)
 
@@ -91,11 +91,13 @@ def test_views_are_distributions_of_their_own(device, backend):
 class TestDirections:
     @pytest.mark.parametrize(("m", "d"), [(1, 1), (5, 3), (70, 64), (3, 257)])
     def test_every_instruction_set(self, isa, m, d):
-        """The reference's words, and its normal numbers but for float32's roundings"""
+        """The reference's, rounded"""
         for seed in (0, 1, 2**63 - 1):
             key, found = torch.tensor(seed), torch.empty(m, d)
             _C.sigreg_draw(key, found)
-            torch.testing.assert_close(found.double(), draw(key, m, d), rtol=0, atol=3e-7)
+            exact = draw(key, m, d)
+            torch.testing.assert_close(found.double(), exact, rtol=2.0**-24, atol=1e-10)
+            assert (found == exact.float()).double().mean() > 0.999
 
     def test_are_isotropic(self):
         x = draw(torch.tensor(7), 4000, 8)
@@ -168,10 +170,10 @@ def test_empty_and_not_finite(backend):
         assert loss.isnan()
         assert gradient[0].isnan().all()
         assert gradient[1].isfinite().all()
-    huge = embeddings(40, 9, scale=1e20).requires_grad_()  # of phases that nobody knows
+    huge = embeddings(40, 9, scale=1e20).requires_grad_()  # of phases at random
     loss = sslops.sigreg(huge, backend=backend)
     loss.backward()
-    assert 40 < loss < 80  # 2.5 + 40 * 1.45 for phases at random
+    assert 40 < loss < 80  # 2.5 + 39 * 1.45
     assert huge.grad.isfinite().all()
 
 
@@ -223,7 +225,7 @@ def test_bad_input():
     for name, least in (("slices", 0), ("knots", 1)):
         refused(ValueError, name, z, **{name: least})
         refused(TypeError, name, z, **{name: 2.5})
-    refused(ValueError, "knots", z, knots=5000)
+    refused(ValueError, "knots", z, knots=130)
     for t_max in (0.0, -1.0, float("nan"), float("inf")):
         refused(ValueError, "t_max", z, t_max=t_max)
     refused(TypeError, "t_max", z, t_max="far")

@@ -13,68 +13,87 @@ namespace {
 constexpr int64_t kSlices = kGroup;  // of a tile
 constexpr int kTogether = 4;         // rows whose turns are in registers at once
 
-// ---- directions ----
+// ---- directions: in double, so that they are the reference's, rounded ----
+
+SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
 
 // In (0, 1), from 23 bits, so that it is exact.
 SSLOPS_INLINE F uniform(U word) { return (__builtin_convertvector((I)(word >> 9), F) + 0.5f) * 0x1p-23f; }
 
-// -2 ln u for u in (0, 1): with u = m 2^e and s = (m - 1) / (m + 1), ln m is 2 atanh s.
-SSLOPS_INLINE F minus_two_log(F u) {
+// The root of -2 ln u for u in (0, 1): with u = m 2^e and s = (m - 1) / (m + 1), ln m is 2 atanh s.
+SSLOPS_INLINE D radius(F u) {
   const U bits = (U)u + (0x3f800000u - 0x3f3504f3u);  // m in [sqrt 1/2, sqrt 2)
-  const F e = __builtin_convertvector((I)(bits >> 23) - 127, F), m = (F)((bits & 0x7fffffu) + 0x3f3504f3u);
-  const F s = (m - 1.f) / (m + 1.f), square = s * s;
-  F p = splat(1.f / 9.f);
-  p = p * square + 1.f / 7.f;
-  p = p * square + 1.f / 5.f;
-  p = p * square + 1.f / 3.f;
-  p = s + s * (square * p);
-  return (e * -1.38629436112f) - 4.f * p;
+  const D e = widen(__builtin_convertvector((I)(bits >> 23) - 127, F));
+  const D m = widen((F)((bits & 0x7fffffu) + 0x3f3504f3u)), s = (m - 1.) / (m + 1.), square = s * s;
+  D p = square * (1. / 11.) + 1. / 9.;
+  p = p * square + 1. / 7.;
+  p = p * square + 1. / 5.;
+  p = p * square + 1. / 3.;
+  const D squared = (e * -1.3862943611198906) - (s * square * p + s) * 4.;
+  F rounded = __builtin_convertvector(squared, F);
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes; ++k) rounded[k] = sqrtf(rounded[k]);
+  const D root = widen(rounded);
+  return (squared / root + root) * 0.5;
 }
 
-SSLOPS_INLINE F square_root(F x) {
-#if defined(__AVX512F__)
-  return (F)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-  return (F)_mm256_sqrt_ps((__m256)x);
-#else
-  for (int k = 0; k < kLanes; ++k) x[k] = __builtin_sqrtf(x[k]);
-  return x;
-#endif
+// Two normal numbers of Box and Muller's: of radius r at the angle 2 pi v.
+SSLOPS_INLINE void normals(D r, F v, D& first, D& second) {
+  const D half = widen(v - 0.5f) * 3.141592653589793, square = half * half;  // of the opposite angle
+  D sine = square * -7.647163731819816e-13 + 1.6059043836821613e-10;         // 1 / n!
+  sine = sine * square - 2.505210838544172e-08;
+  sine = sine * square + 2.7557319223985893e-06;
+  sine = sine * square - 1.984126984126984e-04;
+  sine = sine * square + 8.333333333333333e-03;
+  sine = sine * square - 1. / 6.;
+  sine = sine * square * half + half;
+  D cosine = square * 4.779477332387385e-14 - 1.1470745597729725e-11;
+  cosine = cosine * square + 2.08767569878681e-09;
+  cosine = cosine * square - 2.755731922398589e-07;
+  cosine = cosine * square + 2.48015873015873e-05;
+  cosine = cosine * square - 1.388888888888889e-03;
+  cosine = cosine * square + 1. / 24.;
+  cosine = cosine * square - 0.5;
+  cosine = cosine * square + 1.;
+  first = (sine * sine * 2. - 1.) * r;
+  second = sine * cosine * -2. * r;
 }
 
-// Normal numbers of Box and Muller's: four words, two radii and two angles, make four.
+// Four words, two radii and two angles, make four numbers.
 void draw(Tensor key, Tensor directions) {
   const uint64_t seed = *key.as<uint64_t>();
   const int64_t d = directions.sizes[1], blocks = ceil_div(d, 4);
-  float* const out = directions.as<float>();
   parallel_for(directions.sizes[0], 1 + 4096 / (d + 1), [&](int64_t begin, int64_t end) {
     constexpr int kCount = 2 * kBlocks;
     uint32_t words[4 * kBlocks], radii[kCount], angles[kCount];
-    float normals[4 * kBlocks];
+    Buffer<double> row(round_up(d, 4 * kBlocks));
     for (int64_t i = begin; i < end; ++i) {
+      double squares = 0.;
       for (int64_t first = 0; first < blocks; first += kBlocks) {
         draw_blocks(seed, static_cast<uint64_t>(i * blocks + first), RandomStream::sigreg, words);
         for (int k = 0; k < kCount; ++k) {
           radii[k] = words[k / 2 * 4 + k % 2];
           angles[k] = words[k / 2 * 4 + k % 2 + 2];
         }
+        double* const to = row + 4 * first;
         for (int k = 0; k < kCount; k += kLanes) {
-          U radius, angle;
-          std::memcpy(&radius, radii + k, sizeof radius);
+          U r, angle;
+          std::memcpy(&r, radii + k, sizeof r);
           std::memcpy(&angle, angles + k, sizeof angle);
-          const F r = square_root(minus_two_log(uniform(radius)));
-          const Turn t = turn(uniform(angle) * 6.28318530718f);
-          float cosines[kLanes], sines[kLanes];
-          store(cosines, r - r * t.versine), store(sines, r * t.sine);
+          D cosines, sines;
+          normals(radius(uniform(r)), uniform(angle), cosines, sines);
+          double one[kLanes], other[kLanes];
+          std::memcpy(one, &cosines, sizeof one);
+          std::memcpy(other, &sines, sizeof other);
           for (int lane = 0; lane < kLanes; ++lane) {
-            normals[(k + lane) / 2 * 4 + lane % 2] = cosines[lane];
-            normals[(k + lane) / 2 * 4 + lane % 2 + 2] = sines[lane];
+            to[(k + lane) / 2 * 4 + lane % 2] = one[lane];
+            to[(k + lane) / 2 * 4 + lane % 2 + 2] = other[lane];
           }
         }
-        std::memcpy(out + i * d + 4 * first, normals, at_most(4 * kBlocks, d - 4 * first) * sizeof(float));
       }
-      const float inverse = inv_norm(out, DType::f32, i * d, d);
-      for (int64_t j = 0; j < d; ++j) out[i * d + j] *= inverse;
+      for (int64_t j = 0; j < d; ++j) squares += row[j] * row[j];
+      const double norm = sqrt(squares);
+      for (int64_t j = 0; j < d; ++j) directions.as<float>()[i * d + j] = static_cast<float>(row[j] / norm);
     }
   });
 }
@@ -101,7 +120,7 @@ double statistic(Tensor sums, double step) {
   return sum_rows(sums.sizes[0] * 2 * knots.count, [&](int64_t row) {
     D squares{};
     for_each_vector(m, [&](int64_t j, int lanes) {
-      const D value = __builtin_convertvector(load_lanes(sums.as<float>() + row * m + j, lanes, 0.f), D);
+      const D value = widen(load_lanes(sums.as<float>() + row * m + j, lanes, 0.f));
       squares += value * value;
     });
     return knots.weight(row % knots.count) * sum(squares);

@@ -1,5 +1,7 @@
 // e^(i theta), as its sine and what its cosine lacks of 1: with it small turns lose no digits, however many follow.
 #pragma once
+#include <math.h>
+
 #include "vec.h"
 
 namespace sslops {
@@ -23,16 +25,36 @@ SSLOPS_INLINE Turn small_turn(F theta, F rest) {
   return {sine, rest * sine + versine};
 }
 
-// For any theta. Beyond 2^22, where float32 does not know the turn, its digits decide, so that turns are still spread.
+SSLOPS_INLINE bool any(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask);
+#else
+  int32_t found = 0;
+  for (int k = 0; k < kLanes; ++k) found |= mask[k];
+  return found;
+#endif
+}
+
+// Where the numbers of quarter turns are too large for `turn`, and NaN.
+__attribute__((noinline)) Turn far_turn(F theta) {
+  float angles[kLanes], sines[kLanes], cosines[kLanes];
+  store(angles, theta);
+  for (int k = 0; k < kLanes; ++k) sines[k] = sinf(angles[k]), cosines[k] = cosf(angles[k]);
+  return {load(sines), 1.f - load(cosines)};
+}
+
 SSLOPS_INLINE Turn turn(F theta) {
-  const I unknown = (I)((U)theta & 0x7fffffffu) >= 0x4a800000;
-  const F known = select(unknown, (F)(((U)theta & 0x807fffffu) | 0x4a000000u), theta);
+  if (__builtin_expect(any(!((F)((U)theta & 0x7fffffffu) < 12800.f)), false)) return far_turn(theta);
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded number in the low bits
-  const F biased = known * 0.636619772f + magic, quarters = biased - magic;
+  const F biased = theta * 0.636619772f + magic, quarters = biased - magic;
   // pi / 2 in parts, of which products with up to 2^13 are exact
-  const F most = known - quarters * 1.5703125f, near = most - quarters * 4.837512969970703125e-4f;
+  const F most = theta - quarters * 1.5703125f, near = most - quarters * 4.837512969970703125e-4f;
   const F rest = ((most - near) - quarters * 4.837512969970703125e-4f) - quarters * 7.54978995489188216e-8f;
-  const Turn t = small_turn(near + theta * 0.f, rest);  // infinities become NaN
+  const Turn t = small_turn(near, rest);
   const F cosine = 1.f - t.versine;
   const U quadrant = (U)biased & 3u;
   const I odd = (I)(quadrant << 31) < 0;

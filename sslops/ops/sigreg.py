@@ -60,7 +60,7 @@ def reference(x: Arguments) -> tuple[Tensor]:
 
 def _check_arguments(x: Arguments) -> None:
     _check.count("sigreg", "slices", x.slices, 1, 2**31 - 1)
-    _check.count("sigreg", "knots", x.knots, 2, 4096)
+    _check.count("sigreg", "knots", x.knots, 2, 129)
     _check.positive("sigreg", t_max=x.t_max)
     if (x.directions is None) == (x.key is None):
         _check.bad_value("sigreg", "key", "one, or directions", "both" if x.key is not None else "neither")
@@ -117,8 +117,8 @@ def sigreg(
             runs the eager reference). Projections and phases are float32, under autocast too.
         slices: M, how many directions are drawn: normal vectors, normalised, by Philox under one int64 key. The key
             comes from torch's generator of z's device and is not read on the host. The same key gives the same random
-            words on every device and backend, and directions that differ by a rounding of float32.
-        knots: at which t the integral is taken by the trapezoidal rule, from 0 to t_max; at least 2. Even in t, it is
+            words on every device and backend, and directions that are those of float64, rounded to float32.
+        knots: at which t the integral is taken by the trapezoidal rule, from 0 to t_max; 2 to 129. Even in t, it is
             twice the half.
         t_max: positive.
         directions: [M, D] to use in place of drawn ones, as they are; M is then theirs. No gradient.
