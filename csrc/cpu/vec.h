@@ -39,14 +39,13 @@ SSLOPS_INLINE F splat(float x) { return x - F{}; }  // x + 0 would be an additio
 SSLOPS_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 SSLOPS_INLINE F max(F a, F b) { return select(a > b, a, b); }
 SSLOPS_INLINE float max(float a, float b) { return a > b ? a : b; }
+
 // A bit for each lane, the first in the lowest.
 SSLOPS_INLINE unsigned bits(I mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 #elif defined(__AVX2__)
   return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
-#elif defined(__x86_64__)
-  return static_cast<unsigned>(_mm_movemask_ps((__m128)mask));
 #else
   unsigned found = 0;
   for (int lane = 0; lane < kLanes; ++lane) found |= (mask[lane] & 1u) << lane;
