@@ -54,12 +54,13 @@ SSLOPS_INLINE void look(const float* s, int64_t ld, int64_t n, int32_t first, co
     } else {
       F high = top;
       for (int64_t j = 0; j < kTogether; ++j) high = max(load(s + j * ld + i), high);
-      if (!any(high > top)) continue;
+      if (!bits(high > top)) continue;
       for (int32_t j = 0; j < kTogether; ++j) {
         const float* const v = s + j * ld + i;
-        if (!any(load(v) > load(last + i))) continue;
-        for (int lane = 0; lane < kLanes; ++lane)
-          if (v[lane] > last[i + lane]) best.insert(i + lane, v[lane], first + j);
+        for (unsigned beats = bits(load(v) > load(last + i)); beats; beats &= beats - 1) {
+          const int lane = __builtin_ctz(beats);
+          best.insert(i + lane, v[lane], first + j);
+        }
       }
     }
   }

@@ -39,15 +39,17 @@ SSLOPS_INLINE F splat(float x) { return x - F{}; }  // x + 0 would be an additio
 SSLOPS_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 SSLOPS_INLINE F max(F a, F b) { return select(a > b, a, b); }
 SSLOPS_INLINE float max(float a, float b) { return a > b ? a : b; }
-SSLOPS_INLINE bool any(I mask) {
+
+// A bit for each lane, the first in the lowest.
+SSLOPS_INLINE unsigned bits(I mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)mask);
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
 #else
-  typedef int64_t Half __attribute__((vector_size(4 * kLanes)));
-  const Half both = (Half)mask;
-  return both[0] | both[1];
+  unsigned found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= (mask[lane] & 1u) << lane;
+  return found;
 #endif
 }
 
