@@ -20,6 +20,7 @@ def test_time(benchmark, device, case):
     (b, length, k, d), dtype, part = case
     tokens = torch.randn(b, length, d, device=device).to(dtype).requires_grad_(part == "both")
     ids = torch.rand(b, length, device=device).argsort(dim=1)[:, :k].contiguous()
+    counts = torch.full((b,), k, device=device)
     rows = torch.arange(b, device=device)[:, None]
     grad = torch.randn(b, k, d, device=device).to(dtype)
     picked, whole = torch.empty_like(grad), torch.empty_like(tokens.detach())
@@ -42,6 +43,7 @@ def test_time(benchmark, device, case):
     variants = {
         "sslops": step(lambda: sslops.gather_tokens(tokens, ids, unique=True)),
         "repeated": step(lambda: sslops.gather_tokens(tokens, ids)),
+        "counts": step(lambda: sslops.gather_tokens(tokens, ids, counts=counts, unique=True)),
         "eager": step(lambda: tokens.gather(1, ids[:, :, None].expand(-1, -1, d))),
         "indexing": step(lambda: tokens[rows, ids]),
         "memory": least,

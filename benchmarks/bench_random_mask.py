@@ -1,4 +1,7 @@
-"""Random masks beside MAE's eager code (rand, two argsorts, gather). Shapes: B x L, at ratio 0.75."""
+"""Random masks beside MAE's eager code (rand, two argsorts, gather). Shapes: B x L, at ratio 0.75.
+
+The other masks, of the same length at the same ratio: of padded rows, of ratios for each row, of blocks and of tubes.
+"""
 
 import pytest
 import torch
@@ -28,8 +31,14 @@ def test_time(benchmark, device, case):
     batch, length = case.shape
     keep = length // 4
     outputs = [torch.empty(batch, length, dtype=d, device=device) for d in (torch.int64, torch.int64, torch.float32)]
+    lengths = torch.randint(1, length + 1, (batch,), device=device)
+    ratios = torch.rand(batch, device=device)
     variants = {
         "sslops": lambda: sslops.random_mask(batch, length, 0.75, device=device),
+        "padded": lambda: sslops.random_mask(batch, length, 0.75, lengths=lengths),
+        "ratios": lambda: sslops.random_mask(batch, length, ratios),
+        "blocks": lambda: sslops.block_mask(batch, (length // 14, 14), 0.75, device=device),
+        "tubes": lambda: sslops.tube_mask(batch, (length // 14 // 2, 2, 14), 0.75, device=device),
         "eager": lambda: eager(batch, length, keep, device),
         "outputs written": lambda: [out.zero_() for out in outputs],
     }

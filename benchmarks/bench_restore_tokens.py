@@ -35,6 +35,7 @@ def test_time(benchmark, device, case, positions):
         for y in learned:
             y.requires_grad_()
     ids = torch.rand(b, length, device=device).argsort(dim=1)
+    counts = torch.full((b,), k, device=device)
     grad, out = torch.randn(2, b, 1 + length, d, device=device).to(dtype)
 
     def step(op):
@@ -49,6 +50,7 @@ def test_time(benchmark, device, case, positions):
 
     variants = {
         "sslops": step(lambda *inputs: sslops.restore_tokens(*inputs, num_prefix=1)),
+        "counts": step(lambda *inputs: sslops.restore_tokens(*inputs, num_prefix=1, counts=counts)),
         "eager": step(eager),
         "compile": step(torch.compile(eager, dynamic=False)),
         "memory": lambda: (out.copy_(grad), grad.sum(dim=0) if part == "both" else None),

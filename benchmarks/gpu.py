@@ -34,7 +34,8 @@ GRACE = 8.0  # seconds between SIGINT, upon which pytest writes its reports, and
 SIZE = 15 * 2**20  # bytes of a file that is brought back
 BENCHES = (  # in the order of what matters
     "limits", "nt_xent", "info_nce", "barlow_twins", "vicreg", "relic", "masked_prediction", "ema_update",
-    "gather_patches", "restore_tokens", "gather_tokens", "cross_correlation", "random_mask", "random_token_corruption",
+    "gather_patches", "restore_tokens", "gather_tokens", "cross_correlation", "random_mask", "multi_block_mask",
+    "random_token_corruption",
     "routes",
 )  # fmt: skip
 # Not for a GPU: what builds, what counts lines, what spreads over processes on the CPU, and the benchmarks' own.

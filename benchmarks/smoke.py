@@ -77,6 +77,25 @@ def mask(noise: Tensor, backend: str) -> tuple[Tensor, ...]:
     return tuple(sslops.random_mask(*noise.shape, 0.75, noise=noise, device=noise.device, backend=backend))
 
 
+def padded(noise: Tensor, backend: str) -> tuple[Tensor, ...]:
+    lengths = torch.arange(len(noise), device=noise.device) * 3
+    return tuple(sslops.random_mask(*noise.shape, 0.75, lengths=lengths, noise=noise, backend=backend))
+
+
+def blocks(noise: Tensor, backend: str) -> tuple[Tensor, ...]:
+    generator = torch.Generator(noise.device).manual_seed(3)
+    return sslops.block_mask(len(noise), (14, 14), 0.8, generator=generator, device=noise.device, backend=backend)
+
+
+def multi_blocks(noise: Tensor, backend: str) -> tuple[Tensor, ...]:
+    generator = torch.Generator(noise.device).manual_seed(3)
+    return sslops.multi_block_mask(len(noise), (14, 14), generator=generator, device=noise.device, backend=backend)
+
+
+def counts(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device)
+
+
 def corruption(noise: Tensor, backend: str) -> tuple[Tensor, ...]:
     words = (noise * 1000).long()
     generator = torch.Generator(noise.device).manual_seed(3)
@@ -106,13 +125,21 @@ CASES = [
     Case("gather_patches", lambda x, backend: sslops.gather_patches(x, ids(x, 5), 8, backend=backend),
          normal((4, 3, 32, 32))),
     Case("gather_tokens", lambda x, backend: sslops.gather_tokens(x, ids(x, 5), backend=backend), normal((4, 16, 100))),
+    Case("gather_tokens",
+         lambda x, backend: sslops.gather_tokens(x, ids(x, 5), counts=counts(x), unique=True, backend=backend),
+         normal((4, 16, 100))),
     Case("masked_token_cross_entropy", cross_entropy, normal((300, 64), (500, 64))),
     Case("masked_prediction", mse, normal((4, 16, 192))),
     Case("restore_tokens",
          lambda x, token, backend: sslops.restore_tokens(x, token, ids(x, 16), num_prefix=1, backend=backend),
          normal((4, 6, 100), (1, 1, 100))),
+    Case("restore_tokens",
+         lambda x, token, backend: sslops.restore_tokens(
+             x, token, ids(x, 16), num_prefix=1, counts=counts(x), backend=backend),
+         normal((4, 6, 100), (1, 1, 100))),
     Case("ema_update", update, normal((1000, 33), (1000, 33)), FLOATS),
-    Case("random_mask", mask, lambda: [torch.rand(64, 196)], ONE),
+    *(Case("random_mask", call, lambda: [torch.rand(64, 196)], ONE) for call in (mask, padded, blocks)),
+    Case("multi_block_mask", multi_blocks, lambda: [torch.rand(64, 1)], ONE),
     Case("random_token_corruption", corruption, lambda: [torch.rand(16, 512)], ONE),
 ]  # fmt: skip
 SMALL = 48  # rows that are left of a case where the interpreter runs it

@@ -14,6 +14,7 @@
 #include "cpu/gather_tokens.h"
 #include "cpu/info_nce.h"
 #include "cpu/masked_prediction.h"
+#include "cpu/multi_block_mask.h"
 #include "cpu/nearest.h"
 #include "cpu/nt_xent.h"
 #include "cpu/prototypes.h"
@@ -30,6 +31,7 @@
 #include "cuda/gather_patches.h"
 #include "cuda/gather_tokens.h"
 #include "cuda/masked_prediction.h"
+#include "cuda/multi_block_mask.h"
 #include "cuda/probe.h"
 #include "cuda/random_mask.h"
 #include "cuda/random_token_corruption.h"
@@ -232,6 +234,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, gather_tokens::table);
   bind(m, info_nce::table);
   bind(m, masked_prediction::table);
+  bind(m, multi_block_mask::table);
   bind(m, nearest::table);
   bind(m, nt_xent::table);
   bind(m, prototypes::table);
@@ -248,6 +251,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, gather_patches::cuda_table);
   bind(m, gather_tokens::cuda_table);
   bind(m, masked_prediction::cuda_table);
+  bind(m, multi_block_mask::cuda_table);
   bind(m, random_mask::cuda_table);
   bind(m, random_token_corruption::cuda_table);
   bind(m, restore_tokens::cuda_table);

@@ -15,9 +15,10 @@ from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_prediction import masked_patch_mse, masked_prediction
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
+from .ops.multi_block_mask import multi_block_mask
 from .ops.nearest import koleo, nearest
 from .ops.nt_xent import nt_xent
-from .ops.random_mask import random_mask
+from .ops.random_mask import block_mask, random_mask, tube_mask
 from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic, relic_multicrop
 from .ops.restore_tokens import restore_tokens
@@ -33,6 +34,7 @@ __all__ = [
     "EMA",
     "NegativeQueue",
     "barlow_twins",
+    "block_mask",
     "cosine_momentum",
     "cross_correlation",
     "denormalize_patches",
@@ -49,6 +51,7 @@ __all__ = [
     "masked_patch_mse",
     "masked_prediction",
     "masked_token_cross_entropy",
+    "multi_block_mask",
     "nearest",
     "nn",
     "nt_xent",
@@ -65,6 +68,7 @@ __all__ = [
     "sinkhorn",
     "supcon",
     "swav",
+    "tube_mask",
     "unpatchify",
     "vicreg",
 ]

@@ -21,6 +21,7 @@ from .ops.ibot import ibot
 from .ops.info_nce import info_nce
 from .ops.masked_prediction import masked_patch_mse
 from .ops.masked_token_cross_entropy import masked_token_cross_entropy
+from .ops.multi_block_mask import multi_block_mask
 from .ops.nearest import nearest
 from .ops.nt_xent import nt_xent
 from .ops.random_mask import random_mask
@@ -105,6 +106,8 @@ SUBJECTS = {
     "sinkhorn": Subject("B x K, three iterations", "512x3000", lambda x, b, k: (sinkhorn, [x.data(b, k).tanh()])),
     "random_mask": Subject("B x L, a quarter kept", "4096x196", lambda x, b, length:
         (partial(random_mask, b, length, 0.75, device=x.device), [])),
+    "multi_block_mask": Subject("B x H x W", "1024x14x14", lambda x, b, height, width:
+        (partial(multi_block_mask, b, (height, width), device=x.device), [])),
     "random_token_corruption": Subject("B x L", "1024x512", lambda x, b, length:
         (partial(random_token_corruption, mask_token_id=103, vocab_size=30522), [x.ids(b, length, length)])),
     "masked_token_cross_entropy": Subject("N x V x D, a sixth labelled", "2048x30522x768", _labelled),

@@ -31,6 +31,7 @@ class Of(NamedTuple):
     optional: bool = False  # found in the annotation: Tensor | None
     below: Callable[[Any], int] | None = None  # indices in [0, below(the arguments))
     ignored: str = ""  # the argument that is the one value which need not be
+    counts: str = ""  # the argument [B] that says how many of each row are looked at
     each: bool = False  # a list of such tensors
 
 
@@ -105,7 +106,8 @@ def indices(op: str, x: Any, declared: Mapping[str, Of]) -> None:
     """That those of x's tensors that are indices are in range: looked at on the CPU only."""
     for name, of in declared.items():
         if of.below is not None and getattr(x, name) is not None:
-            id_range(op, of.below(x), getattr(x, of.ignored, None), **{name: getattr(x, name)})
+            ignored, counts = getattr(x, of.ignored, None), getattr(x, of.counts, None)
+            id_range(op, of.below(x), ignored, counts, **{name: getattr(x, name)})
 
 
 def ids64(x: Any) -> Any:
@@ -144,8 +146,8 @@ def flag(op: str, argument: str, value: bool) -> None:
         bad_type(op, argument, "True or False", repr(value))
 
 
-def id_range(op: str, end: int, ignored: int | None = None, /, **tensors: Tensor) -> None:
-    """All in [0, end), or ignored: looked at on the CPU only."""
+def id_range(op: str, end: int, ignored: int | None = None, counts: Tensor | None = None, /, **tensors: Tensor) -> None:
+    """All in [0, end), or ignored, or behind the first counts[b] of a row: looked at on the CPU only."""
     for name, x in tensors.items():
         if x.device.type == "cpu" and x.numel():
             low, high = torch.aminmax(x)
@@ -153,6 +155,8 @@ def id_range(op: str, end: int, ignored: int | None = None, /, **tensors: Tensor
                 bad = (x < 0) | (x >= end)
                 if ignored is not None:
                     bad &= x != ignored
+                if counts is not None:
+                    bad &= torch.arange(x.shape[1]) < counts[:, None]
                 for position in bad.nonzero()[:1].tolist():
                     wanted = f"an index from 0 to {end - 1}" + (f", or {ignored}" if ignored is not None else "")
                     bad_value(op, f"{name}{position}", wanted, int(x[tuple(position)]))
@@ -235,6 +239,17 @@ def count(op: str, argument: str, value: int, lowest: int, highest: int | None =
         bad_type(op, argument, "an integer", type(value).__name__)
     if value < lowest or (highest is not None and value > highest):
         bad_value(op, argument, f"at least {lowest}" if highest is None else f"{lowest} to {highest}", value)
+
+
+def grid(op: str, grid: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """Tokens along as many axes as one of these says."""
+    if not isinstance(grid, Sequence):
+        bad_type(op, "grid", "a tuple of integers", type(grid).__name__)
+    if len(grid) not in axes:
+        bad_value(op, "grid", " or ".join(f"{each} numbers" for each in axes), tuple(grid))
+    for k, each in enumerate(grid):
+        count(op, f"grid[{k}]", each, 0, 2**31 - 1)
+    return tuple(grid)
 
 
 def batch(op: str, argument: str, x: Tensor, ranks: int = 1) -> None:

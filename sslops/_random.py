@@ -15,6 +15,8 @@ class RandomStream(enum.IntEnum):
     RANDOM_MASK = 2
     RANDOM_TOKEN_CORRUPTION = 3
     SIGREG = 4
+    MASK_BLOCKS = 5
+    MULTI_BLOCK_MASK = 6
 
 
 def philox(key: int | Tensor, stream: RandomStream, first_block: int, blocks: int, device: torch.device) -> Tensor:
@@ -36,6 +38,19 @@ def normals(key: Tensor, stream: RandomStream, blocks: int) -> Tensor:
     uniform = ((philox(key, stream, 0, blocks, key.device) >> 9).double() + 0.5) * 2.0**-23  # exact in float32
     radii, angles = (-2 * uniform[:, :2].log()).sqrt(), 2 * torch.pi * uniform[:, 2:]
     return torch.cat([radii * angles.cos(), radii * angles.sin()], 1)
+
+
+def on_device(op: str, device: torch.device | str | None) -> torch.device:
+    """The device, or torch's default one"""
+    try:
+        return torch.empty(0, device=device).device
+    except (
+        AssertionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # no name of a device, or of none that is here
+        return _check.bad_value(op, "device", "a device that is there", f"{device!r}: {error}")
 
 
 def draw_key(op: str, generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -78,6 +78,7 @@ _PIXELS = {"images": torch.randint(256, (3, 3, 12, 8), generator=torch.Generator
 _UNIT = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
 _NOISE = {"noise": torch.rand(4, 10, generator=torch.Generator().manual_seed(0))}
 _MASK = {"batch": 4, "length": 10, "mask_ratio": 0.7}
+_COUNTS, _PADDED = torch.tensor([4, 0, 3]), torch.tensor([[5, 0, 3, 1], [-1, 9, -1, -1], [2, 4, 0, 2**40]])
 _CORRUPTION = {"ids": _ids(4, 10, 50), "mask_token_id": 3, "vocab_size": 50}
 
 _CROPS = {"student": _random(4, 6, 30), "teacher": _random(2, 6, 30, seed=1)}
@@ -156,11 +157,27 @@ CASES = [
          {"ids": _ids(3, 4, 6)}, ("tokens",), batched=False),
     Case("gather_tokens", "unique", sslops.gather_tokens, {"tokens": _random(3, 6, 10)},
          {"ids": _ids(3, 4, 6).int(), "unique": True}, ("tokens",), batched=False),
+    Case("gather_tokens", "counts", sslops.gather_tokens, {"tokens": _random(3, 6, 10)},
+         {"ids": _PADDED, "counts": _COUNTS, "unique": True}, ("tokens",), batched=False),
+    Case("restore_tokens", "counts", sslops.restore_tokens, _TOKENS,
+         {"ids_restore": _ids(3, 7, 7), "num_prefix": 1, "counts": _COUNTS.int()},
+         ("visible", "mask_token", "pos_embed"), batched=False),
     Case("restore_tokens", "prefix", sslops.restore_tokens, _TOKENS,
          {"ids_restore": _ids(3, 7, 7), "num_prefix": 1}, ("visible", "mask_token", "pos_embed"), batched=False),
     Case("restore_tokens", "fixed", sslops.restore_tokens, {k: _TOKENS[k] for k in ("visible", "mask_token")},
          {"ids_restore": _ids(3, 7, 7).int()}, ("mask_token",), batched=False),
     Case("random_mask", "noise", sslops.random_mask, _NOISE, _MASK, batched=False),
+    Case("random_mask", "lengths", sslops.random_mask, _NOISE,
+         _MASK | {"lengths": torch.tensor([10, 0, 7, 3]).int(), "min_keep": 2, "max_keep": 5}, batched=False),
+    Case("random_mask", "ratios", sslops.random_mask, {"mask_ratio": torch.tensor([0.9, 0.2, 0.5, 0.0])} | _NOISE,
+         {"batch": 4, "length": 10}, batched=False),
+    Case("random_mask", "padded", _drawn(sslops.random_mask), {}, _MASK | {"lengths": torch.tensor([10, 0, 7, 3])},
+         batched=False),
+    Case("random_mask", "tubes", _drawn(sslops.tube_mask), {}, {"batch": 4, "grid": (3, 2, 5), "mask_ratio": 0.7},
+         batched=False),
+    Case("random_mask", "blocks", _drawn(sslops.block_mask), {}, {"batch": 4, "grid": (4, 5), "mask_ratio": 0.7},
+         batched=False),
+    Case("multi_block_mask", "drawn", _drawn(sslops.multi_block_mask), {}, {"batch": 4, "grid": (6, 8)}, batched=False),
     Case("random_mask", "drawn", _drawn(sslops.random_mask), {}, _MASK, batched=False),
     Case("random_token_corruption", "drawn", _drawn(sslops.random_token_corruption), {}, _CORRUPTION, batched=False),
     Case("random_token_corruption", "special", _drawn(sslops.random_token_corruption), {},

@@ -90,7 +90,7 @@ def test_same_bits_every_run_and_for_all_threads(device, backend):
 @pytest.mark.parametrize("unique", [True, False])
 def test_opcheck(device, backend, unique):
     tokens, ids = case(2, 7, 5, 8, device=device, unique=True)
-    arguments = (tokens.requires_grad_(), ids, unique, backend)
+    arguments = (tokens.requires_grad_(), ids, None, unique, backend)
     torch.library.opcheck(torch.ops.sslops.gather_tokens.default, arguments)
     grad = torch.randn(2, 5, 8, device=device)
     torch.library.opcheck(torch.ops.sslops.gather_tokens_backward.default, (grad, tokens.detach(), *arguments[1:]))
@@ -126,7 +126,7 @@ def test_ids_out_of_range_are_refused_by_position():
                 lambda b=backend, i=bad: sslops.gather_tokens(tokens, i, backend=b),
             )
         with pytest.raises(ValueError, match=r"gather_tokens: ids\[1, 3\]"):
-            torch.ops.sslops.gather_tokens_backward(torch.ones(3, 5, 8), tokens, bad, False, "cpu")
+            torch.ops.sslops.gather_tokens_backward(torch.ones(3, 5, 8), tokens, bad, None, False, "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -157,4 +157,58 @@ def test_bad_input():
     refused(TypeError, "unique", tokens, ids, unique=1)
     refused(ValueError, "backend", tokens, ids, backend="tpu")
     with pytest.raises(ValueError, match="gather_tokens: grad"):
-        torch.ops.sslops.gather_tokens_backward(torch.ones(3, 4, 8), tokens, ids, False, "cpu")
+        torch.ops.sslops.gather_tokens_backward(torch.ones(3, 4, 8), tokens, ids, None, False, "cpu")
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unique", [True, False])
+@pytest.mark.parametrize(("b", "length", "k", "d"), [(3, 40, 20, 33), (4, 5, 40, 130), (3, 0, 4, 8), (2, 4, 2, 0)])
+def test_counts(device, backend, dtype, unique, b, length, k, d):
+    """Behind them ids are not looked at: zeros, whose gradient goes nowhere, NaN or not"""
+    if unique and k > length:
+        unique = False
+    tokens, ids = case(b, max(length, 1), k, d, dtype=dtype, device=device, unique=unique)
+    tokens = tokens[:, :length]
+    counts = torch.tensor([k if length else 0, 0, k // 2 if length else 0, 1][:b], device=device)
+    behind = torch.arange(k, device=device) >= counts[:, None]
+    ids[behind] = torch.randint(-3, 2**40, ids.shape, device=device)[behind]
+    with oracle.poisoned_memory():
+        oracle.check(sslops.gather_tokens, {"tokens": tokens}, backend, ids=ids, counts=counts, unique=unique)
+        leaf = tokens.clone().requires_grad_()
+        out = sslops.gather_tokens(leaf, ids, counts=counts.int(), unique=unique, backend=backend)
+        assert torch.equal(out.isnan().any(2), torch.zeros_like(behind))
+        assert not out[behind].any()
+        (gradient,) = torch.autograd.grad(out, leaf, torch.ones_like(out).masked_fill(behind[..., None], torch.nan))
+    assert torch.equal(gradient.float().sum((1, 2)).long(), counts * d)
+
+
+@each_target
+def test_counts_on_a_gpu_are_taken_as_the_nearest(device, backend):
+    tokens, ids = case(3, 9, 5, 8, device=device)
+    counts = torch.tensor([-7, 99, 2], device=device)
+    if device == "cpu":
+        oracle.assert_refused(ValueError, "gather_tokens", "counts[0]",
+                              lambda: sslops.gather_tokens(tokens, ids, counts=counts, backend=backend))  # fmt: skip
+    else:
+        found = sslops.gather_tokens(tokens, ids, counts=counts, backend=backend)
+        assert torch.equal(found, sslops.gather_tokens(tokens, ids, counts=counts.clamp(0, 5), backend=backend))
+
+
+def test_bad_counts():
+    tokens, ids = case(3, 7, 5, 8)
+
+    def refused(error, argument, counts, ids=ids):
+        oracle.assert_refused(
+            error, "gather_tokens", argument, lambda: sslops.gather_tokens(tokens, ids, counts=counts)
+        )
+
+    counts = torch.tensor([5, 0, 3])
+    refused(TypeError, "counts", 3)
+    refused(TypeError, "counts", counts.float())
+    refused(ValueError, "counts", counts[:2])
+    refused(ValueError, "counts", counts.to("meta"))
+    refused(ValueError, "counts[0]", counts + 1)
+    ids = ids.clone()
+    ids[2, 3] = ids[0, 4] = -1  # only one is behind its count
+    refused(ValueError, "ids[0, 4]", counts, ids)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sslops
+from benchmarks import peers
 
 from . import oracle
 
@@ -286,6 +287,7 @@ def test_videomae():
 def test_transformers(model):
     """The values of the library's own models"""
     transformers = pytest.importorskip("transformers")
+    peers._let_torchvision_load()
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     sizes |= {"decoder_" + name: value for name, value in sizes.items()} | {"image_size": 16, "patch_size": 4}
@@ -297,14 +299,16 @@ def test_transformers(model):
     else:
         config = transformers.VideoMAEConfig(num_frames=4, tubelet_size=2, num_channels=3, **sizes)
         net = transformers.VideoMAEForPreTraining(config).eval()
-        videos, mask = torch.randn(2, 4, 3, 16, 16), torch.rand(32).argsort().expand(2, -1) < 24  # tubes or not
+        videos, mask = torch.randn(2, 4, 3, 16, 16), sslops.tube_mask(2, (2, 4, 4), 0.9)[1].bool()
         out = net(videos, bool_masked_pos=mask)
-        pred = torch.zeros(2, 32, 96)
-        pred[mask] = out.logits.flatten(0, 1)
+        assert out.logits.shape == (2, 2 * int(16 * 0.9), 96)
+        pred = torch.zeros(2, 32, 96).masked_scatter(mask[..., None], out.logits)
         std, mean = (torch.tensor(x)[:, None, None] for x in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
         pixels = (videos * std + mean).transpose(1, 2)
         found = sslops.masked_prediction(pred, pixels, mask, (2, 4, 4), norm="channel")
     torch.testing.assert_close(found, out.loss, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(loss, out.logits, retain_graph=True)[0] for loss in (found, out.loss))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
 @each_target

@@ -196,7 +196,9 @@ def test_a_biased_generator_is_found(noise, found_by):
 @each_target
 def test_opcheck(device, backend):
     for source in (torch.rand(3, 10, device=device), torch.tensor(5, device=device)):
-        torch.library.opcheck(torch.ops.sslops.random_mask.default, (source, 3, 10, 4, 1, backend))
+        torch.library.opcheck(
+            torch.ops.sslops.random_mask.default, (source, 3, 10, 4, 1, None, None, 0, 1, 1, True, backend)
+        )
 
 
 @each_target
@@ -271,4 +273,215 @@ def test_bad_input_to_the_registered_op():
         (torch.tensor(5), -1, 0),
     ]:
         with pytest.raises((ValueError, TypeError), match="random_mask: "):
-            torch.ops.sslops.random_mask(noise, 4, 9, keep, prefix, "cpu")
+            torch.ops.sslops.random_mask(noise, 4, 9, keep, prefix, None, None, 0, 1, 1, True, "cpu")
+
+
+def expected_of(noise, lengths, counts, keep):
+    """Row by row, in plain Python"""
+    rows = []
+    for values, tokens, count in zip(noise.tolist(), lengths.tolist(), counts.tolist(), strict=True):
+        order = sorted(range(tokens), key=lambda j, values=values: values[j]) + list(range(tokens, len(values)))
+        mask = [0.0] * len(values)
+        for j in order[count:tokens]:
+            mask[j] = 1.0
+        restore = [order.index(j) for j in range(len(values))]
+        rows.append((order[:count] + [0] * (keep - count), mask, restore))
+    ids_keep, masks, restores = zip(*rows, strict=True)
+    return torch.tensor(ids_keep, dtype=torch.int64), torch.tensor(masks), torch.tensor(restores)
+
+
+@each_target
+@pytest.mark.parametrize(("length", "options"), [(50, {}), (50, {"min_keep": 4, "max_keep": 9}), (1, {}), (300, {})])
+@pytest.mark.parametrize("ratio", [0.75, 0.0, "tensor"])
+def test_lengths_and_ratios(device, backend, length, options, ratio):
+    """Padding is neither kept nor masked, whatever its noise; every row keeps as many as its share says"""
+    lengths = torch.tensor([length, 0, length // 2, 1])
+    ratios = torch.tensor([0.75, 0.5, 0.1, 0.9]) if ratio == "tensor" else torch.full((4,), ratio, dtype=torch.double)
+    noise = torch.stack([torch.randperm(length) for _ in lengths]).float()
+    noise[:, length // 2 :] -= 1000  # it would come first
+    counts = [int(n * (1 - r)) for n, r in zip(lengths.tolist(), ratios.tolist(), strict=True)]
+    most = options.get("max_keep", length if ratio == "tensor" else int(length * (1 - ratio)))
+    counts = torch.tensor([min(n, max(options.get("min_keep", 0), min(most, c)))
+                           for n, c in zip(lengths.tolist(), counts, strict=True)])  # fmt: skip
+    with oracle.poisoned_memory():
+        *got, found = sslops.random_mask(
+            4, length, ratios.to(device) if ratio == "tensor" else ratio, lengths=lengths.int().to(device),
+            noise=noise.to(device), backend=backend, **options,
+        )  # fmt: skip
+    assert torch.equal(found.cpu(), counts)
+    same([each.cpu() for each in got], expected_of(noise, lengths, counts, most))
+    if ratio == "tensor":
+        *got, found = sslops.random_mask(4, length, ratios.to(device), noise=noise.to(device), backend=backend)
+        counts = torch.tensor([int(length * (1 - r)) for r in ratios.tolist()])
+        assert torch.equal(found.cpu(), counts)
+        whole = torch.full((4,), length)
+        same([each.cpu() for each in got], expected_of(noise, whole, counts, length))
+
+
+@each_target
+def test_padded_masks_are_one_key_s(device, backend):
+    lengths, ratios = torch.tensor([196, 0, 1, 60, 150], device=device), torch.rand(5, device=device)
+    for ratio, options in ((0.75, {"lengths": lengths}), (ratios, {"lengths": lengths}), (ratios, {})):
+        drawn = [sslops.random_mask(5, 196, ratio, generator=torch.Generator(device).manual_seed(2), device=device,
+                                    backend=each, **options) for each in (backend, "eager")]  # fmt: skip
+        same(*drawn)
+    # All tokens of all rows: what it is without lengths.
+    plain, full = (sslops.random_mask(5, 196, 0.75, generator=torch.Generator(device).manual_seed(2), backend=backend,
+                                      device=device, **options)
+                   for options in ({}, {"lengths": torch.full_like(lengths, 196)}))  # fmt: skip
+    same(plain, full[:3])
+
+
+def test_ratios_out_of_range_and_limits_of_plain_masks():
+    ratios = torch.tensor([NAN, -3.0, 7.0, INF, -INF, 1.0])
+    *_, counts = sslops.random_mask(6, 20, ratios, min_keep=2)
+    assert counts.tolist() == [2, 20, 2, 2, 20, 2]
+    ids_keep, mask, _ = sslops.random_mask(3, 20, 0.5, max_keep=4)
+    assert ids_keep.shape == (3, 4)
+    assert mask.sum() == 3 * 16
+    assert sslops.random_mask(3, 20, 0.99, min_keep=4)[0].shape == (3, 4)
+
+
+@each_target
+def test_an_encoder_of_padded_rows(device, backend):
+    """Masked, gathered and put back: what was seen is in its place, all else is the mask token"""
+    lengths = torch.tensor([40, 7, 0], device=device)
+    tokens = torch.randn(3, 40, 8, device=device, requires_grad=True)
+    ids, mask, ids_restore, counts = sslops.random_mask(3, 40, 0.5, lengths=lengths, backend=backend)
+    seen = sslops.gather_tokens(tokens, ids, counts=counts, unique=True, backend=backend)
+    restored = sslops.restore_tokens(seen, torch.zeros(8, device=device), ids_restore, counts=counts, backend=backend)
+    there = torch.arange(40, device=device) < lengths[:, None]
+    kept = (there & (mask == 0))[..., None]
+    assert torch.equal(kept.sum((1, 2)), counts)
+    assert torch.equal(restored, tokens * kept)
+    (gradient,) = torch.autograd.grad(restored.sum(), tokens)
+    assert torch.equal(gradient, kept.expand_as(tokens).float())
+
+
+@each_target
+@pytest.mark.parametrize(("grid", "ratio"), [((8, 14, 14), 0.9), ((3, 2, 5), 0.5), ((1, 3, 3), 0.0), ((0, 2, 2), 0.5)])
+def test_tubes(device, backend, grid, ratio):
+    """The same in every frame, as many as VideoMAE masks; put back, each token is where it was"""
+    frames, height, width = grid
+    size, length = height * width, frames * height * width
+    ids, mask, ids_restore = sslops.tube_mask(5, grid, ratio, device=device, backend=backend)
+    by_frame = mask.view(5, frames, size)
+    assert torch.equal(by_frame, by_frame[:, :1].expand_as(by_frame))
+    assert (by_frame.sum(2) == int(size * ratio)).all()
+    assert torch.equal(ids.sort(1).values, (1 - mask).nonzero()[:, 1].view(5, -1))
+    assert torch.equal(ids_restore.sort(1).values, torch.arange(length, device=device).expand(5, -1))
+    tokens = torch.randn(5, length, 3, device=device)
+    seen = sslops.gather_tokens(tokens, ids, unique=True)
+    restored = sslops.restore_tokens(seen, torch.zeros(3, device=device), ids_restore)
+    assert torch.equal(restored, tokens * (1 - mask)[..., None])
+    noise = torch.rand(5, size, device=device)
+    drawn = [sslops.tube_mask(5, grid, ratio, noise=noise, backend=each) for each in (backend, "eager")]
+    same(*drawn)
+    if frames:
+        plain = sslops.random_mask(5, size, 0.0, noise=noise)[0][:, : size - int(size * ratio)]
+        assert torch.equal(drawn[0][0][:, : plain.shape[1]], plain)
+
+
+BLOCKS = [
+    ((14, 14), 0.8, {}),
+    ((14, 14), 0.6, {"inverse": False}),
+    ((3, 17), 0.5, {"block_size": 4}),
+    ((90,), 0.5, {"block_size": 5, "adjust": 0.05, "inverse": False}),
+    ((5, 5), 0.5, {"adjust": -0.5}),
+]
+
+
+@each_target
+@pytest.mark.parametrize(("grid", "ratio", "options"), BLOCKS)
+def test_blocks(device, backend, grid, ratio, options):
+    length = math.prod(grid)
+    drawn = [sslops.block_mask(33, grid, ratio, generator=torch.Generator(device).manual_seed(1), device=device,
+                               backend=each, **options) for each in (backend, "eager")]  # fmt: skip
+    same(*drawn)
+    ids, mask, ids_restore = drawn[0]
+    masked = int(length * ratio) if options.get("inverse") is False else length - int(length * (1 - ratio))
+    assert (mask.sum(1) == masked).all()
+    assert torch.equal(ids.sort(1).values, (1 - mask).nonzero()[:, 1].view(33, -1))
+    assert torch.equal(ids_restore.gather(1, ids), torch.arange(length - masked, device=device).expand(33, -1))
+
+
+def data2vec(height: int, width: int, share: float, size: int, adjust: float) -> torch.Tensor:
+    """[H, W] bool: one mask as the paper has it, square by square"""
+    mask, length = torch.zeros(height, width, dtype=torch.bool), height * width
+    for _ in range(int(length * (share + adjust) / size**2)):
+        row, column = int(torch.randint(height, ())), int(torch.randint(width, ()))
+        top, left = row - size // 2, column - size // 2
+        mask[max(top, 0) : top + size, max(left, 0) : left + size] = True
+    flat, wanted = mask.flatten(), int(length * share)
+    for value, surplus in ((True, int(flat.sum()) - wanted), (False, wanted - int(flat.sum()))):
+        if surplus > 0:
+            of = (flat == value).nonzero().flatten()
+            flat[of[torch.randperm(len(of))[:surplus]]] = not value
+    return mask
+
+
+def neighbours(kept: torch.Tensor) -> torch.Tensor:
+    """[B, 4]: pairs kept side by side, pairs above one another, pairs three apart, and tokens kept at the edges"""
+    kept = kept.double()
+    edge = kept.clone()
+    edge[:, 1:-1, 1:-1] = 0
+    pairs = kept[:, :, 1:] * kept[:, :, :-1], kept[:, 1:] * kept[:, :-1], kept[:, :, 3:] * kept[:, :, :-3], edge
+    return torch.stack([each.sum((1, 2)) for each in pairs], 1)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the means, in standard deviations"""
+    return float(((a.mean(0) - b.mean(0)).abs() / (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()).max())
+
+
+@each_target
+def test_blocks_are_data2vec_s(device, backend):
+    torch.manual_seed(0)
+    theirs = neighbours(torch.stack([data2vec(14, 14, 0.2, 3, 0.07) for _ in range(2000)]))
+
+    def ours(**options):
+        return neighbours(sslops.block_mask(20_000, (14, 14), 0.8, device=device, backend=backend, **options)[1].view(
+            -1, 14, 14).cpu() == 0)  # fmt: skip
+
+    assert difference(ours(), theirs) < 4.5
+    for options in ({"block_size": 2}, {"adjust": 0.0}, {"inverse": False}):
+        assert difference(ours(**options), theirs) > 9
+
+
+def test_bad_masks():
+    def refused(op, error, argument, *args, **kwargs):
+        oracle.assert_refused(error, op.__name__, argument, lambda: op(*args, **kwargs))
+
+    lengths, ratios = torch.tensor([3, 9, 0, 1]), torch.rand(4)
+    random, tube, block = sslops.random_mask, sslops.tube_mask, sslops.block_mask
+    refused(random, TypeError, "lengths", 4, 9, 0.5, lengths=[3, 9, 0, 1])
+    refused(random, TypeError, "lengths", 4, 9, 0.5, lengths=lengths.float())
+    refused(random, ValueError, "lengths", 4, 9, 0.5, lengths=lengths[1:])
+    refused(random, ValueError, "lengths[1]", 4, 8, 0.5, lengths=lengths)
+    refused(random, ValueError, "lengths[2]", 4, 9, 0.5, lengths=lengths - 1)
+    refused(random, ValueError, "lengths", 4, 9, ratios, lengths=lengths.to("meta"))
+    refused(random, TypeError, "mask_ratio", 4, 9, ratios.long())
+    refused(random, ValueError, "mask_ratio", 4, 9, ratios[:3])
+    refused(random, TypeError, "min_keep", 4, 9, 0.5, min_keep=1.0)
+    refused(random, ValueError, "min_keep", 4, 9, 0.5, min_keep=10)
+    refused(random, ValueError, "max_keep", 4, 9, 0.5, min_keep=3, max_keep=2)
+    refused(random, ValueError, "max_keep", 4, 9, 0.5, max_keep=10)
+    refused(tube, ValueError, "grid", 4, (3, 3), 0.5)
+    refused(tube, TypeError, "grid", 4, 9, 0.5)
+    refused(tube, ValueError, "grid[0]", 4, (-1, 3, 3), 0.5)
+    refused(tube, ValueError, "mask_ratio", 4, (2, 3, 3), 1.0)
+    refused(tube, ValueError, "noise", 4, (2, 3, 3), 0.5, noise=torch.rand(4, 18))
+    refused(tube, ValueError, "backend", 4, (2, 3, 3), 0.5, backend="tpu")
+    refused(block, ValueError, "grid", 4, (3, 3, 3), 0.5)
+    refused(block, ValueError, "mask_ratio", 4, (3, 3), -0.5)
+    refused(block, ValueError, "block_size", 4, (3, 3), 0.5, block_size=0)
+    refused(block, ValueError, "adjust", 4, (3, 3), 0.5, adjust=NAN)
+    refused(block, TypeError, "inverse", 4, (3, 3), 0.5, inverse=1)
+    refused(block, TypeError, "generator", 4, (3, 3), 0.5, generator=7)
+    for blocks, size, width in ((-1, 1, 1), (2, 0, 1), (2, 1, 2), (2, 1, 0)):
+        with pytest.raises(ValueError, match="random_mask: "):
+            torch.ops.sslops.random_mask(torch.tensor(5), 4, 9, 3, 0, None, None, blocks, size, width, True, "cpu")
+    with pytest.raises(ValueError, match="random_mask: blocks"):
+        torch.ops.sslops.random_mask(torch.rand(4, 9), 4, 9, 3, 0, None, None, 2, 3, 3, True, "cpu")
+    with pytest.raises(ValueError, match=r"random_mask: counts\[1\]"):
+        torch.ops.sslops.random_mask(torch.rand(4, 9), 4, 9, 3, 0, None, lengths, 0, 1, 1, True, "cpu")

@@ -159,7 +159,7 @@ def test_opcheck(device, backend, pos):
     x, token, *rest = (x.flatten(0, -2) if n != "visible" else x for n, x in inputs.items())
     token = token.flatten()
     position = rest[0].requires_grad_() if pos else None
-    arguments = (x.requires_grad_(), token.requires_grad_(), ids, position, 1, backend, [True, True, pos])
+    arguments = (x.requires_grad_(), token.requires_grad_(), ids, position, 1, None, backend, [True, True, pos])
     torch.library.opcheck(torch.ops.sslops.restore_tokens.default, arguments)
     detached = [y.detach() if isinstance(y, torch.Tensor) else y for y in arguments]
     grad = torch.randn(2, 8, 8, device=device)
@@ -225,7 +225,52 @@ def test_bad_input():
             refused(ValueError, "ids_restore[2, 17]", x, token, bad, pos, 1, backend=backend)
     with pytest.raises(ValueError, match="restore_tokens: grad"):
         torch.ops.sslops.restore_tokens_backward(
-            torch.ones(3, 20, 8), x, token.flatten(), ids, pos[0], 1, "cpu", [True] * 3
+            torch.ones(3, 20, 8), x, token.flatten(), ids, pos[0], 1, None, "cpu", [True] * 3
         )
     with pytest.raises(RuntimeError, match=r"restore_tokens: backend 'cpu' cannot run here: no torch\.float64"):
-        torch.ops.sslops.restore_tokens(x, token.flatten(), ids, pos[0].double(), 1, "cpu", [True] * 3)
+        torch.ops.sslops.restore_tokens(x, token.flatten(), ids, pos[0].double(), 1, None, "cpu", [True] * 3)
+
+
+@each_target
+@pytest.mark.parametrize("pos", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("b", "p", "k", "length", "d"), [(3, 1, 9, 30, 33), (3, 0, 7, 7, 20), (3, 2, 0, 5, 8)])
+def test_counts(device, backend, dtype, pos, b, p, k, length, d):
+    """The visible tokens behind them are not there, NaN or not; their gradient is 0"""
+    inputs, ids = case(b, p, k, length, d, dtypes=(dtype,) * 3, device=device, pos=pos)
+    counts = torch.tensor([k, 0, k // 2], device=device)
+
+    def op(visible, mask_token, pos_embed=None, *, backend, counts=counts):
+        return sslops.restore_tokens(visible, mask_token, ids, pos_embed, p, counts=counts, backend=backend)
+
+    with oracle.poisoned_memory():
+        oracle.check(op, inputs, backend)
+        behind = torch.arange(p + k, device=device) >= p + counts[:, None]
+        inputs["visible"] = inputs["visible"].masked_fill(behind[..., None], torch.nan).requires_grad_()
+        out = op(**inputs, backend=backend)
+        assert torch.equal(out, op(**inputs, backend="eager"))
+        assert not out.isnan().any()
+        (gradient,) = torch.autograd.grad(out, inputs["visible"], torch.ones_like(out))
+    assert torch.equal(gradient, (~behind)[..., None].expand_as(gradient).to(dtype))
+    # Row by row it is what the tokens alone make.
+    for row, count in enumerate(counts.tolist()):
+        alone = {"visible": inputs["visible"][row : row + 1, : p + count], "mask_token": inputs["mask_token"]}
+        ids_row = ids[row : row + 1]
+        alone = sslops.restore_tokens(**alone, ids_restore=ids_row, pos_embed=inputs.get("pos_embed"), num_prefix=p)
+        assert torch.equal(out[row], alone[0])
+
+
+def test_bad_counts():
+    inputs, ids = case(3, 1, 5, 20, 8)
+    x, token, pos = inputs.values()
+
+    def refused(error, argument, counts):
+        oracle.assert_refused(error, "restore_tokens", argument,
+                              lambda: sslops.restore_tokens(x, token, ids, pos, 1, counts=counts))  # fmt: skip
+
+    counts = torch.tensor([5, 0, 3])
+    refused(TypeError, "counts", [5, 0, 3])
+    refused(TypeError, "counts", counts.bool())
+    refused(ValueError, "counts", counts[:2])
+    refused(ValueError, "counts[0]", counts + 1)
+    refused(ValueError, "counts[1]", counts - 1)

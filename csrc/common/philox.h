@@ -8,7 +8,14 @@
 namespace sslops {
 
 // Who draws: one seed gives each op a stream of its own.
-enum class RandomStream : uint32_t { ema_update = 1, random_mask = 2, random_token_corruption = 3, sigreg = 4 };
+enum class RandomStream : uint32_t {
+  ema_update = 1,
+  random_mask = 2,
+  random_token_corruption = 3,
+  sigreg = 4,
+  mask_blocks = 5,
+  multi_block_mask = 6
+};
 
 struct Random4 {
   uint32_t word[4];

@@ -15,13 +15,20 @@ char* at(const Rows& rows, int64_t b, int64_t n) { return rows.data + b * rows.b
 
 void forward(Rows tokens, Ids ids, int64_t row, char* out) {
   parallel_for(ids.batch * ids.count, grain(row), [&](int64_t begin, int64_t end) {
-    const auto token = [&](int64_t k) { return at(tokens, k / ids.count, ids.ids[k]); };
+    const auto token = [&](int64_t k) -> const char* {
+      const int64_t b = k / ids.count;
+      return k - b * ids.count < count_of(ids.counts, b, ids.count) ? at(tokens, b, ids.ids[k]) : nullptr;
+    };
     for (int64_t k = begin; k < end; ++k) {
       const char *const from = token(k), *const next = token(k + 1 < end ? k + 1 : k);
       char* const to = out + k * row;
+      if (!from) {
+        std::memset(to, 0, row);
+        continue;
+      }
       int64_t j = 0;
       for (; j + kLine <= row; j += kLine) {
-        __builtin_prefetch(next + j);
+        __builtin_prefetch((next ? next : from) + j);
         std::memcpy(to + j, from + j, kLine);
       }
       std::memcpy(to + j, from + j, row - j);
@@ -35,7 +42,7 @@ void backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType o
   int64_t *const first = lists, *const next = lists + ids.batch * ids.rows;
   std::memset(first, -1, ids.batch * ids.rows * sizeof *first);
   for (int64_t b = 0; b < ids.batch; ++b)
-    for (int64_t k = ids.count - 1; k >= 0; --k) {
+    for (int64_t k = count_of(ids.counts, b, ids.count) - 1; k >= 0; --k) {
       const int64_t n = ids.ids[b * ids.count + k];
       if (n < 0 || n >= ids.rows) continue;
       next[b * ids.count + k] = first[b * ids.rows + n];
@@ -63,16 +70,17 @@ void backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType o
   delete[] lists;
 }
 
-void call_forward(Tensor tokens, Tensor ids, Tensor out) {
+void call_forward(Tensor tokens, Tensor ids, Tensor counts, Tensor out) {
   if (!out.numel) return;  // no addresses
   on_huge_pages(out);
-  forward(rows_of(tokens), ids_of(ids, tokens), out.sizes[2] * out.item_size, out.data);
+  forward(rows_of(tokens), ids_of(ids, counts, tokens), out.sizes[2] * out.item_size, out.data);
 }
 
-void call_backward(Tensor grad, Tensor ids, Tensor d_tokens) {
+void call_backward(Tensor grad, Tensor ids, Tensor counts, Tensor d_tokens) {
   if (!d_tokens.numel) return;
   on_huge_pages(d_tokens);
-  backward(rows_of(grad), grad.dtype, ids_of(ids, d_tokens), d_tokens.sizes[2], rows_of(d_tokens), d_tokens.dtype);
+  backward(rows_of(grad), grad.dtype, ids_of(ids, counts, d_tokens), d_tokens.sizes[2], rows_of(d_tokens),
+           d_tokens.dtype);
 }
 
 }  // namespace

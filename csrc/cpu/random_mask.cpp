@@ -17,6 +17,27 @@ Item item(int32_t key, int64_t j) {
   return static_cast<Item>(static_cast<uint32_t>(key) ^ 0x80000000u) << 32 | static_cast<uint32_t>(j);
 }
 
+// The highest bit of each token's key says on which side of the squares it is.
+void mark_blocks(const Noise& noise, int64_t row, Item* items) {
+  constexpr Item kLater = Item{1} << 63;
+  const Blocks& blocks = noise.blocks;
+  const int64_t width = blocks.width, height = noise.length / width;
+  for (int64_t j = 0; j < noise.length; ++j) items[j] = blocks.first ? items[j] | kLater : items[j] & ~kLater;
+  for (int64_t i = 0; i < blocks.count; i += 4) {
+    const Random4 random = draw_centers(noise, row, i / 4);
+    for (int64_t k = 0; k < 4 && i + k < blocks.count; ++k) {
+      const int64_t center = center_of(noise, random.word[k]);
+      const int64_t top = center / width - blocks.size / 2, left = center % width - blocks.size / 2;
+      const int64_t bottom = at_most(top + blocks.size, height), right = at_most(left + blocks.size, width);
+      for (int64_t r = top < 0 ? 0 : top; r < bottom; ++r)
+        for (int64_t c = left < 0 ? 0 : left; c < right; ++c) {
+          Item& each = items[r * width + c];
+          each = blocks.first ? each & ~kLater : each | kLater;
+        }
+    }
+  }
+}
+
 // items: room for L, and for the rest of the last blocks.
 void fill(const Noise& noise, int64_t row, Item* items) {
   if (noise.values) {
@@ -28,6 +49,7 @@ void fill(const Noise& noise, int64_t row, Item* items) {
       draw_blocks(key, first_block(noise.length, row) + first / 4, RandomStream::random_mask, words);
       for (int k = 0; k < 4 * kBlocks; ++k) items[first + k] = item(static_cast<int32_t>(words[k]), first + k);
     }
+    if (noise.blocks.count) mark_blocks(noise, row, items);
   }
   for (int64_t j = 0; j < noise.num_prefix; ++j) items[j] = item(kFirst, j);
 }
@@ -58,17 +80,21 @@ void draw_masks(const Noise& noise, int64_t batch, const Mask& out) {
   parallel_for(batch, 1 + kThreadTokens / length, [&](int64_t begin, int64_t end) {
     Item* const items = new Item[2 * room];
     for (int64_t row = begin; row < end; ++row) {
+      const Share share = share_of(noise, out, row);
       fill(noise, row, items);
-      sort(items, items + room, length);
-      for (int64_t rank = 0; rank < length; ++rank) place(out, length, row, static_cast<uint32_t>(items[rank]), rank);
+      sort(items, items + room, share.tokens);
+      for (int64_t rank = 0; rank < share.tokens; ++rank)
+        place(out, share, length, row, static_cast<uint32_t>(items[rank]), rank);
+      for (int64_t j = share.tokens; j < length; ++j) place(out, share, length, row, j, j);
     }
     delete[] items;
   });
 }
 
-void call(Tensor noise, int64_t num_prefix, Tensor ids_keep, Tensor ids_mask, Tensor mask, Tensor ids_restore) {
-  draw_masks(noise_of(noise, num_prefix, ids_restore), ids_restore.sizes[0],
-             mask_of(ids_keep, ids_mask, mask, ids_restore));
+void call(Tensor noise, int64_t num_prefix, Tensor lengths, Tensor counts, int64_t blocks, int64_t size, int64_t width,
+          bool first, Tensor ids_keep, Tensor ids_mask, Tensor mask, Tensor ids_restore) {
+  draw_masks(noise_of(noise, num_prefix, lengths, {blocks, size, width, first}, ids_restore), ids_restore.sizes[0],
+             mask_of(counts, ids_keep, ids_mask, mask, ids_restore));
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ void forward(Array visible, Array mask_token, Array positions, const int64_t* id
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / rows, t = row % rows;
       const int64_t place = t < s.prefix ? t : s.prefix + ids[b * s.length + t - s.prefix];
-      const bool masked = place >= s.prefix + s.kept;
+      const bool masked = t >= s.prefix && is_masked(s, b, place - s.prefix);
       const Array from = masked ? mask_token : visible;
       const int64_t first = masked ? 0 : (b * (s.prefix + s.kept) + place) * s.d;
       for_each_vector(s.d, [&](int64_t j, int lanes) {
@@ -48,8 +48,8 @@ void reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* token
       std::memset(visible, 0, s.d * sizeof(double));
       std::memset(masked, 0, s.d * sizeof(double));
       for (int64_t b = 0; b < s.batch; ++b) {
-        const bool is_masked = t >= s.prefix && ids[b * s.length + t - s.prefix] >= s.kept;
-        if (is_masked || positions) add(grad, (b * rows + t) * s.d, s.d, is_masked ? masked : visible);
+        const bool of_mask = t >= s.prefix && is_masked(s, b, ids[b * s.length + t - s.prefix]);
+        if (of_mask || positions) add(grad, (b * rows + t) * s.d, s.d, of_mask ? masked : visible);
       }
       if (positions)
         for (int64_t j = 0; j < s.d; ++j) positions[t * s.d + j] = static_cast<float>(masked[j] + visible[j]);
@@ -60,15 +60,17 @@ void reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* token
   for (int64_t j = 0; j < s.d; ++j) token[j] = rows ? static_cast<float>(parts[j]) : 0.f;
 }
 
-void call_forward(Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, int64_t kept, Tensor out) {
+void call_forward(Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, Tensor counts, int64_t kept,
+                  Tensor out) {
   if (!out.numel) return;  // no addresses
   on_huge_pages(out);
-  forward(array(visible), array(mask_token), array(positions), ids.as<int64_t>(), shape(ids, kept, out), array(out));
+  forward(array(visible), array(mask_token), array(positions), ids.as<int64_t>(), shape(ids, counts, kept, out),
+          array(out));
 }
 
-void call_reduce(Tensor grad, Tensor ids, int64_t kept, Tensor parts, Tensor positions, Tensor token) {
+void call_reduce(Tensor grad, Tensor ids, Tensor counts, int64_t kept, Tensor parts, Tensor positions, Tensor token) {
   if (!token.numel) return;
-  reduce(array(grad), ids.as<int64_t>(), shape(ids, kept, grad), parts.as<double>(), token.as<float>(),
+  reduce(array(grad), ids.as<int64_t>(), shape(ids, counts, kept, grad), parts.as<double>(), token.as<float>(),
          positions.as<float>());
 }
 

@@ -12,9 +12,11 @@ struct Table {
   // null: the sums over B. Both in float32, added up in double. parts: [P + L, D] scratch.
   void (*reduce)(Array grad, const int64_t* ids, Shape shape, double* parts, float* token, float* positions);
 
-  // The same from Python: ids [B, L], kept = K.
-  void (*call_forward)(Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, int64_t kept, Tensor out);
-  void (*call_reduce)(Tensor grad, Tensor ids, int64_t kept, Tensor parts, Tensor positions, Tensor token);
+  // The same from Python: ids [B, L], counts [B] or None, kept = K.
+  void (*call_forward)(Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, Tensor counts, int64_t kept,
+                       Tensor out);
+  void (*call_reduce)(Tensor grad, Tensor ids, Tensor counts, int64_t kept, Tensor parts, Tensor positions,
+                      Tensor token);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"restore_tokens", &Table::call_forward},

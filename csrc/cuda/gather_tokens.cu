@@ -21,11 +21,11 @@ template <typename Word, bool scatter>
 __global__ void __launch_bounds__(kThreads) move(Rows rows, Ids ids, int64_t words, char* dense) {
   const int64_t k = warp_index();
   if (k >= ids.batch * ids.count) return;
-  const int64_t n = ids.ids[k];
-  const bool there = n >= 0 && n < ids.rows;
-  assert(there);
+  const int64_t b = k / ids.count, n = ids.ids[k];
+  const bool named = k - b * ids.count < count_of(ids.counts, b, ids.count), there = named && n >= 0 && n < ids.rows;
+  assert(there || !named);
   Word* const packed = reinterpret_cast<Word*>(dense) + k * words;
-  Word* const picked = reinterpret_cast<Word*>(at(rows, k / ids.count, there ? n : 0));
+  Word* const picked = reinterpret_cast<Word*>(at(rows, b, there ? n : 0));
   for (int64_t w = threadIdx.x % kWarp; w < words; w += kWarp) {
     if (scatter) {
       if (there) picked[w] = packed[w];
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) move(Rows rows, Ids ids, int64_t wor
       if (there)
         word = picked[w];
       else
-        memset(&word, 0xff, sizeof word);
+        memset(&word, named ? 0xff : 0, sizeof word);
       packed[w] = word;
     }
   }
@@ -59,9 +59,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t b = row / ids.rows, n = row % ids.rows, lane = threadIdx.x % kWarp;
   const int64_t* const named = ids.ids + b * ids.count;
   // Most rows are named once or never: where the first one is, then whether there are more.
-  int64_t first = ids.count, names = 0;
-  for (int64_t k = 0; k < ids.count; k += kWarp) {
-    const unsigned found = __ballot_sync(kAll, k + lane < ids.count && named[k + lane] == n);
+  const int64_t count = count_of(ids.counts, b, ids.count);
+  int64_t first = count, names = 0;
+  for (int64_t k = 0; k < count; k += kWarp) {
+    const unsigned found = __ballot_sync(kAll, k + lane < count && named[k + lane] == n);
     if (found && names == 0) first = k + __ffs(found) - 1;
     names += __popc(found);
   }
@@ -95,17 +96,17 @@ void cuda_backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DT
 }
 
 const CudaTable& cuda_table() {
-  static constexpr CudaTable table{[](Tensor tokens, Tensor ids, Tensor out, Stream stream) {
-                                     cuda_forward(rows_of(tokens), ids_of(ids, tokens), out.sizes[2] * out.item_size,
-                                                  out.data, stream.handle);
+  static constexpr CudaTable table{[](Tensor tokens, Tensor ids, Tensor counts, Tensor out, Stream stream) {
+                                     cuda_forward(rows_of(tokens), ids_of(ids, counts, tokens),
+                                                  out.sizes[2] * out.item_size, out.data, stream.handle);
                                    },
-                                   [](Tensor grad, Tensor ids, Tensor d_tokens, Stream stream) {
-                                     cuda_scatter(grad.data, ids_of(ids, d_tokens), grad.sizes[2] * grad.item_size,
-                                                  rows_of(d_tokens), stream.handle);
+                                   [](Tensor grad, Tensor ids, Tensor counts, Tensor d_tokens, Stream stream) {
+                                     cuda_scatter(grad.data, ids_of(ids, counts, d_tokens),
+                                                  grad.sizes[2] * grad.item_size, rows_of(d_tokens), stream.handle);
                                    },
-                                   [](Tensor grad, Tensor ids, Tensor d_tokens, Stream stream) {
-                                     cuda_backward(rows_of(grad), grad.dtype, ids_of(ids, d_tokens), grad.sizes[2],
-                                                   rows_of(d_tokens), d_tokens.dtype, stream.handle);
+                                   [](Tensor grad, Tensor ids, Tensor counts, Tensor d_tokens, Stream stream) {
+                                     cuda_backward(rows_of(grad), grad.dtype, ids_of(ids, counts, d_tokens),
+                                                   grad.sizes[2], rows_of(d_tokens), d_tokens.dtype, stream.handle);
                                    }};
   return table;
 }

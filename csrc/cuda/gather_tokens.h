@@ -5,7 +5,8 @@
 
 namespace sslops::gather_tokens {
 
-// out[b, k] = tokens[b, ids[b, k]], `row` bytes each; all ones, which are NaN, where that is no row.
+// out[b, k] = tokens[b, ids[b, k]], `row` bytes each; all ones, which are NaN, where that is no row; zeros behind
+// counts.
 void cuda_forward(Rows tokens, Ids ids, int64_t row, char* out, void* stream);
 
 // out[b, ids[b, k]] = grad[b, k]: the ids are unique, and out holds zeros. One that names no row is passed over.
@@ -16,9 +17,9 @@ void cuda_backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DT
 
 // What Python calls, on the stream it gives.
 struct CudaTable {
-  void (*forward)(Tensor tokens, Tensor ids, Tensor out, Stream stream);
-  void (*scatter)(Tensor grad, Tensor ids, Tensor d_tokens, Stream stream);
-  void (*backward)(Tensor grad, Tensor ids, Tensor d_tokens, Stream stream);
+  void (*forward)(Tensor tokens, Tensor ids, Tensor counts, Tensor out, Stream stream);
+  void (*scatter)(Tensor grad, Tensor ids, Tensor counts, Tensor d_tokens, Stream stream);
+  void (*backward)(Tensor grad, Tensor ids, Tensor counts, Tensor d_tokens, Stream stream);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"cuda_gather_tokens", &CudaTable::forward},

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= s.batch * rows) return;
   const int64_t b = row / rows, t = row % rows;
   const int64_t id = t < s.prefix ? t - s.prefix : ids[b * s.length + t - s.prefix];
-  const bool there = t < s.prefix || (id >= 0 && id < s.length), masked = id >= s.kept;
+  const bool there = t < s.prefix || (id >= 0 && id < s.length), masked = t >= s.prefix && is_masked(s, b, id);
   assert(there);
   const Array from = masked ? mask_token : visible;
   const int64_t first = masked || !there ? 0 : (b * (s.prefix + s.kept) + s.prefix + id) * s.d;
@@ -40,13 +40,13 @@ __global__ void __launch_bounds__(kThreads)
   double masked[kSize] = {}, visible[kSize] = {};
 #pragma unroll 4
   for (int64_t b = 0; b < s.batch; ++b) {
-    const bool is_masked = t >= s.prefix && ids[b * s.length + t - s.prefix] >= s.kept;
-    if (!is_masked && !positions) continue;
+    const bool of_mask = t >= s.prefix && is_masked(s, b, ids[b * s.length + t - s.prefix]);
+    if (!of_mask && !positions) continue;
     float value[kSize];
     read(grad.data, grad.dtype, (b * rows + t) * s.d + j, size, value);
     for (int e = 0; e < kSize; ++e) {  // a choice of arrays would put both in memory
-      masked[e] += is_masked ? value[e] : 0.f;
-      visible[e] += is_masked ? 0.f : value[e];
+      masked[e] += of_mask ? value[e] : 0.f;
+      visible[e] += of_mask ? 0.f : value[e];
     }
   }
 #pragma unroll
@@ -73,13 +73,14 @@ void cuda_reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* 
 
 const CudaTable& cuda_table() {
   static constexpr CudaTable table{
-      [](Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, int64_t kept, Tensor out, Stream stream) {
-        cuda_forward(array(visible), array(mask_token), array(positions), ids.as<int64_t>(), shape(ids, kept, out),
-                     array(out), stream.handle);
+      [](Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, Tensor counts, int64_t kept, Tensor out,
+         Stream stream) {
+        cuda_forward(array(visible), array(mask_token), array(positions), ids.as<int64_t>(),
+                     shape(ids, counts, kept, out), array(out), stream.handle);
       },
-      [](Tensor grad, Tensor ids, int64_t kept, Tensor parts, Tensor positions, Stream stream) {
-        cuda_reduce(array(grad), ids.as<int64_t>(), shape(ids, kept, grad), parts.as<double>(), positions.as<float>(),
-                    stream.handle);
+      [](Tensor grad, Tensor ids, Tensor counts, int64_t kept, Tensor parts, Tensor positions, Stream stream) {
+        cuda_reduce(array(grad), ids.as<int64_t>(), shape(ids, counts, kept, grad), parts.as<double>(),
+                    positions.as<float>(), stream.handle);
       }};
   return table;
 }

@@ -15,9 +15,9 @@ void cuda_reduce(Array grad, const int64_t* ids, Shape shape, double* parts, flo
 
 // What Python calls, on the stream it gives.
 struct CudaTable {
-  void (*forward)(Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, int64_t kept, Tensor out,
-                  Stream stream);
-  void (*reduce)(Tensor grad, Tensor ids, int64_t kept, Tensor parts, Tensor positions, Stream stream);
+  void (*forward)(Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, Tensor counts, int64_t kept,
+                  Tensor out, Stream stream);
+  void (*reduce)(Tensor grad, Tensor ids, Tensor counts, int64_t kept, Tensor parts, Tensor positions, Stream stream);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"cuda_restore_tokens", &CudaTable::forward},

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 def forward(x: Arguments) -> Tensor:
     tokens = x.tokens if x.tokens.stride(2) == 1 else x.tokens.contiguous()
     out = tokens.new_empty((*x.ids.shape, tokens.shape[2]))
-    call(tokens.device, "gather_tokens", tokens, x.ids, out)
+    call(tokens.device, "gather_tokens", tokens, x.ids, x.counts, out)
     return out
 
 
 def backward(grad: Tensor, x: Arguments) -> Tensor:
     d_tokens = x.tokens.new_empty(x.tokens.shape)
     if x.unique and d_tokens.is_cuda:  # on the CPU there is nothing to gain from knowing
-        call(d_tokens.device, "gather_tokens_scatter", grad, x.ids, d_tokens.zero_())
+        call(d_tokens.device, "gather_tokens_scatter", grad, x.ids, x.counts, d_tokens.zero_())
     else:
-        call(d_tokens.device, "gather_tokens_backward", grad, x.ids, d_tokens)
+        call(d_tokens.device, "gather_tokens_backward", grad, x.ids, x.counts, d_tokens)
     return d_tokens

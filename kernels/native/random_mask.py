@@ -23,5 +23,6 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
         noise.new_empty((x.batch, columns), dtype=torch.int64) for columns in (x.keep, x.length - x.keep, x.length)
     )
     mask = noise.new_empty((x.batch, x.length), dtype=torch.float32)
-    call(noise.device, "random_mask", noise, x.num_prefix, ids_keep, ids_mask, mask, ids_restore)
+    given = noise, x.num_prefix, x.lengths, x.counts, x.blocks, x.block_size, x.width, x.blocks_first
+    call(noise.device, "random_mask", *given, ids_keep, ids_mask, mask, ids_restore)
     return ids_keep, ids_mask, mask, ids_restore

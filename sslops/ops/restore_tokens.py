@@ -16,6 +16,7 @@ class Arguments(NamedTuple):
     ids_restore: Annotated[Tensor, Of("B L", _check.ID_DTYPES, below=lambda x: x.ids_restore.shape[1])]
     pos_embed: Annotated[Tensor | None, Of("P+L D")]
     num_prefix: int
+    counts: Annotated[Tensor | None, Of("B", _check.ID_DTYPES, below=lambda x: x.visible.shape[1] - x.num_prefix + 1)]
     backend: str = ""
     needs_grad: list[bool] = []  # noqa: RUF012
 
@@ -34,9 +35,12 @@ def outputs(x: Arguments) -> Out:
 def reference(x: Arguments) -> Tensor:
     """[B, P + L, D]"""
     prefix, tokens = x.visible[:, : x.num_prefix], x.visible[:, x.num_prefix :]
-    masked = x.mask_token.expand(len(tokens), x.ids_restore.shape[1] - tokens.shape[1], -1)
-    shuffled = torch.cat([tokens, masked], dim=1)
-    restored = shuffled.gather(1, x.ids_restore.unsqueeze(2).expand(-1, -1, x.visible.shape[2]))
+    (batch, kept, d), ids = tokens.shape, x.ids_restore
+    masks = ids.shape[1] - kept
+    if x.counts is not None:  # all masked ones in one row
+        ids, masks = ids.where(ids < x.counts[:, None].clamp(max=kept), kept), 1
+    shuffled = torch.cat([tokens, x.mask_token.expand(batch, masks, -1)], dim=1)
+    restored = shuffled.gather(1, ids.unsqueeze(2).expand(-1, -1, d))
     out = torch.cat([prefix, restored], dim=1)
     return out if x.pos_embed is None else out + x.pos_embed
 
@@ -77,6 +81,7 @@ def restore_tokens(
     pos_embed: Tensor | None = None,
     num_prefix: int = 0,
     *,
+    counts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The decoder's input in MAE: position j gets visible token ids_restore[b, j] if there is one, else the mask token.
@@ -89,6 +94,9 @@ def restore_tokens(
             gives a row of NaN (with device-side asserts compiled in, the kernel stops instead).
         pos_embed: [1, P + L, D] or [P + L, D], added to the result.
         num_prefix: P; these tokens stay in front.
+        counts: [B] int64 or int32 in [0, K]: only the first counts[b] visible tokens of a row are there, and positions
+            of an id above have the mask token; the others are not read, and their gradient is 0. On a GPU a count
+            outside is taken as the nearest inside.
         backend: "cpu", "cuda" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
@@ -103,5 +111,6 @@ def restore_tokens(
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
     """
     token, positions = _without_ones(mask_token, 1), _without_ones(pos_embed, 2)
-    out: Tensor = _run(Arguments(visible, token, _check.ids64(ids_restore), positions, num_prefix), backend)
+    x = Arguments(visible, token, _check.ids64(ids_restore), positions, num_prefix, _check.ids64(counts))
+    out: Tensor = _run(x, backend)
     return out

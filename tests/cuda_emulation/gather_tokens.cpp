@@ -54,7 +54,18 @@ int compare(const Shape& s, DType dtype, DType grad_dtype, std::mt19937& random)
   const auto rows = [](char* data, int64_t count, int64_t row) { return Rows{data, count * row, row}; };
   int wrong = 0;
 
-  Ids ids{repeated.get(), s.batch, s.count, s.rows};
+  Ids ids{repeated.get(), s.batch, s.count, s.rows, nullptr};
+  // Behind the counts ids are not looked at.
+  const int64_t counts[] = {s.count / 2, s.count + 5, -1};
+  ids.counts = counts;
+  portable::table.forward(rows(tokens.get(), s.rows, row), ids, row, a.get());
+  cuda_forward(rows(tokens.get(), s.rows, row), ids, row, b.get(), nullptr);
+  wrong += check("forward of counts", a, b, s.batch * s.count * row, s, dtype);
+  portable::table.backward(rows(grad.get(), s.count, grad_row), grad_dtype, ids, s.d, rows(c.get(), s.rows, row),
+                           dtype);
+  cuda_backward(rows(grad.get(), s.count, grad_row), grad_dtype, ids, s.d, rows(d.get(), s.rows, row), dtype, nullptr);
+  wrong += check("backward of counts", c, d, s.batch * s.rows * row, s, dtype);
+  ids.counts = nullptr;
   portable::table.forward(rows(tokens.get(), s.rows, row), ids, row, a.get());
   cuda_forward(rows(tokens.get(), s.rows, row), ids, row, b.get(), nullptr);
   wrong += check("forward", a, b, s.batch * s.count * row, s, dtype);
@@ -76,6 +87,11 @@ int compare(const Shape& s, DType dtype, DType grad_dtype, std::mt19937& random)
   std::memset(d.get(), 0, s.batch * s.rows * row);
   cuda_scatter(grad.get(), ids, row, rows(d.get(), s.rows, row), nullptr);
   wrong += check("scatter", c, d, s.batch * s.rows * row, s, dtype);
+  ids.counts = counts;
+  portable::table.backward(rows(grad.get(), s.count, row), dtype, ids, s.d, rows(c.get(), s.rows, row), dtype);
+  std::memset(d.get(), 0, s.batch * s.rows * row);
+  cuda_scatter(grad.get(), ids, row, rows(d.get(), s.rows, row), nullptr);
+  wrong += check("scatter of counts", c, d, s.batch * s.rows * row, s, dtype);
   return wrong;
 }
 
@@ -86,11 +102,11 @@ void call_without_elements(int64_t batch, int64_t rows, int64_t count, int64_t d
   const Contiguous<3> tokens(DType::f32, 4, {batch, rows, d}, values.data());
   const Contiguous<3> out(DType::f32, 4, {batch, count, d}, values.data() + batch * rows * d);
   const Contiguous<2> ids(DType::i64, 8, {batch, count}, numbers.data());
-  portable::table.call_forward(tokens, ids, out);
-  portable::table.call_backward(out, ids, tokens);
-  cuda_table().forward(tokens, ids, out, {});
-  cuda_table().backward(out, ids, tokens, {});
-  cuda_table().scatter(out, ids, tokens, {});
+  portable::table.call_forward(tokens, ids, {}, out);
+  portable::table.call_backward(out, ids, {}, tokens);
+  cuda_table().forward(tokens, ids, {}, out, {});
+  cuda_table().backward(out, ids, {}, tokens, {});
+  cuda_table().scatter(out, ids, {}, tokens, {});
 }
 
 int run() {

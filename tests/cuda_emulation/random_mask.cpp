@@ -1,5 +1,5 @@
 // The CUDA kernel against the CPU's: more tokens than a tile, than a block; given noise with ties, NaN and zeros of
-// both signs, and noise drawn by a key.
+// both signs, and noise drawn by a key; padding and blocks.
 #include "cuda/random_mask.cu"
 
 #include <cmath>
@@ -19,7 +19,9 @@ struct Buffers {
       ids_restore{new int64_t[batch * length]};
   std::unique_ptr<float[]> mask{new float[batch * length]};
 
-  Mask out() const { return {keep, ids_keep.get(), ids_mask.get(), ids_restore.get(), mask.get()}; }
+  Mask out(const int64_t* counts) const {
+    return {keep, ids_keep.get(), ids_mask.get(), ids_restore.get(), mask.get(), counts};
+  }
   bool operator==(const Buffers& other) const {
     const auto same = [](const auto& a, const auto& b, int64_t n) { return std::equal(a.get(), a.get() + n, b.get()); };
     return same(ids_keep, other.ids_keep, batch * keep) && same(ids_mask, other.ids_mask, batch * (length - keep)) &&
@@ -27,10 +29,10 @@ struct Buffers {
   }
 };
 
-bool differs(const Noise& noise, int64_t batch, int64_t keep) {
+bool differs(const Noise& noise, int64_t batch, int64_t keep, const int64_t* counts) {
   const Buffers on_cpu{batch, noise.length, keep}, on_cuda{batch, noise.length, keep};
-  portable::table.draw(noise, batch, on_cpu.out());
-  cuda_draw(noise, batch, on_cuda.out(), nullptr);
+  portable::table.draw(noise, batch, on_cpu.out(counts));
+  cuda_draw(noise, batch, on_cuda.out(counts), nullptr);
   if (on_cpu == on_cuda) return false;
   std::printf("differs: %ld x %ld\n", static_cast<long>(batch), static_cast<long>(noise.length));
   return true;
@@ -46,8 +48,17 @@ int run() {
       for (int64_t k = 0; k < batch * length; ++k)
         values[k] = random() % 2 ? odd[random() % 10] : static_cast<float>(random()) / 4.3e9f;
       const uint64_t key = 0x0123456789abcdef;
-      wrong += differs({values.get(), nullptr, length, length > 9 ? 2 : 0}, batch, length / 4);
-      wrong += differs({nullptr, &key, length, length > 9 ? 2 : 0}, batch, length / 4);
+      const int64_t prefix = length > 9 ? 2 : 0, keep = length / 4;
+      const Blocks none{0, 1, 1, true};
+      wrong += differs({values.get(), nullptr, length, prefix, nullptr, none}, batch, keep, nullptr);
+      wrong += differs({nullptr, &key, length, prefix, nullptr, none}, batch, keep, nullptr);
+      // Counts and lengths that nobody has looked at, too.
+      const int64_t lengths[] = {length / 2, length + 9, -1}, counts[] = {keep / 2, keep + 9, keep};
+      wrong += differs({values.get(), nullptr, length, 0, lengths, none}, batch, keep, counts);
+      wrong += differs({nullptr, &key, length, 0, lengths, none}, batch, keep, nullptr);
+      for (int64_t width : {length, length % 2 ? length : length / 2})
+        for (const Blocks& blocks : {Blocks{6, 3, width, true}, {1, 4, width, false}})
+          wrong += differs({nullptr, &key, length, 0, nullptr, blocks}, batch, keep, nullptr);
     }
   return wrong;
 }

@@ -100,10 +100,10 @@ void call_without_elements(int64_t batch, int64_t prefix, int64_t length, int64_
   const Contiguous<2> positions(DType::f32, 4, {prefix + length, d}, rest);
   const Contiguous<1> token(DType::f32, 4, {d}, rest + positions.tensor.numel);
   const Contiguous<2> parts(DType::f64, 8, {prefix + length, d}, sums.data());
-  portable::table.call_forward(visible, token, positions, ids, length, out);
-  portable::table.call_reduce(out, ids, length, parts, positions, token);
-  cuda_table().forward(visible, token, positions, ids, length, out, {});
-  cuda_table().reduce(out, ids, length, parts, positions, {});
+  portable::table.call_forward(visible, token, positions, ids, {}, length, out);
+  portable::table.call_reduce(out, ids, {}, length, parts, positions, token);
+  cuda_table().forward(visible, token, positions, ids, {}, length, out, {});
+  cuda_table().reduce(out, ids, {}, length, parts, positions, {});
 }
 
 int run() {
@@ -113,7 +113,12 @@ int run() {
   std::mt19937 random(0);
   const DType f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
   int wrong = 0;
-  for (const Shape& s : {Shape{2, 1, 3, 7, 131}, {3, 0, 4, 4, 8}, {1, 2, 0, 5, 33}, {2, 1, 0, 0, 4}})
+  const int64_t counts[] = {2, 9, -1};
+  for (const Shape& s : {Shape{2, 1, 3, 7, 131, nullptr},
+                         {3, 0, 4, 4, 8, nullptr},
+                         {1, 2, 0, 5, 33, nullptr},
+                         {2, 1, 0, 0, 4, nullptr},
+                         {3, 1, 3, 7, 20, counts}})
     for (bool positioned : {true, false}) {
       wrong += compare(s, f32, f32, f32, positioned, random);
       wrong += compare(s, bf16, f32, f32, positioned, random);

@@ -249,6 +249,8 @@ def gather_tokens(draw: Any) -> Case:
     options = {"ids": ids, "unique": draw(st.booleans())}
     if not options["unique"]:
         options["ids"] = ids // 2
+    if draw(st.booleans()):
+        options["counts"] = torch.randint(ids.shape[1] + 1, (batch,), generator=_generator(seed))
     return Case("gather_tokens", "", sslops.gather_tokens, {"tokens": _noise((batch, length, d), seed)}, options,
                 ("tokens",))  # fmt: skip
 
@@ -263,6 +265,8 @@ def restore_tokens(draw: Any) -> Case:
         "pos_embed": _noise((1, prefix + length, d), seed + 2),
     }
     options = {"ids_restore": _ids(batch, length, length, seed), "num_prefix": prefix}
+    if draw(st.booleans()):
+        options["counts"] = torch.randint(kept + 1, (batch,), generator=_generator(seed))
     return Case("restore_tokens", "", sslops.restore_tokens, inputs, options, tuple(inputs))
 
 

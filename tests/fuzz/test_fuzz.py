@@ -30,7 +30,7 @@ fuzzed = settings(
     suppress_health_check=list(HealthCheck),
 )
 each_op = pytest.mark.parametrize("op", sorted(draws.CALLS))
-RANDOM = {"ema_update", "random_mask", "random_token_corruption"}  # whose own tests draw enough
+RANDOM = {"ema_update", "multi_block_mask", "random_mask", "random_token_corruption"}  # whose own tests draw enough
 
 
 def test_every_op_is_drawn():
