@@ -77,15 +77,19 @@ int run() {
   const Patches last{2, 3, 1, 1, 2, 1, 8, 8, 3 * 8 * 16, 1, 0, 3 * 16, 3};
   const Patches signal{2, 2, 1, 1, 3, 1, 1, 7, 2 * 21, 21, 0, 0, 1};
   const Patches video{2, 2, 2, 3, 2, 2, 3, 4, 2 * 4 * 9 * 8, 4 * 9 * 8, 9 * 8, 8, 1};
-  for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::u8})
+  for (DType dtype : {DType::f32, DType::u8})
     for (Layout layout : {Layout::chw, Layout::hwc}) {
-      const DType own = dtype == DType::u8 ? DType::f32 : dtype;
-      wrong += compare(wide, 5, dtype, own, layout, false, random);
+      wrong += compare(wide, 5, dtype, DType::f32, layout, false, random);
       wrong += compare(odd, 7, dtype, DType::f32, layout, true, random);
       wrong += compare(last, 2, dtype, DType::bf16, layout, true, random);
-      wrong += compare(signal, 4, dtype, own, layout, false, random);
-      wrong += compare(video, 9, dtype, own, layout, true, random);
+      wrong += compare(signal, 4, dtype, DType::f32, layout, false, random);
+      wrong += compare(video, 9, dtype, DType::f32, layout, true, random);
     }
+  for (DType dtype : {DType::bf16, DType::f16}) {
+    wrong += compare(wide, 5, dtype, dtype, Layout::chw, true, random);
+    wrong += compare(last, 2, dtype, DType::f32, Layout::hwc, false, random);
+    wrong += compare(video, 9, dtype, dtype, Layout::hwc, true, random);
+  }
   return wrong;
 }
 
