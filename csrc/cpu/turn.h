@@ -25,20 +25,6 @@ SSLOPS_INLINE Turn small_turn(F theta, F rest) {
   return {sine, rest * sine + versine};
 }
 
-SSLOPS_INLINE bool any(I mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)mask);
-#elif defined(__SSE2__)
-  return _mm_movemask_epi8((__m128i)mask);
-#else
-  int32_t found = 0;
-  for (int k = 0; k < kLanes; ++k) found |= mask[k];
-  return found;
-#endif
-}
-
 // Where the numbers of quarter turns are too large for `turn`, and NaN.
 __attribute__((noinline)) Turn far_turn(F theta) {
   float angles[kLanes], sines[kLanes], cosines[kLanes];
