@@ -34,7 +34,7 @@ __attribute__((noinline)) Turn far_turn(F theta) {
 }
 
 SSLOPS_INLINE Turn turn(F theta) {
-  if (__builtin_expect(any(!((F)((U)theta & 0x7fffffffu) < 12800.f)), false)) return far_turn(theta);
+  if (__builtin_expect(bits(!((F)((U)theta & 0x7fffffffu) < 12800.f)), false)) return far_turn(theta);
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded number in the low bits
   const F biased = theta * 0.636619772f + magic, quarters = biased - magic;
   // pi / 2 in parts, of which products with up to 2^13 are exact
