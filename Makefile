@@ -51,8 +51,8 @@ sanitizers: build
 	tests/fuzz/sanitized.sh address,undefined python -m tests.fuzz.hostile
 	tests/fuzz/sanitized.sh thread python -m tests.fuzz.races
 # the tests of values: not those of compilers, child processes and memory
-SANITIZED = $(addprefix tests/,fuzz $(addsuffix .py,$(addprefix test_,nt_xent supcon info_nce nearest relic barlow_twins \
-	vicreg cross_correlation sigreg sinkhorn dino ibot gather_patches gather_tokens restore_tokens masked_prediction \
+SANITIZED = $(addprefix tests/,fuzz $(addsuffix .py,$(addprefix test_,nt_xent supcon info_nce clip siglip nearest relic \
+	barlow_twins vicreg cross_correlation sigreg sinkhorn dino ibot gather_patches gather_tokens restore_tokens masked_prediction \
 	ema_update)))
 SANITIZABLE = not compile and not memory and not fullgraph and not export and not hostile and not interpreter
 

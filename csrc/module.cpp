@@ -7,6 +7,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/barlow_twins.h"
+#include "cpu/clip.h"
 #include "cpu/columns.h"
 #include "cpu/cross_correlation.h"
 #include "cpu/ema_update.h"
@@ -22,6 +23,7 @@
 #include "cpu/random_token_corruption.h"
 #include "cpu/relic.h"
 #include "cpu/restore_tokens.h"
+#include "cpu/siglip.h"
 #include "cpu/sigreg.h"
 #include "cpu/sinkhorn.h"
 #include "cpu/supcon.h"
@@ -228,6 +230,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use a lower instruction set than the machine has; ValueError if it has not got it.");
   bind(m, barlow_twins::table);
+  bind(m, clip::table);
   bind(m, columns::table);
   bind(m, cross_correlation::table);
   bind(m, gather_patches::table);
@@ -242,6 +245,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, random_token_corruption::table);
   bind(m, relic::table);
   bind(m, restore_tokens::table);
+  bind(m, siglip::table);
   bind(m, sigreg::table);
   bind(m, sinkhorn::table);
   bind(m, supcon::table);

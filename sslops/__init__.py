@@ -2,10 +2,11 @@
 
 from . import nn
 from .backend import explain
-from .compat import patch_lightly, patch_solo, patch_transformers
+from .compat import patch_lightly, patch_open_clip, patch_solo, patch_transformers
 from .ema import EMA, cosine_momentum, ema_avg_fn
 from .masking import denormalize_patches, random_masking, unpatchify
 from .ops.barlow_twins import barlow_twins
+from .ops.clip import clip
 from .ops.cross_correlation import cross_correlation
 from .ops.dino import dino
 from .ops.ema_update import ema_update_
@@ -22,6 +23,7 @@ from .ops.random_mask import block_mask, random_mask, tube_mask
 from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic, relic_multicrop
 from .ops.restore_tokens import restore_tokens
+from .ops.siglip import siglip
 from .ops.sigreg import lejepa, sigreg
 from .ops.sinkhorn import sinkhorn
 from .ops.supcon import supcon
@@ -35,6 +37,7 @@ __all__ = [
     "NegativeQueue",
     "barlow_twins",
     "block_mask",
+    "clip",
     "cosine_momentum",
     "cross_correlation",
     "denormalize_patches",
@@ -56,6 +59,7 @@ __all__ = [
     "nn",
     "nt_xent",
     "patch_lightly",
+    "patch_open_clip",
     "patch_solo",
     "patch_transformers",
     "random_mask",
@@ -64,6 +68,7 @@ __all__ = [
     "relic",
     "relic_multicrop",
     "restore_tokens",
+    "siglip",
     "sigreg",
     "sinkhorn",
     "supcon",

@@ -12,6 +12,7 @@ from . import _C
 from ._timer import cuda_peak, interleave, peak_memory
 from .backend import choice
 from .ops.barlow_twins import barlow_twins
+from .ops.clip import clip
 from .ops.cross_correlation import cross_correlation
 from .ops.dino import dino
 from .ops.ema_update import ema_update_
@@ -28,6 +29,7 @@ from .ops.random_mask import random_mask
 from .ops.random_token_corruption import random_token_corruption
 from .ops.relic import relic
 from .ops.restore_tokens import restore_tokens
+from .ops.siglip import siglip
 from .ops.sigreg import sigreg
 from .ops.sinkhorn import sinkhorn
 from .ops.supcon import supcon
@@ -91,6 +93,8 @@ SUBJECTS = {
     "supcon": Subject("M x D, classes of 40", "4096x128", _classes),
     "info_nce": Subject("B x K x D, K negatives in a queue", "256x65536x128", lambda x, b, k, d:
         (partial(info_nce, temperature=0.2), [x.leaf(b, d), x.data(b, d), x.data(k, d)])),
+    "clip": Subject("N x D", "4096x512", lambda x, n, d: (clip, [x.leaf(n, d), x.leaf(n, d)])),
+    "siglip": Subject("N x D", "4096x512", lambda x, n, d: (siglip, [x.leaf(n, d), x.leaf(n, d)])),
     "nearest": Subject("B x K x D", "256x65536x256", lambda x, b, k, d: (nearest, [x.data(b, d), x.data(k, d)])),
     "relic": Subject("B x D, all negatives", "4096x128", lambda x, b, d:
         (partial(relic, temperature=0.1, alpha=1.0, beta=1.0), [x.leaf(b, d), x.data(b, d)])),

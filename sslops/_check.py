@@ -6,7 +6,7 @@ TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueErr
 import math
 import numbers
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import torch
@@ -168,15 +168,15 @@ def same_device(op: str, first_name: str, first: Tensor, **tensors: Tensor) -> N
             bad_value(op, name, f"the device of {first_name}, {first.device}", x.device)
 
 
-def scalars(op: str, x: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Those of x's arguments that are positive finite numbers, or floating-point tensors of one element, whose values
-    are not looked at: as float, or 0-d and at least float32.
+def scalars(op: str, x: Any, names: Iterable[str], signed: Collection[str] = ()) -> dict[str, Any]:
+    """Those of x's arguments that are finite numbers, positive unless they are signed, or floating-point tensors of one
+    element, whose values are not looked at: as float, or 0-d and at least float32.
     """
     found: dict[str, Any] = {}
     for name in names:
         value = getattr(x, name)
         if not isinstance(value, Tensor):
-            positive(op, **{name: value})
+            number(op, name, value, name in signed)
             found[name] = float(value)
             continue
         if not value.is_floating_point():
@@ -187,6 +187,11 @@ def scalars(op: str, x: Any, names: Iterable[str]) -> dict[str, Any]:
             bad_value(op, name, f"the embeddings' device, {first(x).device}", value.device)
         found[name] = value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
     return found
+
+
+def number(op: str, name: str, value: float, signed: bool) -> None:
+    """Finite, and positive unless signed"""
+    (finite if signed else positive)(op, **{name: value})
 
 
 def finite(op: str, **numbers: float) -> None:

@@ -54,7 +54,7 @@ def by_views(
         if not x.group:
             return run(grad, to_kernel(x), inv_norm, stats)
         v, own, _ = sizes(x)
-        grad = _gradient_over_ranks(grad, x, v)
+        grad = gradient_over_ranks(grad, x, v)
         return run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
 
     return forward, backward
@@ -69,7 +69,7 @@ def _over_ranks(run: Callable[..., Any], x: Any, views: int, rows: int) -> tuple
     return losses[0], logged, inv_norm, stats
 
 
-def _gradient_over_ranks(grad: Tensor, x: Any, views: int) -> Tensor:
+def gradient_over_ranks(grad: Tensor, x: Any, views: int) -> Tensor:
     """[V N], that of all ranks' losses, from grad [V N] as this rank knows it"""
     if x.shared:
         return grad * distributed.size(x.group)

@@ -143,7 +143,7 @@ def register(
             if isinstance(value := getattr(x, field), Tensor):
                 _check.output(name, field, value, (), torch.float32, _check.first(x).device)
             else:
-                _check.positive(name, **{field: value})
+                _check.number(name, field, value, field in schema.signed)
         if _is_spread(x) and not distributed.is_known(x.group):
             _check.bad_value(name, "group", "the name of a process group", repr(x.group))
         check(x)
@@ -214,7 +214,7 @@ def register(
 
     def call(x: Any, backend: str | None, prepared: Callable[[Any], Any] = lambda x: x) -> Any:
         _check.tensors(name, _named(x), declared)
-        filled = _check.scalars(name, x, schema.numbers)
+        filled = _check.scalars(name, x, schema.numbers, schema.signed)
         check(x)
         filled |= {field: float(getattr(x, field)) for field in schema.floats}  # an integer may have too many digits
         group = getattr(x, "group", "")

@@ -1,7 +1,7 @@
 """Ops as torch's library has them: the schema of an op's arguments, and the library itself."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Out(NamedTuple):
 
 
 Outputs = Out | tuple[Out, ...]
+SIGNED = Annotated[float | Tensor, "any finite number"]  # the others are positive
 
 
 class Schema:
@@ -39,6 +40,7 @@ class Schema:
     def __init__(self, arguments: type[Any]) -> None:
         hints = get_type_hints(arguments)
         self.arguments, self.numbers = arguments, [name for name, kind in hints.items() if kind == float | Tensor]
+        self.signed = {name for name, kind in get_type_hints(arguments, include_extras=True).items() if kind == SIGNED}
         self.lists = {name for name, kind in hints.items() if kind == list[Tensor]}
         self.floats = [name for name, kind in hints.items() if kind is float]
         self.names: list[str] = []  # as the schema has them

@@ -15,6 +15,7 @@ from ._check import Of
 from ._precision import compute_dtype
 from .ema import EMA
 from .ops.barlow_twins import barlow_twins
+from .ops.clip import clip
 from .ops.dino import dino
 from .ops.gather_patches import gather_patches
 from .ops.ibot import ibot
@@ -24,6 +25,7 @@ from .ops.masked_token_cross_entropy import masked_token_cross_entropy
 from .ops.nearest import koleo
 from .ops.nt_xent import nt_xent
 from .ops.relic import relic
+from .ops.siglip import siglip
 from .ops.sigreg import lejepa, sigreg
 from .ops.supcon import supcon
 from .ops.vicreg import vicreg
@@ -32,6 +34,7 @@ from .prototypes import PrototypeCenter, swav
 __all__ = [
     "EMA",
     "BarlowTwinsLoss",
+    "CLIPLoss",
     "DINOLoss",
     "IBOTLoss",
     "InfoNCELoss",
@@ -45,6 +48,7 @@ __all__ = [
     "PrototypeCenter",
     "RELICLoss",
     "SIGReg",
+    "SigLIPLoss",
     "SupConLoss",
     "SwAVLoss",
     "VICRegLoss",
@@ -54,7 +58,8 @@ __all__ = [
 class _Loss(nn.Module):
     """An op whose tensors are given to forward() and whose other arguments, in their order, to the constructor.
 
-    They are attributes, read at every call: change them at any time. A temperature may be an nn.Parameter.
+    They are attributes, read at every call: change them at any time, or give forward() others by name. A temperature
+    may be an nn.Parameter.
     """
 
     _op: Callable[..., Any]
@@ -86,7 +91,7 @@ class _Loss(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def forward(self, *tensors: Any, **named: Any) -> Any:
-        return self._op(*tensors, **named, **self._options())
+        return self._op(*tensors, **(self._options() | named))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
@@ -98,6 +103,10 @@ class NTXentLoss(_Loss, op=nt_xent):
 
 class BarlowTwinsLoss(_Loss, op=barlow_twins):
     """Barlow Twins' loss of two views, (z_a [N, D], z_b [N, D]) -> []: see `sslops.barlow_twins`."""
+
+
+class CLIPLoss(_Loss, op=clip):
+    """CLIP's loss, (image [N, D], text [N, D], logit_scale=[]) -> [] or [N]: see `sslops.clip`."""
 
 
 class DINOLoss(_Loss, op=dino):
@@ -134,6 +143,10 @@ class MaskedTokenCrossEntropy(_Loss, op=masked_token_cross_entropy):
 
 class RELICLoss(_Loss, op=relic):
     """RELIC's loss of a view from the online network and one from the target's, [B, D] each: see `sslops.relic`."""
+
+
+class SigLIPLoss(_Loss, op=siglip):
+    """SigLIP's loss, (image [N, D], text [N, D], logit_scale=[], bias=[]) -> []: see `sslops.siglip`."""
 
 
 class SIGReg(_Loss, op=sigreg):

@@ -58,6 +58,7 @@ _Z = {"z0": _random(12, 20), "z1": _random(12, 20, seed=1)}
 _AB = {"z_a": _random(12, 10), "z_b": _random(12, 10, seed=1)}
 _QK = {"query": _random(12, 20), "key": _random(12, 20, seed=1)}
 _OT = {"online": _random(12, 20), "target": _random(12, 20, seed=1)}
+_IT = {"image": _random(12, 20), "text": _random(12, 20, seed=1)}
 _RELIC = {"temperature": 0.3, "alpha": 1.0, "beta": 0.5}
 
 _NEAR = {"query": _random(12, 20), "support": _random(14, 20, seed=1)}
@@ -129,6 +130,11 @@ CASES = [
     Case("supcon", "in-views", sslops.supcon, {"z": _random(2, 12, 20)},
          {"labels": torch.arange(12) % 5 - 1, "where": "in", "temperature": 3.0, "normalize": False},
          ("z",), batched=False),
+    Case("clip", "mean", sslops.clip, _IT, {}, ("image", "text")),
+    Case("clip", "rows", sslops.clip, _IT, {"logit_scale": 50.0, "reduction": "none"}, ("image", "text")),
+    Case("clip", "frozen", sslops.clip, _IT, {"logit_scale": 0.5, "normalize": False}, ("text",)),
+    Case("siglip", "mean", sslops.siglip, _IT, {}, ("image", "text")),
+    Case("siglip", "frozen", sslops.siglip, _IT, {"logit_scale": 0.5, "bias": 0.3, "normalize": False}, ("text",)),
     Case("gather_patches", "chw", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},
          {"ids": _ids(3, 4, 6), "patch_size": 4}, ("images",), batched=False),
     Case("gather_patches", "hwc", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},

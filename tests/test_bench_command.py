@@ -12,6 +12,7 @@ SMALL = {
     "cross_correlation": "6x4", "vicreg": "6x4", "dino": "3x2x5", "ibot": "4x5", "sinkhorn": "6x5", "sigreg": "2x6x4x5",
     "random_mask": "3x8", "multi_block_mask": "3x6x8", "random_token_corruption": "3x8",
     "gather_tokens": "2x6x3x4", "restore_tokens": "2x3x6x4",
+    "clip": "6x4", "siglip": "6x4",
     "gather_patches": "2x8x4", "masked_prediction": "2x8x4", "masked_token_cross_entropy": "12x7x4",
     "ema_update": "3x10", "nearest": "3x9x4",
 }  # fmt: skip

@@ -224,3 +224,87 @@ class TestStablePretraining:
             x = torch.randn(40, 12, requires_grad=True)
             found = [[loss := module(x), *torch.autograd.grad(loss, x)] for module in modules]
             torch.testing.assert_close(*found)
+
+
+def open_clip_losses(monkeypatch):
+    """open_clip's file of losses, by itself: the package brings torchvision and tokenizers."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("open_clip is not installed")
+    root = ModuleType("open_clip")
+    root.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "open_clip", root)
+    monkeypatch.delitem(sys.modules, "open_clip.loss", raising=False)
+    return importlib.import_module("open_clip.loss")
+
+
+class TestOpenClip:
+    @pytest.fixture
+    def theirs(self, monkeypatch):
+        return open_clip_losses(monkeypatch)
+
+    def features(self):
+        g = torch.Generator().manual_seed(0)
+        image = torch.randn(20, 12, generator=g)
+        text = image + 0.5 * torch.randn(20, 12, generator=g)
+        return [*(nn.functional.normalize(x) for x in (image, text)), torch.tensor(30.0)]
+
+    @pytest.mark.parametrize("local_loss", [False, True])
+    def test_clip(self, theirs, local_loss):
+        loss = theirs.ClipLoss(local_loss=local_loss)
+
+        def patched(*inputs):
+            with sslops.patch_open_clip():
+                return loss(*inputs)
+
+        against(loss, patched, self.features())
+
+    def test_siglip(self, theirs):
+        loss = theirs.SigLipLoss()
+
+        def patched(*inputs):
+            with sslops.patch_open_clip():
+                return loss(*inputs)
+
+        against(loss, patched, [*self.features(), torch.tensor([-10.0])])
+
+    def test_outputs(self, theirs):
+        """A bias that is nothing to a softmax, but a parameter of the model; none; CoCa's contrastive half"""
+        image, text, scale = self.features()
+        bias = torch.zeros(1, requires_grad=True)
+        logits, labels = torch.randn(20, 5, 7), torch.randint(7, (20, 5))
+        coca = theirs.CoCaLoss(2.0, 1.0)
+        calls = [
+            lambda: theirs.ClipLoss()(image, text, scale, logit_bias=bias * 1, output_dict=True),
+            lambda: theirs.SigLipLoss()(image, text, scale, None, output_dict=True),
+            lambda: coca(image, text, logits, labels, scale, output_dict=True),
+        ]
+        expected = [call() for call in calls]
+        with sslops.patch_open_clip():
+            found = [call() for call in calls]
+        torch.testing.assert_close(found, expected)
+        assert torch.autograd.grad(found[0]["contrastive_loss"], bias)[0] == 0
+
+    def test_our_ops_ran_and_unpatch_brings_theirs_back(self, theirs, monkeypatch):
+        home, ran = importlib.import_module("sslops.compat.open_clip"), []
+        for name in ("clip", "siglip"):
+            op = getattr(home, name)
+            monkeypatch.setattr(home, name, lambda *a, op=op, name=name, **k: (ran.append(name), op(*a, **k))[1])
+        losses = theirs.ClipLoss(), theirs.SigLipLoss()
+        before = [type(loss).forward for loss in losses]
+        with sslops.patch_open_clip():
+            with sslops.patch_open_clip():
+                pass
+            losses[0](*self.features()), losses[1](*self.features(), None)
+        assert ran == ["clip", "siglip"]
+        assert [type(loss).forward for loss in losses] == before
+
+    def test_what_it_refuses(self, theirs, monkeypatch):
+        with sslops.patch_open_clip():
+            with pytest.raises(ValueError, match="ClipLoss: use_horovod: wanted False"):
+                theirs.ClipLoss(use_horovod=True)(*self.features())
+            with pytest.raises(ValueError, match="ClipLoss: gather_with_grad: wanted True beside local_loss=True"):
+                theirs.ClipLoss(local_loss=True, world_size=2)(*self.features())
+        monkeypatch.setattr(theirs.SigLipLoss, "forward", lambda self, features: features)
+        with pytest.raises(ImportError, match=r"wanted open_clip_torch 3, got one with another SigLipLoss.forward"):
+            sslops.patch_open_clip()

@@ -1,5 +1,6 @@
 """Drop-ins over two real processes: lightly's values and gradients, and for solo-learn those of the whole batch."""
 
+import contextlib
 import copy
 import importlib
 
@@ -14,6 +15,7 @@ from benchmarks import peers
 from sslops.compat import lightly, solo
 
 from .ranks import Ranks
+from .test_compat_others import open_clip_losses
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +185,53 @@ def pair_up(rank, world):
 
 def test_differently_placed_models_are_refused(ranks):
     assert all(text.startswith("EMA: online.weight: wanted placed as in target") for text in ranks(pair_up))
+
+
+def run_open_clip(rank, world, name, options, patched):
+    """The loss and gradients of the rank's features, of the scale and of the bias"""
+    with pytest.MonkeyPatch.context() as context:
+        loss = getattr(open_clip_losses(context), name)(rank=rank, world_size=world, **options)
+        inputs = [F.normalize(x.detach()).requires_grad_() for x in views(rank, 12, 40)]
+        inputs += [torch.tensor(x, requires_grad=True) for x in ((20.0,) if name == "ClipLoss" else (20.0, -8.0))]
+        with sslops.patch_open_clip() if patched else contextlib.nullcontext():
+            value = loss(*inputs)
+        return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ClipLoss", {}),
+        ("ClipLoss", {"gather_with_grad": True}),
+        ("ClipLoss", {"local_loss": True, "gather_with_grad": True}),
+        ("SigLipLoss", {}),
+        ("SigLipLoss", {"dist_impl": "gather"}),
+    ],
+)
+def test_open_clip(ranks, name, options, monkeypatch):
+    open_clip_losses(monkeypatch)
+    theirs, ours = ([*zip(*ranks(run_open_clip, name, options, patched), strict=True)] for patched in (False, True))
+    values = [torch.stack(x) for x in (theirs[0], ours[0])]
+    torch.testing.assert_close(values[0] if name == "ClipLoss" else values[0].mean().expand(2), values[1])
+    for x, y in zip(theirs[1:3], ours[1:3], strict=True):  # the features'
+        x, y = torch.cat(x), torch.cat(y)
+        assert (x - y).norm() < 1e-5 * x.norm()
+    for x, y in zip(theirs[3:], ours[3:], strict=True):  # what DDP makes of the numbers'
+        torch.testing.assert_close(sum(x), sum(y), rtol=1e-4, atol=1e-7)
+
+
+def run_mocov3(rank, world):
+    query, key = views(rank, 12, 40)
+    loss = solo.mocov3_loss_func(query, key)
+    return query.detach(), key.detach(), loss.detach(), *torch.autograd.grad(loss, query)
+
+
+def test_mocov3(ranks):
+    """Each rank's own queries, against the keys of all"""
+    found = ranks(run_mocov3)
+    keys = F.normalize(torch.cat([key for _, key, *_ in found]))
+    for rank, (query, _, value, gradient) in enumerate(found):
+        query.requires_grad_()
+        loss = F.cross_entropy(F.normalize(query) @ keys.T / 0.2, torch.arange(12) + 12 * rank) * 0.4
+        torch.testing.assert_close(value, loss.detach())
+        torch.testing.assert_close(gradient, *torch.autograd.grad(loss, query), rtol=1e-4, atol=1e-7)

@@ -90,7 +90,7 @@ WEIGHTS = {"sim_loss_weight": 2.0, "var_loss_weight": 3.0, "cov_loss_weight": 5.
 @pytest.mark.parametrize("shape", [(24, 40), (65, 300)])
 def test_two_views(name, options, shape):
     mine, their = getattr(ours, f"{name}_loss_func"), theirs(f"losses/{name}", f"{name}_loss_func")
-    assert sslops.compat._parameters(mine) == sslops.compat._parameters(their)
+    assert sslops.compat.parameters(mine) == sslops.compat.parameters(their)
     assert_same(mine, their, views(*shape), **options)
 
 
@@ -99,6 +99,17 @@ def test_moco(temperature):
     query, key = (F.normalize(x) for x in views(24, 16))
     queue = F.normalize(torch.randn(2, 16, 100), dim=1)[1]
     assert_same(ours.mocov2plus_loss_func, theirs("losses/moco", "moco_loss_func"), [query, key], queue, temperature)
+
+
+def mocov3(query, key, temperature=0.2):
+    logits = F.normalize(query) @ F.normalize(key).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(query))) * 2 * temperature
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_mocov3(temperature):
+    """As MoCo v3's own code has it"""
+    assert_same(ours.mocov3_loss_func, mocov3, views(24, 16), temperature)
 
 
 def test_simclr_is_theirs_of_two_views():
@@ -160,7 +171,7 @@ def test_simclr_compiles():
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_nnclr(temperature):
     mine, their = ours.nnclr_loss_func, theirs("losses/nnclr", "nnclr_loss_func")
-    assert sslops.compat._parameters(mine) == sslops.compat._parameters(their)
+    assert sslops.compat.parameters(mine) == sslops.compat.parameters(their)
     assert_same(mine, their, views(24, 16), temperature=temperature)
 
 
@@ -202,7 +213,7 @@ DINO = {"num_prototypes": 30, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07,
 @pytest.mark.parametrize("crops", [2, 4])
 def test_dino(epoch, crops):
     their = theirs("losses/dino", "DINOLoss")
-    assert sslops.compat._parameters(ours.DINOLoss) == sslops.compat._parameters(their)
+    assert sslops.compat.parameters(ours.DINOLoss) == sslops.compat.parameters(their)
     modules = [make(**DINO, num_large_crops=crops) for make in (ours.DINOLoss, their, their)]
     modules[2].double()
     for _ in range(3):
@@ -225,11 +236,11 @@ def test_dino(epoch, crops):
 def test_swav():
     crops = [F.normalize(torch.randn(6, 8)) @ F.normalize(torch.randn(30, 8)).t() for _ in range(3)]
     their = theirs("utils/sinkhorn_knopp", "SinkhornKnopp")
-    assert sslops.compat._parameters(ours.SinkhornKnopp) == sslops.compat._parameters(their)
+    assert sslops.compat.parameters(ours.SinkhornKnopp) == sslops.compat.parameters(their)
     mine, other = ([make(4, 0.07)(x) for x in crops] for make in (ours.SinkhornKnopp, their))
     torch.testing.assert_close(mine, other)
     func = theirs("losses/swav", "swav_loss_func")
-    assert sslops.compat._parameters(ours.swav_loss_func) == sslops.compat._parameters(func)
+    assert sslops.compat.parameters(ours.swav_loss_func) == sslops.compat.parameters(func)
 
     def of(loss):
         return lambda *preds: loss(list(preds), [a.to(preds[0]) for a in other], 0.2)
@@ -290,7 +301,7 @@ def solo(tmp_path, monkeypatch):
 
 
 def plain(x):
-    parameters = sslops.compat._parameters(x)
+    parameters = sslops.compat.parameters(x)
     return ", ".join(name if default is Parameter.empty else f"{name}={default!r}" for name, _, default in parameters)
 
 

@@ -21,7 +21,15 @@ from . import oracle
 from .ranks import Ranks
 
 BACKENDS = ("cpu", "eager")
-OPS = [sslops.nt_xent, sslops.info_nce, sslops.barlow_twins, sslops.vicreg, sslops.cross_correlation]
+OPS = [
+    sslops.nt_xent,
+    sslops.info_nce,
+    sslops.clip,
+    sslops.siglip,
+    sslops.barlow_twins,
+    sslops.vicreg,
+    sslops.cross_correlation,
+]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -97,7 +105,7 @@ def check(ranks: Ranks, op, inputs: list[Tensor], backend: str, truth_of=None, *
         whole = (oracle.evaluate(truth_of or op, draw, "eager", dtype, **options) for dtype in (None, torch.float64))
         return of_all_ranks(ranks, op, draw, options | {"backend": backend}), *whole
 
-    names = ["output", "first", "second", "third"][: len(inputs) + 1]
+    names = ["output", "first", "second", "third", "fourth"][: len(inputs) + 1]
     oracle.assert_promise(names, answers, inputs, inputs[0].dtype)
 
 
@@ -195,6 +203,38 @@ def test_info_nce(ranks, backend, dtype, reduction, queue):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_temperature_gradient_of_info_nce(two, backend, reduction):
     check(two, info_nce, [*views(60, 24), torch.tensor(0.3)], backend, reduction=reduction)
+
+
+def clip(image, text, logit_scale=None, *, scale=10.0, **options):
+    return sslops.clip(image, text, logit_scale=scale if logit_scale is None else logit_scale, **options)
+
+
+def siglip(image, text, *numbers, **options):
+    names = dict(zip(("logit_scale", "bias"), numbers, strict=False))
+    return sslops.siglip(image, text, **names, **options)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("rows", "scale"), [(2, 3.0), (37, 50.0), (280, 10.0)])
+def test_clip(ranks, backend, dtype, reduction, rows, scale):
+    check(ranks, clip, views(rows * ranks.world, 40, dtype), backend, reduction=reduction, scale=scale)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("rows", [2, 37, 280])
+def test_siglip(ranks, backend, dtype, rows):
+    check(ranks, siglip, views(rows * ranks.world, 40, dtype), backend)
+
+
+@each_backend
+def test_gradients_of_scale_and_bias(two, backend):
+    inputs = [*views(60, 24), torch.tensor(4.0)]
+    check(two, clip, inputs, backend)
+    check(two, clip, inputs, backend, reduction="none")
+    check(two, siglip, [*inputs, torch.tensor(-3.0)], backend)
 
 
 def relic(online, target, temperature=0.2, *, drawn=None, **options):

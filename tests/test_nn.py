@@ -19,6 +19,8 @@ LOSSES = {
     "NTXentLoss": (sslops.nt_xent, {"temperature": 0.2}),
     "BarlowTwinsLoss": (sslops.barlow_twins, {"lambd": 0.01, "scale": 0.1, "route": "gram"}),
     "InfoNCELoss": (sslops.info_nce, {"temperature": 0.2}),
+    "CLIPLoss": (sslops.clip, {"logit_scale": 5.0}),
+    "SigLIPLoss": (sslops.siglip, {"logit_scale": 5.0, "bias": -3.0}),
     "RELICLoss": (sslops.relic, {"temperature": 0.2, "alpha": 1.0, "beta": 0.5}),
     "VICRegLoss": (sslops.vicreg, {"variance": 5.0, "route": "gram"}),
 }
@@ -114,6 +116,16 @@ class TestLosses:
             x.data.copy_(other)
         graph.replay()
         torch.testing.assert_close(captured, step())
+
+
+def test_options_that_forward_is_given():
+    """The model's scale, which is another at every step"""
+    module, inputs, scale = sslops.nn.CLIPLoss(reduction="sum"), views(), torch.tensor(3.0, requires_grad=True)
+    value = module(*inputs, logit_scale=scale)
+    assert torch.equal(value, sslops.clip(*inputs, logit_scale=3.0, reduction="sum"))
+    value.backward()
+    assert scale.grad is not None
+    assert module.logit_scale == 1 / 0.07
 
 
 @pytest.mark.parametrize(

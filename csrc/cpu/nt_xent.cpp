@@ -39,33 +39,6 @@ void leave_out(const Views& x, const Part& t) {
   }
 }
 
-// Adds kCount rows to their own sums and, where the tile is mirrored, to those of its columns.
-template <bool kFixed, bool kMirrored, int kCount>
-SSLOPS_INLINE void add_rows(const Part& t, int64_t k, float inverse, const float* top, float* sums, float* columns) {
-  F totals[kCount]{};
-  for (int64_t j = 0; j < t.width(); j += kLanes) {
-    F down = kMirrored ? load(columns + j) : F{};
-    for (int r = 0; r < kCount; ++r) {
-      const F s = load(t.row(k + r) + j);
-      const F e = exp_nonpositive((s - (kFixed ? 1.f : top[t.i0 + k + r])) * inverse);
-      totals[r] += e;
-      if (kMirrored) down += kFixed ? e : exp_nonpositive((s - load(top + t.j0 + j)) * inverse);
-    }
-    if (kMirrored) store(columns + j, down);
-  }
-  for (int r = 0; r < kCount; ++r) sums[t.i0 + k + r] += sum(totals[r]);
-}
-
-template <bool kFixed, bool kMirrored>
-void add(const Part& t, float inverse, const float* top, float* sums) {
-  float columns[kMaxSide];
-  for (int64_t j = 0; j < t.width(); ++j) columns[j] = 0.f;
-  int64_t k = 0;
-  for (; k + 4 <= t.rows; k += 4) add_rows<kFixed, kMirrored, 4>(t, k, inverse, top, sums, columns);
-  for (; k < t.rows; ++k) add_rows<kFixed, kMirrored, 1>(t, k, inverse, top, sums, columns);
-  for (int64_t j = 0; j < t.columns && kMirrored; ++j) sums[t.j0 + j] += columns[j];
-}
-
 // How many of the tile's negatives exceed the similarity of their row's positive, and of their column's.
 void count_exceeding(const Part& t, const float* similarity, float* exceeding) {
   float columns[kMaxSide];
@@ -95,11 +68,7 @@ void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, doub
   positives(x, similarity);
   const auto prepare = [&](const Part& t) { leave_out(x, t); };
   for_each_tile(x, first, count, prepare, [&](const Tile&, const Part& t) {
-    if (!x.scale.fixed) raise(t, x.scale, top, sums, [](int64_t, int64_t, F s) { return s; });
-    const auto run = x.scale.fixed ? t.mirrored ? add<true, true> : add<true, false>
-                     : t.mirrored  ? add<false, true>
-                                   : add<false, false>;
-    run(t, x.scale.inverse, top, sums);
+    add(t, x.scale, top, sums);
     for (int64_t k = 0; k < pairs && logged.numel; ++k)
       count_exceeding(t, similarity + k * padded, exceeding + k * padded);
   });
@@ -131,22 +100,6 @@ void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, doub
   }
 }
 
-// S becomes W. top, weights [M]: of all rows, grad / r
-template <bool kFixed>
-void weigh(const Part& t, float inverse, const float* top, const float* weights) {
-  for (int64_t k = 0; k < t.rows; ++k) {
-    float* const s = t.row(k);
-    const float own_top = kFixed ? 1.f : top[t.i0 + k], own = weights[t.i0 + k];
-    for (int64_t j = 0; j < t.width(); j += kLanes) {
-      const F v = load(s + j), other = load(weights + t.j0 + j), e = exp_nonpositive((v - own_top) * inverse);
-      if constexpr (kFixed)
-        store(s + j, e * (own + other));
-      else
-        store(s + j, e * own + exp_nonpositive((v - load(top + t.j0 + j)) * inverse) * other);
-    }
-  }
-}
-
 void backward(Tensor grad, Tensor z0, Tensor z1, Tensor classes, double temperature, bool normalize, DType operand,
               int64_t first, Tensor inv_norm, Tensor stats, Tensor dz0, Tensor dz1, Tensor dots) {
   const Views x(z0, z1, classes, temperature, normalize, operand, inv_norm);
@@ -166,9 +119,8 @@ void backward(Tensor grad, Tensor z0, Tensor z1, Tensor classes, double temperat
     }
   };
   differentiate(
-      x, first, [&](const Part& t) { leave_out(x, t); },
-      [&](const Part& t) { (x.scale.fixed ? weigh<true> : weigh<false>)(t, x.scale.inverse, top, weights); }, pull, dz0,
-      dz1, dots);
+      x, first, [&](const Part& t) { leave_out(x, t); }, [&](const Part& t) { weigh(t, x.scale, top, weights); }, pull,
+      dz0, dz1, dots);
 }
 
 }  // namespace

@@ -1,14 +1,16 @@
-// Pairs of panels of a symmetric matrix in the rounds of a tournament: in a round no two pairs share a panel, so that
-// what is summed over a panel has one writer at a time, in an order that does not depend on the threads.
+// Pairs of panels in rounds: in a round no two pairs share a panel, so that what is summed over a panel has one writer
+// at a time, in an order that does not depend on the threads.
 #pragma once
 #include <cstdint>
 
 #include "../common/parallel.h"
 #include "buffer.h"
+#include "vec.h"
 
 namespace sslops {
 namespace {
 
+// Of a symmetric matrix, each with each.
 class Tournament {
  public:
   explicit Tournament(int64_t panels) : panels_(panels), seats_(panels + panels % 2) {}
@@ -41,6 +43,38 @@ class Tournament {
 
  private:
   int64_t panels_, seats_;
+};
+
+// Of a matrix with as many panels of columns as of rows, or more: in round r row i meets column i + r.
+class Grid {
+ public:
+  Grid(int64_t rows, int64_t columns) : rows_(rows), columns_(columns) {}
+
+  // play(i, j, state) for every row i and column j; a state from make() for each thread.
+  template <typename Make, typename Play>
+  void run(const Make& make, const Play& play) const {
+    Buffer<int32_t> progress(rows_ + columns_);
+    for (int64_t i = 0; i < rows_ + columns_; ++i) progress[i] = 0;
+    parallel_tickets(rows_ * columns_, make, [&](int64_t ticket, auto& state) {
+      const int64_t round = ticket / rows_, i = ticket % rows_, j = (i + round) % columns_;
+      wait_for(progress + i, static_cast<int32_t>(round));
+      wait_for(progress + rows_ + j, played(j, round));
+      play(i, j, state);
+      advance(progress + rows_ + j);
+      advance(progress + i);
+    });
+  }
+
+ private:
+  // How many rows column j has met before a round: j, j - 1, .. 0, and after a pause columns - 1, ..
+  int32_t played(int64_t j, int64_t round) const {
+    const auto within = [&](int64_t from, int64_t to) { return round > from ? at_most(round, to) - from : 0; };
+    const int64_t first = j - rows_ + 1;
+    const int64_t met = first > 0 ? within(first, j + 1) : within(0, j + 1) + within(columns_ + first, columns_);
+    return static_cast<int32_t>(met);
+  }
+
+  int64_t rows_, columns_;
 };
 
 }  // namespace

@@ -2,16 +2,12 @@
 // what the symmetric losses are epilogues of.
 #pragma once
 #include "rows.h"
-#include "softmax.h"
+#include "softmax_tiles.h"
 #include "tiles.h"
 #include "tournament.h"
 
 namespace sslops {
 namespace {
-
-// Small enough to give every thread a tile. Fixed by M: results do not depend on the threads.
-int64_t tile_side(int64_t m) { return m <= 512 ? 64 : m <= 8192 ? 128 : 256; }
-constexpr int64_t kMaxSide = 256;
 
 struct Views {
   int64_t n, views, m, d, split, padded, side;  // split: the rows of z0, which may be all; padded: m to whole groups
@@ -61,17 +57,6 @@ struct Views {
   int64_t row(int64_t k, int64_t first, int64_t count) const { return k / count * n + first + k % count; }
 };
 
-// A tile of S: rows i0.., columns j0... If mirrored (then j0 > i0), it also stands for its transpose.
-struct Part {
-  float* s;
-  int64_t ld, i0, rows, j0, columns;
-  bool mirrored;
-
-  float* row(int64_t k) const { return s + k * ld; }
-  // up to a whole number of vectors
-  int64_t width() const { return round_up(columns, kLanes); }
-};
-
 // prepare(part), to set to -inf what is no candidate (a term of exactly 0), and visit(tile, part) over the tiles of S:
 // on and above the diagonal, or all those of the rows of some examples. In both cases a row's tiles come in a fixed
 // order, one at a time.
@@ -107,29 +92,6 @@ void for_each_tile(const Views& x, int64_t first, int64_t count, const Prepare& 
             product(tile, view + from, at_most(count - from, kGroup), j, at_most(x.m - j, kMaxSide), false);
         });
   }
-}
-
-// Raises the maxima of the tile's rows and columns, over what of(k, j, s) makes of s, and scales their sums down
-// accordingly.
-template <typename Of>
-void raise(const Part& t, const Scale& scale, float* top, float* sums, const Of& of) {
-  float columns[kMaxSide];
-  const auto raise_one = [&](int64_t i, float candidate) {
-    if (!(candidate > top[i])) return;
-    sums[i] *= expf((top[i] - candidate) * scale.inverse);
-    top[i] = candidate;
-  };
-  for (int64_t j = 0; j < t.width(); ++j) columns[j] = kLowest;
-  for (int64_t k = 0; k < t.rows; ++k) {
-    F best = splat(kLowest);
-    for (int64_t j = 0; j < t.width(); j += kLanes) {
-      const F s = of(k, j, load(t.row(k) + j));
-      best = max(s, best);
-      store(columns + j, max(s, load(columns + j)));
-    }
-    raise_one(t.i0 + k, max(best));
-  }
-  for (int64_t j = 0; j < t.columns && t.mirrored; ++j) raise_one(t.j0 + j, columns[j]);
 }
 
 // dz0, dz1 and dots = <z_i, dL/dz_i> of the examples from `first` on: dL/dz = (W z + what add(i, v) adds to row i's) /

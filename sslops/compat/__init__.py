@@ -7,14 +7,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ._rebind import Patch, theirs
+from ._rebind import Patch, parameters, theirs
+from .open_clip import patch_open_clip
 from .transformers import patch_transformers
 
-__all__ = ["Patch", "patch_lightly", "patch_solo", "patch_transformers"]
-
-
-def _parameters(x: Any) -> list[tuple[str, object, object]]:
-    return [(p.name, p.kind, p.default) for p in inspect.signature(x).parameters.values()]
+__all__ = ["Patch", "patch_lightly", "patch_open_clip", "patch_solo", "patch_transformers"]
 
 
 def _patch(package: str, distribution: str, wanted: str) -> Patch:
@@ -41,7 +38,7 @@ def _patch(package: str, distribution: str, wanted: str) -> Patch:
             classes.append(home)
         for x in objects:
             there = getattr(home, x.__name__, None)
-            if there is None or _parameters(there) != _parameters(x):
+            if there is None or parameters(there) != parameters(x):
                 said = f"wanted {x.__name__}{inspect.signature(x)}, {distribution} {found} has "
                 said += str(there and inspect.signature(there))
                 raise ImportError(f"patch_{package}: {path}: {said}; wanted {wanted}")

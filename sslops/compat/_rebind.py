@@ -1,7 +1,13 @@
 """Other libraries' names, bound to ours."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+
+def parameters(x: Any) -> list[tuple[str, object, object]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(x).parameters.values()]
+
 
 theirs: dict[Any, Any] = {}  # ours -> what it replaces
 

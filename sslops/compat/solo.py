@@ -84,6 +84,14 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
     return info_nce(query, key, queue.t(), temperature=temperature, normalize=False)
 
 
+def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
+    """query, key: [N, D]; over ranks the keys of all, without a gradient, and the mean of the rank's own losses."""
+    group = world()
+    key = key.detach() if group else key
+    losses = info_nce(query, key, temperature=temperature, reduction="none", group=group)
+    return 2 * temperature * losses.mean()
+
+
 def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
     """nn, p: [N, D]; over several ranks the candidates are all ranks' p, and the mean is of the own rows."""
     losses: Tensor = info_nce(nn, p, temperature=temperature, reduction="none", group=world())
@@ -213,6 +221,7 @@ class MomentumUpdater:
 REPLACED = {
     "solo.losses.simclr": (simclr_loss_func,),
     "solo.losses.mocov2plus": (mocov2plus_loss_func,),
+    "solo.losses.mocov3": (mocov3_loss_func,),
     "solo.losses.barlow": (barlow_loss_func,),
     "solo.losses.vicreg": (vicreg_loss_func,),
     "solo.losses.byol": (byol_loss_func,),

@@ -130,6 +130,22 @@ def supcon(draw: Any) -> Case:
 
 
 @st.composite
+def clip(draw: Any) -> Case:
+    inputs, *_ = _pair(draw, ("image", "text"))
+    options = _options(draw, logit_scale=TEMPERATURES.map(lambda t: 1 / t), normalize=[True, False],
+                       reduction=["mean", "none"])  # fmt: skip
+    return Case("clip", "", sslops.clip, inputs, options, ("image", "text"))
+
+
+@st.composite
+def siglip(draw: Any) -> Case:
+    inputs, *_ = _pair(draw, ("image", "text"))
+    options = _options(draw, logit_scale=TEMPERATURES.map(lambda t: 1 / t), normalize=[True, False],
+                       bias=st.sampled_from([-100.0, -10.0, 0.0, 3.0]))  # fmt: skip
+    return Case("siglip", "", sslops.siglip, inputs, options, ("image", "text"))
+
+
+@st.composite
 def info_nce(draw: Any) -> Case:
     inputs, n, seed = _pair(draw, ("query", "key"))
     options = _options(draw, temperature=TEMPERATURES, normalize=[True, False], reduction=["mean", "none"])
@@ -286,6 +302,8 @@ def masked_token_cross_entropy(draw: Any) -> Case:
 CALLS: dict[str, st.SearchStrategy[Case]] = {
     "nt_xent": nt_xent(),
     "supcon": supcon(),
+    "clip": clip(),
+    "siglip": siglip(),
     "info_nce": info_nce(),
     "nearest": nearest(),
     "relic": relic(),

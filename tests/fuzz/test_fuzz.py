@@ -45,7 +45,7 @@ def cancelling(case: Case) -> dict[str, float]:
     """How large the terms of a gradient are that cancel: two softmaxes with the same winner. Of a softmax that is 1 at
     its own positive, float64 knows no better.
     """
-    if case.op in ("nt_xent", "info_nce", "relic"):
+    if case.op in ("nt_xent", "info_nce", "clip", "relic"):
         return dict.fromkeys(("output", *case.graded), 1e-10)
     if case.op not in ("dino", "ibot"):
         return {}

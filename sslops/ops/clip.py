@@ -1,0 +1,136 @@
+"""CLIP: every image must find its text among those of the batch, and every text its image."""
+
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _check, distributed
+from .._check import Of
+from .._contrastive import REDUCTIONS, gradient_over_ranks, reduce
+from .._library import Out, register
+from ..backend import kernel
+
+
+class Arguments(NamedTuple):
+    image: Annotated[Tensor, Of("N D", spread=True)]
+    text: Annotated[Tensor, Of("N D", like="image", spread=True)]
+    logit_scale: float | Tensor
+    normalize: bool
+    group: str
+    shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
+    operand_dtype: torch.dtype = torch.float32
+    backend: str = ""
+    needs_grad: list[bool] = []  # noqa: RUF012
+
+
+class Outputs(NamedTuple):
+    """Of all ranks. s_ij = <image_i, text_j>, the rows unit if normalize and rounded to operand_dtype."""
+
+    losses: Out
+    stats: (
+        Out  # m_i, any number that keeps exp(logit_scale (s_ij - m_i)) in range; 1 / their sum over j; the same of the
+    )
+    # columns; the share of i's negatives in its row's sum and in its column's, added
+    texts: Out  # of all ranks, if there are others
+
+
+def outputs(x: Arguments) -> Outputs:
+    own, d = x.image.shape
+    n = own * distributed.size(x.group)
+    return Outputs(Out((n,)), Out((5, n)), Out((n, d) if x.group else (0,), x.text.dtype))
+
+
+def reference(x: Arguments) -> tuple[Tensor]:
+    """losses [N]: the maths as it is written, float32 (float64 for float64) around a matmul in operand_dtype."""
+    wide = torch.promote_types(x.image.dtype, torch.float32)
+    image, text = x.image.to(wide), x.text.to(wide)
+    if x.normalize:
+        image, text = F.normalize(image), F.normalize(text)
+    logits = (image.to(x.operand_dtype) @ text.to(x.operand_dtype).t()).to(wide) * x.logit_scale
+    own = torch.arange(len(image), device=image.device)
+    return ((F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.t(), own, reduction="none")) / 2,)
+
+
+# A kernel with a distributed form takes all ranks' texts, the Part that the images are, and what gathers the sums.
+def _forward(x: Arguments) -> tuple[Tensor, ...]:
+    run = kernel(x.backend, "clip").forward
+    if not x.group:
+        return tuple(run(x))
+    texts, part = distributed.all_gather(x.text, x.group), distributed.part(x.group, len(x.image))
+    return *run(x._replace(text=texts), part, lambda sums: distributed.all_gather(sums[None], x.group)), texts
+
+
+def _backward(grad: Tensor, x: Arguments, stats: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+    run = kernel(x.backend, "clip").backward
+    if not x.group:
+        return tuple(run(grad, x, stats))
+    part = distributed.part(x.group, len(x.image))
+    dimage, dtext, dlogit_scale = run(gradient_over_ranks(grad, x, 1), x._replace(text=texts), stats, part)
+    if x.needs_grad[1]:
+        dtext = distributed.reduce_scatter(dtext, x.group, 0)
+    return dimage, dtext.to(x.text.dtype), dlogit_scale
+
+
+_run = register(
+    "clip",
+    Arguments,
+    outputs,
+    reference=reference,
+    gradients=("image", "text", "logit_scale"),
+    forward=_forward,
+    backward=_backward,
+)
+
+
+@distributed.in_step
+def clip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float | Tensor = 1 / 0.07,
+    normalize: bool = True,
+    reduction: str = "mean",
+    group: distributed.Group = None,
+    backend: str | None = None,
+) -> Tensor:
+    """CLIP's loss: the cross entropy of each image's own text among all texts, and of each text's own image.
+
+    Pair i's loss is the mean of two: -log softmax over j of logit_scale <image_i, text_j> at j = i, and the same of
+    logit_scale <image_j, text_i>. Memory is linear in N: no [N, N] matrix. One product serves both directions, 2 N^2 D
+    FLOP forward and 8 N^2 D with both gradients; for a frozen tower, whose embeddings require none, 6 N^2 D.
+
+    Args:
+        image, text: [N, D] each, row i of one being the partner of row i of the other; float32, float16, bfloat16 or
+            float64 (float64 runs the eager reference). Under autocast the matmul operands have its dtype.
+        logit_scale: what multiplies the cosines, one over a temperature: a positive number, or a 0-d tensor on the
+            embeddings' device, which gets its gradient and is not checked (the fused backends give NaN if it is not
+            positive). Of a model that learns its logarithm, `log_scale.exp()`; to clamp it is left to you.
+        normalize: scale every row to unit length first (F.normalize, eps 1e-12).
+        reduction: "mean" or "sum" over the pairs, or "none": the losses [N].
+        group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W pairs on each: all ranks'
+            texts and images are candidates. A mean or a sum is that of all pairs, the same on every rank, and so must
+            be what is built on it; "none" gives the rank's own losses. Gradients, logit_scale's too, are W times the
+            rank's share, which DDP's averaging makes those of the whole batch. Each rank takes its images' rows of the
+            logits, 8 N^2 D / W FLOP; texts travel, and their gradients back. (open_clip's local_loss=True,
+            gather_with_grad=True is this loss's gradient.)
+        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+
+    Returns:
+        The loss in float32 (float64 for float64 input): 0-d, or [N] for reduction="none". NaN for the mean of no pairs.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
+            their next call, and have NaN until then, and numbers and errors not at all).
+        RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
+
+    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020,
+    Fig. 3.
+    """
+    _check.flag("clip", "normalize", normalize)
+    _check.choice("clip", "reduction", reduction, REDUCTIONS)
+    group = distributed.name("clip", group)
+    losses, *_ = _run(Arguments(image, text, logit_scale, normalize, group, shared=reduction != "none"), backend)
+    return reduce(losses, reduction, group)

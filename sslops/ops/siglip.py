@@ -1,0 +1,130 @@
+"""SigLIP: each image and text of a batch is a pair or is none, by itself."""
+
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _check, distributed
+from .._check import Of
+from .._library import Out, register
+from .._schema import SIGNED
+from ..backend import kernel
+
+
+class Arguments(NamedTuple):
+    image: Annotated[Tensor, Of("N D", spread=True)]
+    text: Annotated[Tensor, Of("N D", like="image", spread=True)]
+    logit_scale: float | Tensor
+    bias: SIGNED
+    normalize: bool
+    group: str
+    operand_dtype: torch.dtype = torch.float32
+    backend: str = ""
+    needs_grad: list[bool] = []  # noqa: RUF012
+
+
+class Outputs(NamedTuple):
+    loss: Out
+    dimage: Out  # under a gradient of 1; empty if it will not be wanted
+    dtext: Out
+    dlogit_scale: Out
+    dbias: Out
+
+
+def outputs(x: Arguments) -> Outputs:
+    shapes = (tuple(x.image.shape), tuple(x.text.shape), (), ())
+    graded = (Out(shape if wanted else (0,)) for shape, wanted in zip(shapes, x.needs_grad, strict=True))
+    return Outputs(Out(()), *graded)
+
+
+def reference(x: Arguments) -> tuple[Tensor]:
+    """loss []: the maths as it is written, float32 (float64 for float64) around a matmul in operand_dtype."""
+    wide = torch.promote_types(x.image.dtype, torch.float32)
+    image, text = x.image.to(wide), x.text.to(wide)
+    if x.normalize:
+        image, text = F.normalize(image), F.normalize(text)
+    logits = (image.to(x.operand_dtype) @ text.to(x.operand_dtype).t()).to(wide) * x.logit_scale + x.bias
+    sign = 2 * torch.eye(len(image), dtype=wide, device=image.device) - 1
+    return (-F.logsigmoid(sign * logits).sum(1).mean(),)
+
+
+def _forward(x: Arguments) -> tuple[Tensor, ...]:
+    """The loss and its gradients, in float32"""
+    run = kernel(x.backend, "siglip").forward
+    if not x.group:
+        return tuple(run(x))
+    texts, part = distributed.all_gather(x.text, x.group), distributed.part(x.group, len(x.image))
+    loss, *gradients = run(x._replace(text=texts), part)
+    if x.needs_grad[1]:
+        gradients[1] = distributed.reduce_scatter(gradients[1], x.group, 0)
+    return distributed.all_reduce(loss, x.group, "sum"), *(each.mul_(part.group.size()) for each in gradients)
+
+
+def _backward(grad: Tensor, x: Arguments) -> tuple[Tensor, ...]:
+    """All over again, for what forward could not leave: a second use"""
+    _, *gradients = _forward(x)
+    dtypes = (x.image.dtype, x.text.dtype, torch.float32, torch.float32)
+    return tuple((each * grad).to(dtype) for each, dtype in zip(gradients, dtypes, strict=True))
+
+
+_run = register(
+    "siglip",
+    Arguments,
+    outputs,
+    reference=reference,
+    gradients=("image", "text", "logit_scale", "bias"),
+    forward=_forward,
+    backward=_backward,
+    unit=("dimage", "dtext", "dlogit_scale", "dbias"),
+)
+
+
+@distributed.in_step
+def siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float | Tensor = 10.0,
+    bias: float | Tensor = -10.0,
+    normalize: bool = True,
+    group: distributed.Group = None,
+    backend: str | None = None,
+) -> Tensor:
+    """SigLIP's loss: for each image and each text a logistic regression of whether they are a pair.
+
+    With x_ij = logit_scale <image_i, text_j> + bias, it is -log sigmoid(x_ii) and -log sigmoid(-x_ij), j != i, summed
+    over all pairs, over N. Memory is linear in N: no [N, N] matrix. Each pair counts by itself: forward finds the loss
+    and all gradients in one pass, 6 N^2 D FLOP, and backward hands them out.
+
+    Args:
+        image, text: [N, D] each, row i of one being the partner of row i of the other; float32, float16, bfloat16 or
+            float64 (float64 runs the eager reference). Under autocast the matmul operands have its dtype.
+        logit_scale: what multiplies the cosines: a positive number, or a 0-d tensor on the embeddings' device, which
+            gets its gradient and is not checked (the fused backends give NaN if it is not positive). Of a model that
+            learns its logarithm, `log_scale.exp()`.
+        bias: any finite number, or a 0-d tensor, which gets its gradient. The default is the paper's: that at first
+            nearly all are thought to be no pairs.
+        normalize: scale every row to unit length first (F.normalize, eps 1e-12).
+        group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W pairs on each: the loss is
+            that of all N^2 pairs, the same on every rank, and so must be what is built on it. Gradients, those of
+            logit_scale and bias too, are W times the rank's share, which DDP's averaging makes those of the whole
+            batch. Each rank takes its images' rows of the logits; texts travel, and their gradients back, in forward.
+        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+
+    Returns:
+        The loss, 0-d, in float32 (float64 for float64 input). NaN for no pairs.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
+            initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
+            their next call, and have NaN until then, and numbers and errors not at all).
+        RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
+
+    Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343, Sec. 3.2.
+    """
+    _check.flag("siglip", "normalize", normalize)
+    group = distributed.name("siglip", group)
+    loss: Tensor = _run(Arguments(image, text, logit_scale, bias, normalize, group), backend)[0]
+    return loss
