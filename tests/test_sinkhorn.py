@@ -134,6 +134,9 @@ def test_empty_and_not_finite(backend):
     x = scores(40, 70)
     x[3, 2] = float("nan")
     assert sslops.sinkhorn(x, backend=backend).isnan().all()
+    for k in (1, 5, 16):  # a row that is wholly at -inf has no softmax
+        x = torch.full((1, k), -torch.inf)
+        assert sslops.sinkhorn(x, start="probabilities", backend=backend).isnan().all()
 
 
 def test_mass_below_the_range_leaves_b():

@@ -124,6 +124,33 @@ def test_positives_far_below_the_negatives(device, backend, where, temperature):
 
 @each_target
 @each_where
+@pytest.mark.parametrize("size", [1e3, 1e20])
+def test_a_row_far_longer_than_its_positives(device, backend, where, size):
+    (z,) = rows(40, 9, device=device).values()
+    z[3] *= size
+    oracle.check(losses, {"z": z}, backend, where=where, temperature=0.5, normalize=False)
+
+
+@each_target
+@each_where
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_non_finite_rows_as_eager(device, backend, where, bad, normalize):
+    """A positive at -inf is one: the loss is inf, and NaN where all pairs are there"""
+    for place in range(9):
+        z = torch.tensor([[1.5, -0.3, -2.2], [1.5, -0.2, 2.1], [1.4, 0.3, -2.2]], device=device)
+        z.view(-1)[place] = bad
+        for labels in ([3, 3, 2], [3, 3, 3]):
+            options = {"where": where, "normalize": normalize, "reduction": "none"}
+            labels = torch.tensor(labels, device=device)
+            ours, eager = (sslops.supcon(z, labels, **options, backend=b) for b in (backend, "eager"))
+            assert torch.equal(ours.isfinite(), eager.isfinite())
+            if where == "out":  # a logit of inf in its row: NaN here, inf in the reference's "in"
+                assert torch.equal(ours.isnan(), eager.isnan())
+
+
+@each_target
+@each_where
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_temperature_gradient(device, backend, where, dtype, normalize):

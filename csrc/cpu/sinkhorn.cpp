@@ -90,13 +90,13 @@ void columns(Tensor scores, double temperature, Tensor top, Tensor sums) {
 
 constexpr int64_t kBlock = 16, kMaxBlocks = 32, kGroupRows = 4;
 
-// y = x / tau + b [n, to whole vectors], the lowest number behind n; returns the maximum.
+// y = x / tau + b [n, to whole vectors], -inf behind n; returns the maximum.
 template <DType kType>
 float scale_tile(const char* x, int64_t first, int64_t n, float inverse, const float* b, float* y) {
   return largest(n, [&](int64_t j, int lanes) {
     F v = load_as_float(x, kType, first + j, lanes) * inverse;
     v += load_lanes(b + first + j, lanes, 0.f);
-    v = filled(v, lanes, kLowest);
+    v = filled(v, lanes, -kInf);
     store(y + j, v);
     return v;
   });

@@ -20,12 +20,14 @@ void leave_out_itself(const Part& t) {
     if (const int64_t j = t.i0 + k - t.j0; j >= 0 && j < t.columns) t.row(k)[j] = -kInf;
 }
 
-// Which columns from j on are positives of a row of that class.
+// Which columns from j on are positives of row i.
 template <Kind kKind>
-SSLOPS_INLINE I are_positive(const Views& x, const Part& t, int64_t j, int32_t own, F s) {
-  I classes;
+SSLOPS_INLINE I are_positive(const Views& x, const Part& t, int64_t j, int64_t i) {
+  I classes, lane;
   std::memcpy(&classes, x.row_classes + t.j0 + j, sizeof classes);
-  return kKind == kDiagonal ? (classes == own) & (s != -kInf) : classes == own;
+  if (kKind != kDiagonal) return classes == x.row_classes[i];
+  for (int k = 0; k < kLanes; ++k) lane[k] = k;
+  return (classes == x.row_classes[i]) & (lane != static_cast<int32_t>(i - t.j0 - j));
 }
 
 // Of each row [padded]: r, and p over its positives alone, both relative to maxima; not inside, p is the sum of their
@@ -45,7 +47,7 @@ SSLOPS_INLINE void add_rows(const Views& x, const Part& t, int64_t k, const Sums
     for (int n = 0; n < kCount; ++n) {
       const int64_t i = t.i0 + k + n, at = t.j0 + j;
       const F s = load(t.row(k + n) + j), e = exp_nonpositive((s - (kFixed ? 1.f : to.top[i])) * inverse);
-      const I mask = are_positive<kKind>(x, t, j, x.row_classes[i], s);
+      const I mask = are_positive<kKind>(x, t, j, i);
       const auto term = [&](F top_p, F base) {
         return select(mask, !kInside ? s - base : kFixed ? e : exp_nonpositive((s - top_p) * inverse), F{});
       };
@@ -74,7 +76,7 @@ void add(const Views& x, const Part& t, const Sums& to) {
 template <Kind kKind>
 void raise_positives(const Views& x, const Part& t, const Sums& to) {
   raise(t, x.scale, to.top_p, to.p, [&](int64_t k, int64_t j, F s) {
-    return select(are_positive<kKind>(x, t, j, x.row_classes[t.i0 + k], s), s, splat(kLowest));
+    return select(are_positive<kKind>(x, t, j, t.i0 + k), s, splat(kLowest));
   });
 }
 
@@ -100,7 +102,7 @@ void weigh(const Views& x, const Part& t, const Weights& of) {
     for (int64_t j = 0; j < t.width(); j += kLanes) {
       const int64_t at = t.j0 + j;
       const F s = load(row + j), e = exp_nonpositive((s - top) * inverse), others = load(of.weights + at);
-      const I mask = are_positive<kKind>(x, t, j, x.row_classes[i], s);
+      const I mask = are_positive<kKind>(x, t, j, i);
       const F wanted = own_wanted + load(of.wanted + at);
       if constexpr (kFixed && kInside) {
         store(row + j, e * ((own + others) - select(mask, wanted, F{})));
@@ -140,17 +142,20 @@ void forward(Tensor z, Tensor classes, double temperature, bool normalize, bool 
              Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats) {
   const Views x(z, {}, classes, temperature, normalize, operand, inv_norm);
   const int64_t rows = losses.numel, count = rows / x.views;
-  Buffer<int64_t> sizes(2 * x.n);
+  Buffer<int64_t> sizes(2 * x.n), last(2 * x.n), before(x.n);  // of each class; of each example, in its class
   Buffer<float> top(x.padded), r(x.padded), top_p(x.padded), p(x.padded), base(x.padded);
-  for (int64_t i = 0; i < 2 * x.n; ++i) sizes[i] = 0;
-  for (int64_t i = 0; i < x.n; ++i) sizes[x.classes[i]] += x.views;
+  for (int64_t i = 0; i < 2 * x.n; ++i) sizes[i] = 0, last[i] = -1;
+  for (int64_t i = 0; i < x.n; ++i) {
+    const int32_t own = x.classes[i];
+    sizes[own] += x.views, before[i] = last[own], last[own] = i;
+  }
   for (int64_t i = 0; i < x.padded; ++i) {
-    F squares{};
-    for_each_vector(normalize || i >= x.m ? 0 : x.d, [&](int64_t j, int lanes) {
-      const F v = x.at(i, j, lanes);
-      squares += v * v;
-    });
-    top[i] = top_p[i] = x.scale.fixed ? 1.f : kLowest, r[i] = p[i] = 0.f, base[i] = normalize ? 1.f : sum(squares);
+    top[i] = top_p[i] = x.scale.fixed ? 1.f : kLowest, r[i] = p[i] = 0.f, base[i] = normalize ? 1.f : 0.f;
+    if (normalize || i >= x.m) continue;
+    const int64_t positive = x.views > 1 ? x.positive(i, 1) : before[i] < 0 ? last[x.classes[i]] : before[i];
+    F product{};
+    for_each_vector(x.d, [&](int64_t j, int lanes) { product += x.at(i, j, lanes) * x.at(positive, j, lanes); });
+    if (const float s = sum(product); s - s == 0.f) base[i] = s;
   }
   const Sums sums{top, r, top_p, p, base};
   for_each_tile(x, first, count, leave_out_itself, [&](const Tile&, const Part& t) {
