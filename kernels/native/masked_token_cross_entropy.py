@@ -12,7 +12,7 @@ from ..cpu.memory import refuses  # noqa: F401
 if TYPE_CHECKING:
     from sslops.ops.masked_token_cross_entropy import Arguments
 
-ROWS = 384  # of a chunk's logits at most: fewer make slower products, more need more memory
+ROWS = 256  # of a chunk's logits at most: fewer make slower products, more need more memory
 BLOCK = 16  # rows of logits that a cache holds
 
 
