@@ -89,7 +89,7 @@ def masked_token_cross_entropy(
     """The cross entropy of hidden @ weight.T + bias with the labels: BERT's, RoBERTa's and ModernBERT's loss.
 
     F.cross_entropy(F.linear(hidden, weight, bias), labels), where most labels are `ignore_index`: those rows take no
-    part in the product. The logits are made in chunks of at most 384 rows, and the gradients with them, in forward:
+    part in the product. The logits are made in chunks of at most 256 rows, and the gradients with them, in forward:
     memory is linear in the inputs, no [N, V].
 
     Args:
