@@ -33,8 +33,8 @@ void forward(Tensor image, Tensor text, double logit_scale, double bias, bool no
   const Pairs x(image, text, normalize, operand, first);
   const float scale = logit_scale > 0. ? static_cast<float>(logit_scale) : __builtin_nanf(""),
               shift = static_cast<float>(bias);
-  Buffer<float> losses(x.b), slopes(x.b);
-  for (int64_t i = 0; i < x.b; ++i) losses[i] = slopes[i] = 0.f;
+  Buffer<double> losses(x.b), slopes(x.b);
+  for (int64_t i = 0; i < x.b; ++i) losses[i] = slopes[i] = 0.;
   const auto weigh = [&](const Part& t, int64_t j0) {
     float pulls[kMaxSide];  // of the rows whose pair is in the tile, which is left out of the others
     for_each_pair(x, t, j0, [&](int64_t i, float& s) {

@@ -75,9 +75,8 @@ void add(const Views& x, const Part& t, const Sums& to) {
 // The maxima over the positives.
 template <Kind kKind>
 void raise_positives(const Views& x, const Part& t, const Sums& to) {
-  raise(t, x.scale, to.top_p, to.p, [&](int64_t k, int64_t j, F s) {
-    return select(are_positive<kKind>(x, t, j, t.i0 + k), s, splat(kLowest));
-  });
+  raise(t, x.scale, to.top_p, to.p,
+        [&](int64_t k, int64_t j, F s) { return select(are_positive<kKind>(x, t, j, t.i0 + k), s, splat(kLowest)); });
 }
 
 template <bool kFixed, bool kInside, Kind kKind>
