@@ -44,12 +44,8 @@ def on_device(op: str, device: torch.device | str | None) -> torch.device:
     """The device, or torch's default one"""
     try:
         return torch.empty(0, device=device).device
-    except (
-        AssertionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # no name of a device, or of none that is here
+    # no name of a device, or of none that is here
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         return _check.bad_value(op, "device", "a device that is there", f"{device!r}: {error}")
 
 

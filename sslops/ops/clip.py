@@ -29,10 +29,9 @@ class Outputs(NamedTuple):
     """Of all ranks. s_ij = <image_i, text_j>, the rows unit if normalize and rounded to operand_dtype."""
 
     losses: Out
-    stats: (
-        Out  # m_i, any number that keeps exp(logit_scale (s_ij - m_i)) in range; 1 / their sum over j; the same of the
-    )
-    # columns; the share of i's negatives in its row's sum and in its column's, added
+    # m_i, any number that keeps exp(logit_scale (s_ij - m_i)) in range; 1 / their sum over j; the same of the columns;
+    # the share of i's negatives in its row's sum and in its column's, added
+    stats: Out
     texts: Out  # of all ranks, if there are others
 
 
