@@ -272,3 +272,30 @@ def test_a_fault_is_found(monkeypatch, fault):
     monkeypatch.setattr(kernel, "_sweep", faulty)
     with pytest.raises(AssertionError, match="above"):
         check(tensors, labels, "cpu")
+
+
+def test_transformers_bert():
+    """BertForMaskedLM's loss, and the gradients of all its parameters, tied and untied"""
+    transformers = pytest.importorskip("transformers")
+    peers._let_torchvision_load()
+    for tied in (True, False):
+        config = transformers.BertConfig(
+            vocab_size=97, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        model = transformers.BertForMaskedLM(config).eval()
+        ids = torch.randint(97, (3, 11))
+        labels = torch.where(torch.rand(3, 11) < 0.3, ids, -100)
+        theirs = model(input_ids=ids, labels=labels).loss
+        head = model.cls.predictions
+        hidden = head.transform(model.bert(input_ids=ids).last_hidden_state)
+        ours = sslops.masked_token_cross_entropy(hidden, head.decoder.weight, labels, bias=head.decoder.bias)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+        parameters = list(model.parameters())
+        expected = torch.autograd.grad(theirs, parameters, allow_unused=True)  # not the pooler's
+        found = torch.autograd.grad(ours, parameters, allow_unused=True)
+        used = [k for k, x in enumerate(expected) if x is not None]
+        assert len(used) > 20
+        assert used == [k for k, x in enumerate(found) if x is not None]
+        for k in used:
+            torch.testing.assert_close(found[k], expected[k], rtol=1e-4, atol=1e-7)
