@@ -64,6 +64,15 @@ def test_large_logits(device, backend):
 
 
 @each_target
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3, 1.0])
+def test_one_word(device, backend, smoothing):
+    """Is certain: no loss, and no gradient"""
+    tensors, labels = problem(63, 1, device=device)
+    found = graded(ours, tensors, labels, backend=backend, reduction="none", label_smoothing=smoothing)
+    assert not any(x.any() for x in found)
+
+
+@each_target
 @pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
 def test_is_the_usual_form(device, backend, smoothing):
     tensors, labels = problem(700, 70, share=0.9, device=device)

@@ -212,6 +212,35 @@ def test_huge_logits(isa, weights, seed):
     oracle.check(losses, inputs, "cpu", temperature=0.01, normalize=False, **weights)
 
 
+def test_a_tie_between_huge_logits(isa):
+    """p is all at the other row, q half and half: a divergence of log 2, beside logits of 4e29"""
+    online = torch.tensor([[0.6, -0.5], [0.6, -0.5]])
+    target = torch.tensor([[4e9, 1e30], [7e9, -3e9]])
+    options = {"temperature": 0.5, "alpha": 0.0, "beta": 1.0, "normalize": False}
+    found = losses(online, target, **options, backend="cpu")
+    torch.testing.assert_close(found, torch.full((2,), math.log(2)), rtol=1e-6, atol=0)
+
+
+def test_weights_beside_huge_logits(isa):
+    """Gradients are linear in the weights: in float64's reference the contrastive one is lost beside a divergence's"""
+    inputs = torch.tensor([[1e30, 3e9], [7e9, 3e9]]), torch.tensor([[0.5, 0.3], [0.7, 0.4]])
+    options = {"temperature": 0.5, "normalize": False}
+    both, first, second = (
+        oracle.evaluate(losses, inputs, "cpu", alpha=alpha, beta=beta, **options)
+        for alpha, beta in ((1.0, 0.5), (1.0, 0.0), (0.0, 0.5))
+    )
+    for x, y, z in zip(both, first, second, strict=True):
+        torch.testing.assert_close(x, y + z, rtol=1e-5, atol=0)
+
+
+def test_small_divergences_of_small_logits(isa):
+    """Unnormalised, of size 1e-12: beneath a maximum that is known they keep their digits"""
+    inputs = {name: x * 1e-3 for name, x in views(20, 6).items()}
+    options = {"temperature": 0.5, "alpha": 0.0, "beta": 1.0, "normalize": False}
+    truth = losses(**{name: x.double() for name, x in inputs.items()}, **options)
+    assert oracle.errors(losses(**inputs, **options, backend="cpu"), truth)[0] < 1e-2
+
+
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.5, 0.03])

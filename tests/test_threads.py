@@ -12,27 +12,31 @@ import sslops
 
 
 def test_ctrl_c_ends_a_long_call():
-    """As KeyboardInterrupt, and the process goes on"""
+    """As KeyboardInterrupt, within a second, and the process goes on"""
     script = """
-import signal, torch, sslops
+import glob, signal, time, torch, sslops
+def waited():  # by all threads for a core, which a busy machine has not: seconds
+    return sum(int(open(file).read().split()[1]) for file in glob.glob("/proc/self/task/*/schedstat")) / 1e9
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 z = torch.randn(2, 32768, 256)
+before = waited()
 print("ready", flush=True)
 try:
     sslops.nt_xent(z[0], z[1], backend="cpu")
     print("finished")
 except KeyboardInterrupt:
-    print("interrupted")
+    print(time.monotonic(), waited() - before)
 print(float(sslops.nt_xent(z[0, :64], z[1, :64], backend="cpu")) > 0)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.3)
+    begin = time.monotonic()  # one clock for all processes
     process.send_signal(signal.SIGINT)
-    begin = time.monotonic()
     out, _ = process.communicate(timeout=60)
-    assert out.split() == ["interrupted", "True"]
-    assert time.monotonic() - begin < 10  # a second, and the interpreter's own end on a busy machine
+    ended, waited, goes_on = out.split()
+    assert float(ended) - begin < 1 + float(waited)
+    assert goes_on == "True"
 
 
 def test_several_threads():

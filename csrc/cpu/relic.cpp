@@ -6,23 +6,24 @@ namespace sslops::relic {
 namespace {
 
 // Over the negatives of a row, with d = (b - a) / tau and p = exp((a - top of a) / tau): the sums of p, of the same of
-// b, of p (b - positive), p d, p (exp(d) - 1 - d) (at a fixed maximum); the maxima; how many a exceed the positive.
+// b, of p (b - positive), p d (of b and a beneath their maxima, if those are not fixed: where p is, that is no larger
+// than what it tells), p (exp(d) - 1 - d) (at a fixed maximum); the maxima; how many a exceed the positive.
 enum Sum { kA, kB, kY, kE, kV, kTerms, kTopA = kTerms, kTopB, kExceeding, kSums };
 enum Stat { kStatTopA, kInverseA, kStatTopB, kInverseB, kMeanY, kPull, kPositive, kCount, kStats };
+
+// Nothing times whatever is nothing.
+float product(float none, float x) { return none == 0.f ? 0.f : none * x; }
 
 // Raises the maxima of the tile's rows and columns and scales their sums down accordingly.
 void raise(const Batch& x, const Part& t, float* sums) {
   const auto raise_one = [&](int64_t i, float a, float b) {
     const auto at = [&](Sum k) -> float& { return sums[k * x.padded + i]; };
-    if (a > at(kTopA)) {
-      const float factor = expf((at(kTopA) - a) * x.scale.inverse);
-      for (Sum k : {kA, kY, kE}) at(k) *= factor;
-      at(kTopA) = a;
-    }
-    if (b > at(kTopB)) {
-      at(kB) *= expf((at(kTopB) - b) * x.scale.inverse);
-      at(kTopB) = b;
-    }
+    a = max(a, at(kTopA)), b = max(b, at(kTopB));
+    if (a == at(kTopA) && b == at(kTopB)) return;
+    const float by_a = (a - at(kTopA)) * x.scale.inverse, by_b = (b - at(kTopB)) * x.scale.inverse,
+                factor = expf(-by_a);
+    at(kA) *= factor, at(kE) = at(kE) * factor + product(at(kA), by_a - by_b), at(kY) *= factor, at(kB) *= expf(-by_b);
+    at(kTopA) = a, at(kTopB) = b;
   };
   float columns[2][kMaxSide];
   for (int64_t j = 0; j < t.width(); ++j) columns[0][j] = columns[1][j] = kLowest;
@@ -58,7 +59,8 @@ SSLOPS_INLINE void add_rows(const Batch& x, const Part& t, int64_t k, float* sum
       const int64_t i = t.i0 + k + r;
       const F a = load(t.a + (k + r) * t.ld + j), b = load(t.b + (k + r) * t.ld + j);
       const auto power = [&](F s, F top) { return exp_nonpositive((s - top) * inverse); };
-      const F e_a = power(a, splat(kFixed ? 1.f : top_a[i])), e_b = power(b, splat(kFixed ? 1.f : top_b[i]));
+      const float own_a = kFixed ? x.scale.top : top_a[i], own_b = kFixed ? x.scale.top : top_b[i];
+      const F e_a = power(a, splat(own_a)), e_b = power(b, splat(own_b));
       // exp(d) - 1 - d = even(d) + odd(d): by their series where the difference would lose digits.
       const F d = (b - a) * inverse, z = d * d;
       const F even = z * (z * (z * 0.0013981894f + 0.041665795f) + 0.5f);
@@ -76,10 +78,12 @@ SSLOPS_INLINE void add_rows(const Batch& x, const Part& t, int64_t k, float* sum
         const Masks mask(x, t, i, j);
         own = mask.own, other = mask.other;
       }
-      add(totals[r], own, e_a, e_b, d, even + odd, b - positives[i]);
-      if (kMirrored)  // the mirror image has b for a
-        add(down, other, kFixed ? e_b : power(b, load(top_a + t.j0 + j)),
-            kFixed ? e_a : power(a, load(top_b + t.j0 + j)), -d, even - odd, a - load(positives + t.j0 + j));
+      add(totals[r], own, e_a, e_b, kFixed ? d : ((b - own_b) - (a - own_a)) * inverse, even + odd, b - positives[i]);
+      if (kMirrored) {  // the mirror image has b for a
+        const F other_a = load(top_a + t.j0 + j), other_b = load(top_b + t.j0 + j);
+        add(down, other, kFixed ? e_b : power(b, other_a), kFixed ? e_a : power(a, other_b),
+            kFixed ? -d : ((a - other_b) - (b - other_a)) * inverse, even - odd, a - load(positives + t.j0 + j));
+      }
     }
     for (int term = 0; term < kTerms && kMirrored; ++term)
       store(columns[term] + j, load(columns[term] + j) + down[term]);
@@ -138,7 +142,7 @@ void weigh(const Batch& x, const Part& t, const float* stats) {
       const auto power = [&](F s, F top) { return exp_nonpositive((s - top) * inverse); };
       // Where p is all at one place, its Y and b are the same number: they cancel.
       const auto pulled = [&](F p, F y, F other, F s) { return p * (alpha + kappa * (y - (other - s))); };
-      const F e_a = power(a, kFixed ? splat(1.f) : top_a), e_b = power(b, kFixed ? splat(1.f) : top_b);
+      const F e_a = power(a, kFixed ? splat(x.scale.top) : top_a), e_b = power(b, kFixed ? splat(x.scale.top) : top_b);
       const F p = e_a * inverse_a, q = e_b * inverse_b;
       const F p_other = (kFixed ? e_b : power(b, of_column(kStatTopA))) * of_column(kInverseA);
       const F q_other = (kFixed ? e_a : power(a, of_column(kStatTopB))) * of_column(kInverseB);
@@ -228,13 +232,22 @@ void forward(Tensor online, Tensor target, double temperature, double alpha, dou
     const float s = positives[i];
     const Close p(s, at(kA), at(kTopA), x.scale), q(s, at(kB), at(kTopB), x.scale);
     const float to_mean = p.shrink * p.inverse, y = at(kY) * to_mean;
+    const float e = expf((s - p.top) * x.scale.inverse);
     // KL = log E_p[exp(d)] - E_p[d]; where p and q are close, a difference of numbers of its own size.
     const double u = x.scale.fixed ? (at(kB) - at(kA)) * p.inverse : 1.;
-    const float divergence = u > -0.5 && u < 0.5 ? static_cast<float>(at(kV) * to_mean - (u - log1p(u)))
-                                                 : (q.loss - p.loss) - at(kE) * to_mean;
+    float divergence;
+    if (u > -0.5 && u < 0.5) {
+      divergence = static_cast<float>(at(kV) * to_mean - (u - log1p(u)));
+    } else if (x.scale.fixed) {
+      divergence = (q.loss - p.loss) - at(kE) * to_mean;
+    } else {  // E_p[log p - log q], of logits beneath their maxima
+      const auto log_of = [&](const Close& c) { return c.top == s ? c.loss : -logf(c.inverse); };
+      const float by = ((p.top - at(kTopA)) - (q.top - at(kTopB))) * x.scale.inverse;
+      const float sum = p.shrink * at(kE) + product(p.shrink * at(kA), by);
+      divergence = (log_of(q) - log_of(p)) - (sum + product(e, (p.top - q.top) * x.scale.inverse)) * p.inverse;
+    }
     losses.as<float>()[i] = x.alpha * p.loss + x.beta * divergence;
-    const float own = expf((s - p.top) * x.scale.inverse) * p.inverse;
-    const float drift = static_cast<float>(own * y / x.scale.tau) + (p.share - q.share);
+    const float drift = static_cast<float>(e * p.inverse * y / x.scale.tau) + (p.share - q.share);
     const float kept[kStats] = {p.top, p.inverse,     q.top, q.inverse, y, x.alpha * p.share - x.beta * drift,
                                 s,     at(kExceeding)};
     for (int64_t k = 0; k < kStats; ++k) stats.as<float>()[k * n + i] = kept[k];

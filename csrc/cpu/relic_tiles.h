@@ -50,10 +50,10 @@ struct Panels {
 struct Batch : Panels {
   int64_t d, padded;
   float alpha, beta;
-  Scale scale;
   DType operand_dtype;
   Buffer<float> inv_norm;
   Rows views[2];
+  Scale scale;
   Operand online, target;
 
   Batch(const Tensor& o, const Tensor& t, double temperature, double alpha, double beta, int64_t negatives,
@@ -63,10 +63,10 @@ struct Batch : Panels {
         padded(round_up(n, kGroup)),
         alpha(static_cast<float>(alpha)),
         beta(static_cast<float>(beta)),
-        scale(temperature, normalize),
         operand_dtype(operand),
         inv_norm(2 * n),
         views{{o, normalize, inv_norm}, {t, normalize, inv_norm + n}},
+        scale(normalize ? Scale(temperature, true) : scale_of_small(temperature)),
         online(n, d, operand),
         target(n, d, operand) {
     const int64_t groups = padded / kGroup;
@@ -83,6 +83,18 @@ struct Batch : Panels {
   // Of the operand.
   SSLOPS_INLINE F at(bool which, int64_t i, int64_t j, int lanes) const {
     return round_to(operand_dtype, views[which].at(i, j, lanes));
+  }
+  // Logits below 1 have a known maximum, normalised or not: a divergence of 1e-12 keeps its digits.
+  Scale scale_of_small(double temperature) const {
+    const float bound = longest(0) * longest(1);
+    return Scale(temperature, bound <= temperature, bound);
+  }
+  // No row of a view is longer, as it is stored.
+  float longest(bool which) const {
+    const Rows& view = views[which];
+    float most = 0.f;
+    for (int64_t i = 0; i < n; ++i) most = max(1.f / sslops::inv_norm(view.x, view.dtype, i * d, d), most);
+    return most;
   }
 };
 

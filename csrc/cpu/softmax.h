@@ -19,12 +19,14 @@ constexpr double kLowestFixedTemperature = 2.02 / 43;
 struct Scale {
   double tau;     // NaN if it is not positive: that makes everything NaN
   float inverse;  // 1 / tau, never 0: at an infinite temperature all pairs weigh the same, but -inf stays -inf
-  bool fixed;     // the maximum is taken to be 1
+  bool fixed;     // the maximum is taken to be `top`
+  float top;
 
-  Scale(double temperature, bool normalized)
+  Scale(double temperature, bool normalized, float top = 1.f)  // normalized: no |s| is above top
       : tau(temperature > 0. ? temperature : __builtin_nan("")),
         inverse(1. / tau < __FLT_MIN__ ? __FLT_MIN__ : static_cast<float>(1. / tau)),
-        fixed(normalized && tau >= kLowestFixedTemperature) {}
+        fixed(normalized && tau >= kLowestFixedTemperature * top),
+        top(top) {}
 };
 
 // e^x for x <= 0 (any x up to 88): relative error below 1.5e-7; 0 below -87.3; NaN stays NaN. In two steps of ln 2, so
@@ -52,7 +54,7 @@ struct Close {
   float shrink;                     // what r_neg was multiplied by
 
   Close(float s, float r_neg, float top_neg, const Scale& scale) {
-    top = scale.fixed ? 1.f : max(s, top_neg);
+    top = scale.fixed ? scale.top : max(s, top_neg);
     shrink = scale.fixed ? 1.f : expf((top_neg - top) * scale.inverse);
     r_neg *= shrink;
     const float e_pos = expf((s - top) * scale.inverse), total = r_neg + e_pos;
@@ -63,7 +65,7 @@ struct Close {
 
   // Decoupled (arXiv 2110.06848): the positive is no term of the sum, and is weighted.
   static Close decoupled(float s, float r_neg, float top_neg, float weight, const Scale& scale) {
-    const float top = scale.fixed ? 1.f : top_neg;
+    const float top = scale.fixed ? scale.top : top_neg;
     return {logf(r_neg) + static_cast<float>((top - weight * s) / scale.tau), top, 1.f / r_neg, weight, 1.f};
   }
 

@@ -26,8 +26,9 @@ def _losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, T
 def _slope(log_p: Tensor, labels: Tensor, smoothing: float, out: Tensor) -> Tensor:
     """The losses' derivatives by the logits, in out or in place"""
     slope = torch.exp(log_p, out=out if out.dtype == log_p.dtype else log_p)
-    slope.scatter_add_(1, labels, slope.new_full(labels.shape, smoothing - 1))
-    return slope.sub_(smoothing / slope.shape[1]) if smoothing else slope
+    share = smoothing / slope.shape[1]
+    of_labels = slope.gather(1, labels) - (1 - smoothing + share)  # 0 where p is all theirs
+    return (slope.sub_(share) if smoothing else slope).scatter_(1, labels, of_labels)
 
 
 def _sweep(x: Arguments, ready: bool, grad: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -214,8 +214,8 @@ def relic(
         generator: draws the order, on the embeddings' device; the default one if None. All backends draw the same. It
             cannot be an argument of a function compiled with fullgraph=True.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12). Without, rows may have logits of
-            thousands, beside which float32 rounds a small divergence: one of 2e-3 between logits of 8000 has three
-            digits in a fused backend and four in the reference.
+            thousands, beside which float32 rounds a small divergence: one of 2e-3 between logits of 8000 has four
+            digits on a CPU, as in the reference, and three with Triton.
         reduction: "mean" or "sum" over the B rows, or "none": the losses [B].
         return_metrics: return (loss, Metrics(top1, top5, positive_similarity)), the accuracy of online_i in finding
             target_i among its negatives.

@@ -3,6 +3,7 @@
 SSLOPS_FUZZ=1000 tries so many of each (`make fuzz`); otherwise a few, always the same.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -53,6 +54,30 @@ def cancelling(case: Case) -> dict[str, float]:
     return {"student": 0.1 / (case.options["student_temp"] * rows * k**0.5)}
 
 
+def determined(case: Case, dtype: torch.dtype) -> bool:
+    """Whether the inputs, in dtype, say what a result is"""
+    if case.op in ("cross_correlation", "barlow_twins"):
+        return len(case.inputs["z_a"]) > 2  # a column of two normalised numbers is a sign, whose derivative is 0
+    # The rounding of unit rows moves a cosine by eps, its logit by eps / temperature: of collapsed rows beyond all that
+    # tells them apart, the same way in all draws. In half precision the reference rounds all to 1, which happens to be
+    # right.
+    options = case.options
+    return not options.get("normalize") or options.get("temperature", 1.0) > max(torch.finfo(dtype).eps, 1e-3)
+
+
+def rounded_anew(inputs: list[torch.Tensor], draw: int) -> list[torch.Tensor]:
+    """The oracle's draw with columns that are longer by some units in the last place: unit rows of longer rows are the
+    same. What collapses or agrees still does.
+    """
+    if not draw:
+        return inputs
+    found = []
+    for x in inputs:
+        units = torch.randint(8, x.shape[-1:], generator=torch.Generator().manual_seed(draw))
+        found.append(x * (1 + units * torch.finfo(x.dtype).eps).to(x) if x.dim() > 1 else x)
+    return found
+
+
 @each_op
 def test_promise(op, isa, counted):
     @fuzzed
@@ -61,11 +86,14 @@ def test_promise(op, isa, counted):
         counted("calls against float64")
         case = converted(case, dtype, "contiguous")
         names = list(case.inputs)
+        assume(determined(case, dtype))
         # a zero row's gradient, divided by the smallest norm, overflows half precision
         assume(dtype == torch.float32 or all(x.isfinite().all() for x in case.run_with_gradients("eager")))
 
+        count = itertools.count()
+
         def answers(draw):
-            inputs = dict(zip(names, draw, strict=True))
+            inputs = dict(zip(names, rounded_anew(draw, next(count)), strict=True))
             wide = {name: x.double() for name, x in inputs.items()}
             return *(case.run_with_gradients(b, inputs) for b in ("cpu", "eager")), case.run_with_gradients(
                 "eager", wide
@@ -100,6 +128,8 @@ def test_wild_values(op, isa, counted):
     @given(draws.CALLS[op], st.sampled_from(sorted(draws.WILD)), draws.SEEDS)
     def run(case, kind, seed):
         counted("calls with a wild number")
+        # beside a divergence's terms of 1e30, float64 loses the contrastive one
+        assume(kind != "huge" or not (case.options.get("alpha") and case.options.get("beta")))
         names = list(case.inputs)
         name = names[seed % len(names)]
         inputs = case.inputs | {name: draws.planted(case.inputs[name], kind, seed)}
@@ -111,9 +141,12 @@ def test_wild_values(op, isa, counted):
             if kind not in ("huge", "tiny"):
                 assert torch.equal(ours[0].isfinite(), eager[0].isfinite())
             return
+        floor = 1e-10
+        if kind == "tiny" and case.options.get("normalize"):  # the derivative of a row of 0 is divided by 1e-12
+            floor = 1e12 * torch.finfo(torch.float32).eps / case.options.get("temperature", 1.0)
         for x, y, z in zip(ours, eager, truth, strict=True):
             if y.numel() and y.isfinite().all() and float((y - z).abs().max()) <= 1e-3 * float(z.abs().max()):
-                torch.testing.assert_close(x.double(), z, rtol=1e-2, atol=1e-2 * float(z.abs().max()) + 1e-10)
+                torch.testing.assert_close(x.double(), z, rtol=1e-2, atol=1e-2 * float(z.abs().max()) + floor)
 
     run()
 
@@ -125,7 +158,6 @@ def test_columns_that_no_row_wants():
     torch.testing.assert_close(found, torch.tensor([44.0, 0.0, -44.0]))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a divergence of 1e-3 between logits of 8000")
 def test_a_small_divergence_of_large_logits():
     online = torch.tensor([[1.5476, -0.2908, -2.1782], [1.5472, -0.2979, -2.1805]])
     target = torch.tensor([[1.9143, -0.2110, -2.1376], [1.2671, -0.2769, -2.8050]])
