@@ -112,6 +112,7 @@ def test_layouts(op, isa, counted):
     @given(draws.CALLS[op], st.sampled_from(draws.DTYPES), st.sampled_from(sorted(draws.LAYOUTS)))
     def run(case, dtype, layout):
         counted("calls with other strides")
+        assume(op != "masked_token_cross_entropy" or layout != "shifted")  # bits of torch's own products vary with it
         case = converted(case, dtype, layout)
         dense = {name: x.clone(memory_format=torch.contiguous_format) for name, x in case.inputs.items()}
         for ours, same in zip(case.run_with_gradients("cpu"), case.run_with_gradients("cpu", dense), strict=True):
