@@ -98,9 +98,9 @@ def test_weights_with_a_gradient():
 @pytest.mark.parametrize("name", sorted(HOMES))
 def test_signature(name):
     theirs, mine = original(name), getattr(ours, name)
-    assert sslops.compat._parameters(mine) == sslops.compat._parameters(theirs)
+    assert sslops.compat.parameters(mine) == sslops.compat.parameters(theirs)
     if isinstance(mine, type):
-        assert sslops.compat._parameters(mine.forward) == sslops.compat._parameters(theirs.forward)
+        assert sslops.compat.parameters(mine.forward) == sslops.compat.parameters(theirs.forward)
         assert not issubclass(mine, theirs)
 
 
