@@ -19,7 +19,7 @@ build: .venv/installed
 	$(PY) setup.py -q build_ext --inplace
 
 test: build .venv/peers .venv-wheel/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(nproc) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(nproc) --dist loadfile --no-loadscope-reorder
 
 # The sdist, and wheels for every Python here, in dist/.
 .venv-wheel/installed: packaging/requirements.txt

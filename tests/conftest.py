@@ -8,6 +8,13 @@ from sslops import _C
 if instructions := os.environ.get("SSLOPS_TEST_ISA"):  # all tests by another instruction set than the best one
     _C.set_isa(instructions)
 
+LONG = ("cuda_emulation", "triton_kernels", "test_wheel", "test_distributed", "test_pretrain")
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first: whatever comes last, one worker alone is busy with it."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

@@ -868,7 +868,8 @@ OTHER = [
 def test_an_error_on_one_rank_is_raised_on_all(ranks, op, options, wrong):
     *others, own = ranks(one_rank_is_wrong, op, options, wrong)
     assert own.startswith(f"{op.__name__}: {next(iter(wrong))}")
-    name = "sinkhorn" if op is sslops.swav else op.__name__  # which comes first in it
+    first = {sslops.swav: "sinkhorn", sigreg: "sigreg's key"}  # what comes first in it
+    name = first.get(op, op.__name__)
     for message in others:
         assert message == f"{name}: group: wanted no error on any rank, got one on ranks [{ranks.world - 1}]"
 

@@ -144,15 +144,19 @@ def sigreg(
     if isinstance(z, Tensor):
         if directions is None:
             key = draw_key("sigreg", generator, z.device)
-            if name:  # rank 0's
-                key = torch.ops.sslops.all_gather(key[None], name, 0, "sigreg's key")[0]
         elif generator is not None:
             _check.bad_value("sigreg", "generator", "None beside directions", generator)
         if isinstance(directions, Tensor) and directions.dim() and directions.is_floating_point():
             slices = len(directions)
             directions = directions.detach().to(torch.promote_types(z.dtype, torch.float32))
         z = z[None] if z.dim() == 2 else z
-    loss: Tensor = _run(Arguments(z, directions, key, slices, knots, t_max, name), backend)[0]
+
+    def with_rank_0s_key(x: Arguments) -> Arguments:
+        if not name or x.key is None:
+            return x
+        return x._replace(key=torch.ops.sslops.all_gather(x.key[None], name, 0, "sigreg's key")[0])
+
+    loss: Tensor = _run(Arguments(z, directions, key, slices, knots, t_max, name), backend, with_rank_0s_key)[0]
     return loss
 
 
