@@ -150,7 +150,8 @@ def choice(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str | Non
 def explain(op: str, *tensors: Tensor) -> str:
     """Which backend `op` takes for these tensors (a CPU float32 tensor if none is given) and why not the others.
 
-    >>> print(sslops.explain("nt_xent", z0, z1))
+    Examples:
+        >>> print(sslops.explain("nt_xent", z0, z1))
     """
     if not (isinstance(op, str) and op in ops()):
         raise ValueError(f"explain: op: wanted one of {', '.join(ops())}, got {op!r}")
