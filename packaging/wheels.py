@@ -133,6 +133,7 @@ def main() -> None:
             f"CPU {info['isas']}, CUDA {info['cuda_archs']}), {time.perf_counter() - start:.0f} s",
             flush=True,
         )
+    run(sys.executable, "-m", "twine", "check", "--strict", *arguments.out.glob("sslops-*"))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ gather_distributed=True gives lightly's values and gradients, which DDP's averag
 own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
 each rank normalised by itself. The ops' `group=` takes one batch that is spread over the ranks.
 
-lightly-train's SimCLR, DINO and DenseCL's global loss are lightly's: patch before it is imported. Not replaced are its
-own: DenseCLLoss, which is `info_nce(out0, out1, negatives.t())`, DINOv2's losses, and update_momentum.
+lightly-train 0.18's SimCLR, DINO and DenseCL's global loss are lightly's, as is its DINOv2's KoLeo: patch before it is
+imported (its DenseCL does not start beside lightly 1.6, whose memory bank wants a width). Not replaced are its own:
+DenseCLLoss, which is `info_nce(out0, out1, negatives.t())`; DINOv2's DINOLoss and IBOTPatchLoss, which are given the
+teacher's probabilities, where `dino` and `ibot` make them from the logits; the distillations; and update_momentum.
 """
 
 from .losses import (
