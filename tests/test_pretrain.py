@@ -73,7 +73,7 @@ def test_both_losses_train_alike(pretrain, tmp_path, capsys, monkeypatch, method
     assert report.count("does NOT gain over") == 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["simclr", "moco", "dino", "mae", "bert"])  # of each kind of draws and state
 def test_alone_it_trains_as_in_company(pretrain, method):
     def curve(names: list[str]) -> list[float]:
         torch.manual_seed(0)

@@ -168,7 +168,7 @@ def test_a_small_divergence_of_large_logits():
 
 def test_hostile_calls(counted):
     """Wrong arguments of public functions and lies to torch.ops.sslops, in another process; hostile.py says which"""
-    share = [] if EXAMPLES else ["--every", "80", "--seconds", "60"]
+    share = [] if EXAMPLES else ["--every", "160", "--seconds", "60"]
     run = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.hostile", *share], cwd=ROOT, capture_output=True, text=True, timeout=3000
     )
