@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import cases, matmul, peak_memory, record, record_memory, settings
+from ._compare import cases, matmul, record
+from ._views import memory_row, variant, views
 
 SCALE, BIAS = 10.0, -10.0
 CASES = {
@@ -46,7 +47,7 @@ def fused(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     return sslops.siglip(image, text, logit_scale=SCALE, bias=BIAS)
 
 
-def losses() -> dict[str, Callable]:
+def losses(d: int, device: str) -> dict[str, Callable]:
     return {
         "sslops": fused,
         "eager": eager,
@@ -56,35 +57,17 @@ def losses() -> dict[str, Callable]:
     }
 
 
-def inputs(n: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    return [torch.randn(n, d, device=device).to(dtype).requires_grad_() for _ in range(2)]
-
-
-def step(loss: Callable, towers: list[torch.Tensor]) -> None:
-    for x in towers:
-        x.grad = None
-    loss(*towers).backward()
-
-
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     (n, d), dtype, part = case
-    towers = inputs(n, d, dtype, device)
+    towers = views(n, d, dtype, device)
     torch._dynamo.reset()
-    variants = {name: lambda loss=loss: step(loss, towers) for name, loss in losses().items()}
+    variants = {name: variant(loss, *towers, part) for name, loss in losses(d, device).items()}
     once = matmul(2 * n * n * d, dtype, device)
     variants["matmuls"] = lambda: [once() for _ in range(3)]
     record(benchmark, variants, limit="matmuls", n=n, d=d, dtype=dtype, part=part, flop=6 * n * n * d)
 
 
 def test_memory(benchmark, device, case):
-    (n, d), dtype, _ = case
-    setup = f"""
-import torch
-from benchmarks.bench_siglip import inputs, losses, step
-towers = inputs({n}, {d}, {dtype}, "cpu")
-loss = losses()[{{!r}}]
-"""
-    names = ("sslops",) if settings.only_ours or n > 8192 else ("sslops", "eager", "lean eager", "compile")
-    peak_mb = {name: peak_memory(setup.format(name), "step(loss, towers)") for name in names}
-    record_memory(benchmark, peak_mb, n=n, d=d, dtype=dtype)
+    names = ["sslops"] if case[0][0] > 8192 else ["sslops", "eager", "lean eager", "compile"]
+    memory_row(benchmark, case, "bench_siglip", names)
