@@ -73,31 +73,33 @@ void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, doub
       count_exceeding(t, similarity + k * padded, exceeding + k * padded);
   });
   const float part = 1.f / static_cast<float>(pairs);
-  for (int64_t k = 0; k < rows; ++k) {
-    const int64_t i = x.row(k, first, count);
-    float* const kept = stats.as<float>() + k;
-    // Of the maxima over one positive the lowest: no sum over the negatives vanishes under it, and what a higher
-    // positive adds to its sum is beyond all of them.
-    float loss = 0.f, inverse = 0.f, lowest = similarity[i];
-    for (int64_t p = 1; p < pairs; ++p)
-      lowest = similarity[p * padded + i] < lowest ? similarity[p * padded + i] : lowest;
-    const float base = x.scale.fixed ? 1.f : decoupled ? top[i] : max(lowest, top[i]);
-    const float weight = positive_weights ? positive_weights.as<float>()[i] : 1.f;
-    for (int64_t p = 0; p < pairs; ++p) {
-      const float s = similarity[p * padded + i];
-      const Close close =
-          decoupled ? Close::decoupled(s, sums[i], top[i], weight, x.scale) : Close(s, sums[i], top[i], x.scale);
-      loss += close.loss * part;
-      inverse += close.inverse * expf((base - close.top) * x.scale.inverse) * part;
-      kept[(2 + p) * rows] = close.share * part;
-      if (!logged.numel) continue;
-      logged.as<float>()[p * rows + k] = s;
-      logged.as<float>()[(pairs + p) * rows + k] = exceeding[p * padded + i];
+  parallel_for(rows, kGroup, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = x.row(k, first, count);
+      float* const kept = stats.as<float>() + k;
+      // Of the maxima over one positive the lowest: no sum over the negatives vanishes under it, and what a higher
+      // positive adds to its sum is beyond all of them.
+      float loss = 0.f, inverse = 0.f, lowest = similarity[i];
+      for (int64_t p = 1; p < pairs; ++p)
+        lowest = similarity[p * padded + i] < lowest ? similarity[p * padded + i] : lowest;
+      const float base = x.scale.fixed ? 1.f : decoupled ? top[i] : max(lowest, top[i]);
+      const float weight = positive_weights ? positive_weights.as<float>()[i] : 1.f;
+      for (int64_t p = 0; p < pairs; ++p) {
+        const float s = similarity[p * padded + i];
+        const Close close =
+            decoupled ? Close::decoupled(s, sums[i], top[i], weight, x.scale) : Close(s, sums[i], top[i], x.scale);
+        loss += close.loss * part;
+        inverse += close.inverse * expf((base - close.top) * x.scale.inverse) * part;
+        kept[(2 + p) * rows] = close.share * part;
+        if (!logged.numel) continue;
+        logged.as<float>()[p * rows + k] = s;
+        logged.as<float>()[(pairs + p) * rows + k] = exceeding[p * padded + i];
+      }
+      losses.as<float>()[k] = loss;
+      kept[0] = base;
+      kept[rows] = inverse;
     }
-    losses.as<float>()[k] = loss;
-    kept[0] = base;
-    kept[rows] = inverse;
-  }
+  });
 }
 
 void backward(Tensor grad, Tensor z0, Tensor z1, Tensor classes, double temperature, bool normalize, DType operand,

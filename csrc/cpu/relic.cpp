@@ -227,31 +227,33 @@ void forward(Tensor online, Tensor target, double temperature, double alpha, dou
     run(x, t, sums, positives);
     if (count) count_exceeding(x, t, positives, sums + kExceeding * padded);
   });
-  for (int64_t i = 0; i < n; ++i) {
-    const auto at = [&](Sum k) { return sums[k * padded + i]; };
-    const float s = positives[i];
-    const Close p(s, at(kA), at(kTopA), x.scale), q(s, at(kB), at(kTopB), x.scale);
-    const float to_mean = p.shrink * p.inverse, y = at(kY) * to_mean;
-    const float e = expf((s - p.top) * x.scale.inverse);
-    // KL = log E_p[exp(d)] - E_p[d]; where p and q are close, a difference of numbers of its own size.
-    const double u = x.scale.fixed ? (at(kB) - at(kA)) * p.inverse : 1.;
-    float divergence;
-    if (u > -0.5 && u < 0.5) {
-      divergence = static_cast<float>(at(kV) * to_mean - (u - log1p(u)));
-    } else if (x.scale.fixed) {
-      divergence = (q.loss - p.loss) - at(kE) * to_mean;
-    } else {  // E_p[log p - log q], of logits beneath their maxima
-      const auto log_of = [&](const Close& c) { return c.top == s ? c.loss : -logf(c.inverse); };
-      const float by = ((p.top - at(kTopA)) - (q.top - at(kTopB))) * x.scale.inverse;
-      const float sum = p.shrink * at(kE) + product(p.shrink * at(kA), by);
-      divergence = (log_of(q) - log_of(p)) - (sum + product(e, (p.top - q.top) * x.scale.inverse)) * p.inverse;
+  parallel_for(n, kGroup, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto at = [&](Sum k) { return sums[k * padded + i]; };
+      const float s = positives[i];
+      const Close p(s, at(kA), at(kTopA), x.scale), q(s, at(kB), at(kTopB), x.scale);
+      const float to_mean = p.shrink * p.inverse, y = at(kY) * to_mean;
+      const float e = expf((s - p.top) * x.scale.inverse);
+      // KL = log E_p[exp(d)] - E_p[d]; where p and q are close, a difference of numbers of its own size.
+      const double u = x.scale.fixed ? (at(kB) - at(kA)) * p.inverse : 1.;
+      float divergence;
+      if (u > -0.5 && u < 0.5) {
+        divergence = static_cast<float>(at(kV) * to_mean - (u - log1p(u)));
+      } else if (x.scale.fixed) {
+        divergence = (q.loss - p.loss) - at(kE) * to_mean;
+      } else {  // E_p[log p - log q], of logits beneath their maxima
+        const auto log_of = [&](const Close& c) { return c.top == s ? c.loss : -logf(c.inverse); };
+        const float by = ((p.top - at(kTopA)) - (q.top - at(kTopB))) * x.scale.inverse;
+        const float sum = p.shrink * at(kE) + product(p.shrink * at(kA), by);
+        divergence = (log_of(q) - log_of(p)) - (sum + product(e, (p.top - q.top) * x.scale.inverse)) * p.inverse;
+      }
+      losses.as<float>()[i] = x.alpha * p.loss + x.beta * divergence;
+      const float drift = static_cast<float>(e * p.inverse * y / x.scale.tau) + (p.share - q.share);
+      const float kept[kStats] = {p.top, p.inverse,     q.top, q.inverse, y, x.alpha * p.share - x.beta * drift,
+                                  s,     at(kExceeding)};
+      for (int64_t k = 0; k < kStats; ++k) stats.as<float>()[k * n + i] = kept[k];
     }
-    losses.as<float>()[i] = x.alpha * p.loss + x.beta * divergence;
-    const float drift = static_cast<float>(e * p.inverse * y / x.scale.tau) + (p.share - q.share);
-    const float kept[kStats] = {p.top, p.inverse,     q.top, q.inverse, y, x.alpha * p.share - x.beta * drift,
-                                s,     at(kExceeding)};
-    for (int64_t k = 0; k < kStats; ++k) stats.as<float>()[k * n + i] = kept[k];
-  }
+  });
   if (!hold) return;
   Tensor out[] = {of_sum, {}};
   if (of_sum.sizes[0] == 2) {

@@ -20,9 +20,9 @@ DISTRIBUTED = True
 
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     """loss and the gradients of image, text, logit_scale and bias, in float32; of a part, what its rows add to them"""
-    image, text, scale, _ = x.needs_grad
+    image, text, *_ = x.needs_grad
     none = torch.empty(0, **FLOAT32)
-    dimage = empty(*x.image.shape) if image or (scale and not text) else none
+    dimage = empty(*x.image.shape) if image else none
     dtext = empty(*x.text.shape) if text else none
     loss, dlogit_scale, dbias = (torch.empty((), **FLOAT32) for _ in range(3))
     _C.siglip_forward(
