@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import kernel_report
+from . import cores, kernel_report
 from .kernel_report import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -230,7 +230,7 @@ def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str
             if panels(contents[op]["rows"]):
                 picture = f"benchmarks/results/{device}/{op}.svg"
                 text.append(f"![time and memory of {op} on {device}]({picture})")
-    text += [kernel_report.section(), (ROOT / "benchmarks/trust.md").read_text()]
+    text += [cores.section(results), kernel_report.section(), (ROOT / "benchmarks/trust.md").read_text()]
     return "\n\n".join(part.strip() for part in text) + "\n"
 
 
