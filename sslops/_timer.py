@@ -5,6 +5,7 @@ takes to launch is a number of its own, "host"; of a variant that waits for the 
 """
 
 import gc
+import random
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def interleave(
     failed: dict[str, str] | None = None,
     ours: str | None = None,
 ) -> Times:
-    """Times the variants in turn, round after round, so that a busy machine hits all of them.
+    """Times the variants in turn, round after round, so that a busy machine hits all of them; each round in another
+    order, since a variant pays for the caches that the one before it leaves.
 
     variants: functions, or pairs of which the first makes, untimed, what the second takes.
     rounds: as many as fit into `seconds` if None, at least 3 and at most 101. Returns for each variant the median, the
@@ -90,8 +92,9 @@ def interleave(
     try:
         start = time.perf_counter()
         done = 0
+        shuffled = random.Random(0)
         while done < (rounds or 3) or (rounds is None and done < 101 and time.perf_counter() - start < seconds):
-            for name in list(times):
+            for name in shuffled.sample(list(times), len(times)):
                 if (taken := attempt(name, sleeps[name])) is not None:
                     times[name].append(taken)
             done += 1

@@ -204,6 +204,17 @@ def test_long_rows(device, backend, n, size):
     oracle.check(losses, inputs, backend, temperature=1.0, normalize=False)
 
 
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_few_rows(isa, n):
+    """Logits of a hundred that nearly cancel: a BLAS sums such small products in few steps."""
+    g = torch.Generator().manual_seed(n)
+    row = torch.randn(64, generator=g)
+    inputs = {
+        name: row + spread * torch.randn(n, 64, generator=g) for name, spread in (("online", 0.02), ("target", 0.3))
+    }
+    oracle.check(losses, inputs, "cpu", temperature=0.5, alpha=1.0, beta=0.0, normalize=False)
+
+
 @pytest.mark.parametrize(("weights", "seed"), [({"alpha": 0.0, "beta": 0.5}, 0), (WEIGHTS, 1)])
 def test_huge_logits(isa, weights, seed):
     """Of size 1e12: p and q are all at one place, and what pulls at them cancels in one rounding or not at all."""

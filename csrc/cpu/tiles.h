@@ -9,6 +9,7 @@
 namespace sslops {
 namespace {
 
+constexpr int64_t kFew = 8;
 constexpr int64_t kGroup = 64;  // rows that are filled at once; tiles begin at multiples of it
 
 // A matrix in float32 whose rows miss each other's cache sets: an odd number of lines apart.
@@ -28,6 +29,7 @@ class Operand {
   // right: it will be the right operand of A B^T, not the left one alone.
   Operand(int64_t n, int64_t d, DType operand, bool right = true)
       : bf16(kHasBf16 && operand == DType::bf16),
+        few(!bf16 && n <= kFew),
         d(d),
         ld(bf16 ? round_up(d, bf16_gemm::kBlock) : stride_of(d)),
         right_(right),
@@ -54,7 +56,7 @@ class Operand {
     for (int64_t i = first; i < first + count; i += kGroup) bf16 ? pack_halves(i) : right_ ? pack(i) : void();
   }
 
-  const bool bf16;
+  const bool bf16, few;
   const int64_t d, ld;  // columns; from a row of it, and of what is accumulated from it, to the next
 
  private:
@@ -100,6 +102,7 @@ class Tile {
                                   padded(n), a.ld, s, ld, false);
       return;
     }
+    if (b.few) return dots(m, n, a.rows_ + i0 * a.ld, b.rows_ + j0 * b.ld, a.ld, a.d);
     gemm(m, n, a.d, {a.rows_ + i0 * a.ld, a.ld, 1}, {b.columns_ + j0 * b.d, kPanel, b.d * kPanel}, s, ld, false);
   }
 
@@ -115,6 +118,19 @@ class Tile {
   float* s;
 
  private:
+  // Of few rows the products are sums in lanes, as a BLAS has them: with fewer roundings than one after another.
+  void dots(int64_t m, int64_t n, const float* a, const float* b, int64_t ld_of_rows, int64_t d) {
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < round_up(n, kLanes); ++j) {
+        const float *const x = a + i * ld_of_rows, *const y = b + j * ld_of_rows;
+        F sums[4]{};
+        in_chains(j < n ? d : 0, [&](int64_t k, int chain, int lanes) {
+          sums[chain] += load_lanes(x + k, lanes, 0.f) * load_lanes(y + k, lanes, 0.f);
+        });
+        s[i * ld + j] = sum(sums);
+      }
+  }
+
   static int64_t padded(int64_t x) { return round_up(x, bf16_gemm::kBlock); }
 
   void add_halves(int64_t m, int64_t n, const Operand& b, int64_t j0, float* rows, const Operand& a, int64_t i0,

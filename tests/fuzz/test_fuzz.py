@@ -46,12 +46,22 @@ def cancelling(case: Case) -> dict[str, float]:
     """How large the terms of a gradient are that cancel: two softmaxes with the same winner. Of a softmax that is 1 at
     its own positive, float64 knows no better.
     """
+    options = case.options
+    if case.op == "relic" and options["beta"]:  # of a small divergence
+        n, d = case.inputs["online"].shape
+        weight = 0.1 * options["beta"] / options["temperature"] / (n if options["reduction"] == "mean" else 1)
+        sizes = {name: float(case.inputs[name].square().mean().sqrt()) or 1.0 for name in case.graded}
+        of_other = dict(zip(sizes, reversed(sizes.values()), strict=True))
+        return {"output": 1e-10} | {
+            name: weight / (d * size) if options["normalize"] else weight * of_other[name]
+            for name, size in sizes.items()
+        }
     if case.op in ("nt_xent", "info_nce", "clip", "relic"):
         return dict.fromkeys(("output", *case.graded), 1e-10)
     if case.op not in ("dino", "ibot"):
         return {}
     rows, k = case.inputs["student"].shape[-2:]
-    return {"student": 0.1 / (case.options["student_temp"] * rows * k**0.5)}
+    return {"student": 0.1 / (options["student_temp"] * rows * k**0.5)}
 
 
 def determined(case: Case, dtype: torch.dtype) -> bool:
