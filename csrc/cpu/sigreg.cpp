@@ -170,6 +170,9 @@ SSLOPS_INLINE void together(int64_t rows, Visit&& visit) {
   for (; i < rows; ++i) visit(i, Count<1>{});
 }
 
+// e^(i t_k u), afresh: of the last rows, which may be all there are, and no others' roundings beside theirs.
+SSLOPS_INLINE Turn turn_to(F u, float step, int64_t k) { return turn(u * (step * static_cast<float>(k + 1))); }
+
 // Adds kCount rows' cos(t u) - phi and sin(t u) to sums [knots, 2] of as many slices as there are lanes.
 template <int kCount>
 SSLOPS_INLINE void add_turns(const float* u, int64_t ld, const Knots& knots, float step, float* sums) {
@@ -184,6 +187,11 @@ SSLOPS_INLINE void add_turns(const float* u, int64_t ld, const Knots& knots, flo
     store(sums, load(sums) + (cosines - static_cast<float>(kCount) * knots.phi[k]));
     store(sums + kLanes, load(sums + kLanes) + sines);
     for (int r = 0; r < kCount; ++r) {
+      if constexpr (kCount == 1) {
+        const Turn t = turn_to(load(u), step, k + 1);
+        s[r] = t.sine, c[r] = 1.f - t.versine;
+        continue;
+      }
       const F turned = (c[r] - sine[r] * s[r]) - versine[r] * c[r];
       s[r] = (s[r] + sine[r] * c[r]) - versine[r] * s[r];
       c[r] = turned;
@@ -234,6 +242,15 @@ constexpr int64_t kMany = 32;
 // u [kCount rows] becomes its gradient: the real part of sum_k (a_k + i b_k) e^(i t_k u), by Horner's rule.
 template <int kCount, bool kIsMany>
 void differentiate(float* u, int64_t ld, int64_t count, float step, const float* coefficients) {
+  if constexpr (kCount == 1) {
+    F real{};
+    for (int64_t k = 0; k < count; ++k, coefficients += 2 * kLanes) {
+      const Turn t = turn_to(load(u), step, k);
+      const F a = load(coefficients);
+      real += (a - a * t.versine) - load(coefficients + kLanes) * t.sine;
+    }
+    return store(u, real);
+  }
   F sine[kCount], versine[kCount], cosine[kCount], p[kCount], q[kCount];
   for (int r = 0; r < kCount; ++r) {
     const Turn t = turn(load(u + r * ld) * step);

@@ -43,25 +43,27 @@ def converted(case: Case, dtype: torch.dtype, layout: str) -> Case:
 
 
 def cancelling(case: Case) -> dict[str, float]:
-    """How large the terms of a gradient are that cancel: two softmaxes with the same winner. Of a softmax that is 1 at
-    its own positive, float64 knows no better.
+    """How large the terms of a result are that cancel: two softmaxes with the same winner, or one whose sum is 1 and a
+    little. Of a softmax that is 1 at its own positive, float64 knows no better.
     """
     options = case.options
-    if case.op == "relic" and options["beta"]:  # of a small divergence
+    if case.op == "siglip":  # a term below e^-87 is 0
+        return dict.fromkeys(("output", *case.graded), 1e-30)
+    if case.op == "relic" and options["beta"]:
         n, d = case.inputs["online"].shape
         weight = 0.1 * options["beta"] / options["temperature"] / (n if options["reduction"] == "mean" else 1)
-        sizes = {name: float(case.inputs[name].square().mean().sqrt()) or 1.0 for name in case.graded}
-        of_other = dict(zip(sizes, reversed(sizes.values()), strict=True))
-        return {"output": 1e-10} | {
-            name: weight / (d * size) if options["normalize"] else weight * of_other[name]
-            for name, size in sizes.items()
-        }
+        first, second = case.inputs.values()
+        if options["normalize"]:
+            sizes = [(1 / x.norm(dim=1).clamp(min=1e-12)).square().mean().sqrt() / d**0.5 for x in (first, second)]
+        else:
+            sizes = [x.square().mean().sqrt() for x in (second, first)]
+        return {"output": 1e-10} | {name: weight * float(size) for name, size in zip(case.inputs, sizes, strict=True)}
     if case.op in ("nt_xent", "info_nce", "clip", "relic"):
         return dict.fromkeys(("output", *case.graded), 1e-10)
     if case.op not in ("dino", "ibot"):
         return {}
     rows, k = case.inputs["student"].shape[-2:]
-    return {"student": 0.1 / (options["student_temp"] * rows * k**0.5)}
+    return {"output": 1.0, "student": 0.5 / (options["student_temp"] * rows * k**0.5)}
 
 
 def determined(case: Case, dtype: torch.dtype) -> bool:
@@ -141,6 +143,7 @@ def test_wild_values(op, isa, counted):
         counted("calls with a wild number")
         # beside a divergence's terms of 1e30, float64 loses the contrastive one
         assume(kind != "huge" or not (case.options.get("alpha") and case.options.get("beta")))
+        assume(kind != "huge" or case.op != "sigreg")  # phases of 1e10 turns
         names = list(case.inputs)
         name = names[seed % len(names)]
         inputs = case.inputs | {name: draws.planted(case.inputs[name], kind, seed)}
