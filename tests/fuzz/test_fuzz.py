@@ -51,7 +51,7 @@ def cancelling(case: Case) -> dict[str, float]:
         return dict.fromkeys(("output", *case.graded), 1e-30)
     if case.op == "relic" and options["beta"]:
         n, d = case.inputs["online"].shape
-        weight = 0.1 * options["beta"] / options["temperature"] / (n if options["reduction"] == "mean" else 1)
+        weight = options["beta"] / options["temperature"] / (n if options["reduction"] == "mean" else 1)
         first, second = case.inputs.values()
         if options["normalize"]:
             sizes = [(1 / x.norm(dim=1).clamp(min=1e-12)).square().mean().sqrt() / d**0.5 for x in (first, second)]
@@ -151,11 +151,13 @@ def test_wild_values(op, isa, counted):
         ours, eager, truth = (
             case.run_with_gradients(b, i) for b, i in (("cpu", inputs), ("eager", inputs), ("eager", wide))
         )
+        assume(not any(x.numel() and float(x.abs().max()) > 1e35 for x in truth[1:]))  # on the way there, an overflow
         if not all(x[0].isfinite().all() for x in (eager, truth)):
             if kind not in ("huge", "tiny"):
                 assert torch.equal(ours[0].isfinite(), eager[0].isfinite())
             return
-        floor = 1e-10
+        # of a softmax whose sum is 1 and a little, the loss is known to a unit in 1's last place
+        floor = 1e-7 if case.op in ("dino", "ibot") else 1e-10
         if kind == "tiny" and case.options.get("normalize"):  # the derivative of a row of 0 is divided by 1e-12
             floor = 1e12 * torch.finfo(torch.float32).eps / case.options.get("temperature", 1.0)
         for x, y, z in zip(ours, eager, truth, strict=True):
