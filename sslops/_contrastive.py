@@ -26,6 +26,22 @@ def classes(ids: Tensor) -> Tensor:
     return torch.where(ids < 0, len(ids) + torch.arange(len(ids), device=ids.device), found).int()
 
 
+def version(x: Tensor | None) -> int:
+    """Counts in-place changes. A compiled graph keeps what it needs by itself."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    return x._version
+
+
+def check_version(op: str, name: str, version: int, seen: Tensor) -> None:
+    """seen: [0, the version that the forward pass saw]"""
+    if seen.shape[-1:] != (max(version, 0),):
+        raise RuntimeError(
+            f"{op}: {name}: wanted those of the forward pass, got changed ones in its recomputation "
+            "(activation checkpointing): enqueue after backward"
+        )
+
+
 Direction = Callable[..., tuple[Tensor, ...]]
 
 

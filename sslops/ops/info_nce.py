@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, check_options, metrics, reduce
+from .._contrastive import IDS, check_options, check_version, metrics, reduce, version
 from .._library import Out, register
 from ..backend import kernel
 
@@ -143,11 +143,7 @@ def _kept(x: Arguments) -> Arguments:
 def _backward(
     grad: Tensor, x: Arguments, logged: Tensor, dquery: Tensor, dtemperature: Tensor, stats: Tensor, seen: Tensor
 ) -> tuple[Tensor, ...]:
-    if seen.shape[-1:] != (x.version,):
-        raise RuntimeError(
-            "info_nce: negatives: wanted those of the forward pass, got changed ones in its recomputation "
-            "(activation checkpointing): enqueue after backward"
-        )
+    check_version("info_nce", "negatives", x.version, seen)
     if x.group:
         grad = distributed.own_rows(grad, x.group) * (distributed.size(x.group) if x.shared else 1)
     query_grad, key_grad, negatives_grad, temperature_grad = x.needs_grad
@@ -242,14 +238,7 @@ def info_nce(
     _check.flag("info_nce", "decoupled", decoupled)
     group = distributed.name("info_nce", group)
     tensors = (query, key, negatives, query_ids, negative_ids)
-    x = Arguments(*tensors, temperature, normalize, decoupled, _version(negatives), group, shared=reduction != "none")
+    x = Arguments(*tensors, temperature, normalize, decoupled, version(negatives), group, shared=reduction != "none")
     losses, logged, *_ = _run(x, backend)
     loss = reduce(losses, reduction, group)
     return (loss, metrics(*logged)) if return_metrics else loss
-
-
-def _version(negatives: Tensor | None) -> int:
-    """Counts in-place changes. A compiled graph keeps what it needs by itself."""
-    if not isinstance(negatives, Tensor) or torch.compiler.is_compiling() or negatives.is_inference():
-        return 0
-    return negatives._version
