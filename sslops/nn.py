@@ -154,7 +154,9 @@ class SIGReg(_Loss, op=sigreg):
 
 
 class SupConLoss(_Loss, op=supcon):
-    """SupCon's loss, (z [M, D] or [V, N, D], labels [M] or [N]) -> [] or [M] or [V, N]: see `sslops.supcon`."""
+    """SupCon's loss, (z [M, D] or [V, N, D], labels [M] or [N], keys=[K, D], key_labels=[K], query_ids=, key_ids=,
+    weights=) -> [] or [M] or [V, N]: see `sslops.supcon`.
+    """
 
 
 class SwAVLoss(_Loss, op=swav):

@@ -142,10 +142,13 @@ def test_nt_xent_of_many_views(ranks, backend, dtype, reduction, tau):
 
 def supcon(*views, labels, tau, group=None, **options):
     """Of views [B, D] in one tensor; the rank's losses in one dimension"""
+    beside = {name: options.pop(name) for name in ("query_ids", "weights") if name in options} | {"labels": labels}
     if group is not None:
-        labels = labels.chunk(dist.get_world_size())[dist.get_rank()]
+        beside = {name: x.chunk(dist.get_world_size())[dist.get_rank()] for name, x in beside.items()}
     z = torch.stack(views) if len(views) > 1 else views[0]
-    loss = sslops.supcon(z, labels, temperature=tau, group=group, **options)
+    if "keys" in options:
+        options["keys"] = options["keys"].to(torch.promote_types(z.dtype, torch.float32))
+    loss = sslops.supcon(z, temperature=tau, group=group, **beside, **options)
     return loss.flatten() if loss.dim() else loss
 
 
@@ -158,6 +161,18 @@ def test_supcon(ranks, backend, reduction, where, tau):
     options = {"labels": torch.arange(rows) % 20 - 1, "tau": tau, "reduction": reduction, "where": where}
     check(ranks, supcon, [*views(rows, 40), views(rows, 40)[0].flip(1)], backend, **options)
     check(ranks, supcon, views(rows, 40, torch.bfloat16)[:1], backend, **options)
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_supcon_of_keys_and_ids(ranks, backend, reduction):
+    """Keys are everyone's; ids and weights the rank's, as labels are"""
+    rows = 37 * ranks.world
+    options = {"labels": torch.arange(rows) % 20 - 1, "tau": 0.1, "reduction": reduction}
+    options |= {"query_ids": torch.arange(rows) % 50, "weights": torch.arange(rows) % 4 / 2}
+    keys = {"keys": torch.stack(views(300, 40)).flatten(0, 1), "key_labels": torch.arange(600) % 21}
+    check(ranks, supcon, views(rows, 40)[:1], backend, **options)
+    check(ranks, supcon, views(rows, 40), backend, **options, **keys, key_ids=torch.arange(600) % 60)
 
 
 def nearest_values(query, support, *, reduction, **options):
@@ -852,6 +867,7 @@ OTHER = [
     (sslops.barlow_twins, {"route": "gram"}, {"route": "panels"}),
     (sslops.vicreg, {"route": "gram"}, {"covariance": 3.0}),
     (sslops.supcon, {}, {"where": "in"}),
+    (sslops.supcon, {}, {"weights": torch.ones(4)}),
     (sslops.sinkhorn, {}, {"iterations": 4}),
     (sslops.sinkhorn, {}, {"start": "probabilities"}),
     (sslops.dino, {}, {"reduction": "none"}),

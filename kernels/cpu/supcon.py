@@ -1,4 +1,6 @@
-"""SupCon on the CPU: symmetric tiles in both directions, nothing of size M x M (csrc/cpu/supcon.h)."""
+"""SupCon on the CPU: symmetric tiles in both directions, nothing of size M x M; with keys two passes over them, both in
+forward (csrc/cpu/supcon.h).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ DISTRIBUTED = True
 
 def _common(x: Arguments, part: Part | None) -> tuple[object, ...]:
     options = float(x.temperature), x.normalize, x.where == "in", x.operand_dtype
-    return x.z, x.labels, *options, part.first if part else 0
+    return x.z, x.labels, x.query_ids, *options, part.first if part else 0
 
 
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
@@ -28,7 +30,8 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     rows = views * (part.rows if part else n)
     losses, positives, inv_norm = (torch.empty(shape, **FLOAT32) for shape in ((rows,), (1, rows), (views * n,)))
     stats = torch.empty(4, rows, **FLOAT32)
-    _C.supcon_forward(*_common(x, part), losses, positives, inv_norm, stats)
+    z, labels, ids, *options = _common(x, part)
+    _C.supcon_forward(z, labels, ids, x.weights, *options, losses, positives, inv_norm, stats)
     return losses, positives, inv_norm, stats
 
 
@@ -42,3 +45,14 @@ def backward(
     _C.supcon_backward(grad, *_common(x, part), torch.empty_like(inv_norm), stats, dz, dots)
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
     return dz, dots.sum() * (-0.5 / float(x.temperature))
+
+
+def among_keys(x: Arguments) -> tuple[Tensor, ...]:
+    """losses, positives, and of each row's weighted loss dz and dtemperature"""
+    rows, d = x.z.shape[:-1].numel(), x.z.shape[-1]
+    graded = rows if any(x.needs_grad) else 0
+    shapes = (rows,), (rows,), (1, rows), (graded, d), (graded,)
+    inv_norm, *found = (torch.empty(shape, **FLOAT32) for shape in shapes)
+    beside = x.keys, x.key_labels, x.key_ids, float(x.temperature), x.normalize, x.where == "in", x.operand_dtype
+    _C.supcon_among_keys(x.z, x.labels, x.query_ids, x.weights, *beside, inv_norm, *found)
+    return tuple(found)

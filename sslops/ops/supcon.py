@@ -1,4 +1,4 @@
-"""SupCon: every embedding must find all others of its class among those of the whole batch."""
+"""SupCon: every embedding must find all others of its class among those of the whole batch, or among keys."""
 
 from typing import Annotated, Any, NamedTuple
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, by_views, check_options, classes, reduce
+from .._contrastive import IDS, by_views, check_options, check_version, classes, reduce, version
 from .._library import Out, register
+from ..backend import kernel
 
 WHERE = ("out", "in")
 
@@ -17,26 +18,38 @@ WHERE = ("out", "in")
 class Arguments(NamedTuple):
     z: Annotated[Tensor, Of("...", spread=True)]  # [M, D] or [V, N, D]
     labels: Annotated[Tensor, Of("N", IDS, spread=True)]  # [M] or [N]
+    keys: Annotated[Tensor | None, Of("K *")]  # of a dtype of their own; None: the other rows
+    key_labels: Annotated[Tensor | None, Of("K", IDS)]
+    query_ids: Annotated[Tensor | None, Of("N", IDS, spread=True)]  # as the labels
+    key_ids: Annotated[Tensor | None, Of("K", IDS)]
+    weights: Annotated[Tensor | None, Of("N", spread=True, beside=True)]  # as the labels
     temperature: float | Tensor
     normalize: bool
     where: str
+    version: int  # of the keys, to know them again in backward, which has no more of them; -1: there are none
     group: str
     shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
     operand_dtype: torch.dtype = torch.float32
     backend: str = ""
+    needs_grad: list[bool] = []  # noqa: RUF012
 
 
 class Outputs(NamedTuple):
-    """Of all ranks, view by view. s_ij = <z_i, z_j>, the rows unit if normalize and rounded to operand_dtype."""
+    """Of all ranks, view by view. s_ij = <z_i, z_j>, or <z_i, k_j>, the rows unit if normalize and rounded to
+    operand_dtype (a key's need not be). With keys inv_norm, stats and views are empty, without them what follows.
+    """
 
     losses: Out
     positives: Out  # how many a row has
     inv_norm: Out  # 1 without normalize
     stats: (
-        Out  # m_i, any number that keeps exp((s_ij - m_i) / tau) in range; 1 / r_i, their sum over j != i, 0 of a row
+        Out  # m_i, any number that keeps exp((s_ij - m_i) / tau) in range; weight / r_i, their sum over j != i, 0 of a
     )
-    # without a positive; for "in" the same over its positives, for "out" 0 and one over their number
+    # row without a positive; for "in" the same over its positives, for "out" 0 and weight over their number
     views: Out  # the embeddings of all ranks, if there are others
+    dz: Out  # of the rank's rows, as the next: the derivatives of each one's loss, empty if neither will be wanted
+    dtemperature: Out
+    seen: Out  # as long as the keys' version is high
 
 
 def _sizes(x: Arguments) -> tuple[int, int, int]:
@@ -45,15 +58,19 @@ def _sizes(x: Arguments) -> tuple[int, int, int]:
 
 
 def outputs(x: Arguments) -> Outputs:
-    v, own, _ = _sizes(x)
-    m = v * own * distributed.size(x.group)
-    *views, _, d = x.z.shape
+    v, own, d = _sizes(x)
+    *views, _, _ = x.z.shape
+    n, keyed = own * distributed.size(x.group), x.version >= 0
+    m, graded = (0 if keyed else v * n), (v * own if keyed and any(x.needs_grad) else 0)
     return Outputs(
-        losses=Out((m,)),
-        positives=Out((1, m)),
+        losses=Out((v * n,)),
+        positives=Out((1, v * n)),
         inv_norm=Out((m,)),
         stats=Out((4, m)),
-        views=Out((*views, own * distributed.size(x.group), d) if x.group else (0,), x.z.dtype),
+        views=Out((*views, n, d) if x.group and not keyed else (0,), x.z.dtype),
+        dz=Out((graded, d)),
+        dtemperature=Out((graded,)),
+        seen=Out((0, max(x.version, 0))),
     )
 
 
@@ -65,6 +82,31 @@ def _check_views(x: Arguments) -> None:
     if x.labels.shape != x.z.shape[-2:-1]:
         _check.bad_value("supcon", "labels", f"shape {list(x.z.shape[-2:-1])}", list(x.labels.shape))
     _check.choice("supcon", "where", x.where, WHERE)
+    _check.count("supcon", "version", x.version, -1, 2**32 - 1)
+    if x.keys is None:
+        for name, value in (("key_labels", x.key_labels), ("key_ids", x.key_ids)):
+            if value is not None:
+                _check.bad_value("supcon", name, "None without keys", "a tensor")
+        if x.query_ids is not None and x.z.dim() == 3:
+            _check.bad_value("supcon", "query_ids", "None, or keys or z [M, D] beside them", "views [V, N, D]")
+        return
+    if x.version < 0:
+        _check.bad_value("supcon", "version", "at least 0, with keys", x.version)
+    if x.keys.shape[1] != x.z.shape[-1]:
+        _check.bad_value("supcon", "keys", f"shape [K, {x.z.shape[-1]}]", list(x.keys.shape))
+    if (x.z.dtype == torch.float64) != (x.keys.dtype == torch.float64):
+        _check.bad_value("supcon", "keys", f"the dtype of z, {x.z.dtype}", x.keys.dtype)
+    if x.key_labels is None:
+        _check.bad_type("supcon", "key_labels", "an int64 or int32 tensor, beside keys", "None")
+    for name in ("query_ids", "key_ids"):
+        if getattr(x, name) is None and (x.query_ids is not None or x.key_ids is not None):
+            _check.bad_type("supcon", name, "an int64 or int32 tensor, beside the other ids", "None")
+
+
+def _form(x: Arguments) -> str:
+    if x.version >= 0:
+        return "keys"
+    return "query_ids" if x.query_ids is not None else "weights" if x.weights is not None else ""
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -72,47 +114,116 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
     operand_dtype.
     """
     v, n, _ = _sizes(x)
-    z = x.z.flatten(0, -2).to(torch.promote_types(x.z.dtype, torch.float32))
+    wide = torch.promote_types(x.z.dtype, torch.float32)
+    z = x.z.flatten(0, -2).to(wide)
+    keys = z if x.keys is None else x.keys.detach().to(wide, copy=not x.normalize)  # a queue may change before backward
     if x.normalize:
-        z = F.normalize(z)
-    operand = z.to(x.operand_dtype)
-    logits = (operand @ operand.t()).to(z.dtype) / x.temperature
-    logits.fill_diagonal_(-torch.inf)
-    example, labels = torch.arange(v * n, device=z.device) % max(n, 1), x.labels.repeat(v)
-    same = ((labels[:, None] == labels) & (labels >= 0)) | (example[:, None] == example)
-    same.fill_diagonal_(False)
+        keys = F.normalize(keys)
+        z = keys if x.keys is None else F.normalize(z)
+    logits = (z.to(x.operand_dtype) @ keys.to(x.operand_dtype).t()).to(wide) / x.temperature
+    pairs: Any = (
+        None if ids is None else _equal(ids.repeat(v), ids.repeat(v) if x.keys is None else key_ids)
+        for ids, key_ids in ((x.labels, x.key_labels), (x.query_ids, x.key_ids))
+    )
+    same, left_out = pairs
+    if x.keys is None:
+        example = torch.arange(v * n, device=z.device) % max(n, 1)
+        same = same | (example[:, None] == example)
+        same.fill_diagonal_(False)
+        logits.fill_diagonal_(-torch.inf)
+    if left_out is not None:
+        logits, same = logits.masked_fill(left_out, -torch.inf), same & ~left_out
     positives = same.sum(1).to(z.dtype)
     alone = (positives == 0)[:, None]
+    if x.weights is not None:
+        weights = x.weights.detach().to(z.dtype).repeat(v)
+        alone = alone | (weights == 0)[:, None]
     logits, same = logits.masked_fill(alone, 0), same | alone  # 0 then, and no gradient
     count = same.sum(1)
     if x.where == "out":
         losses = -logits.log_softmax(1).masked_fill(~same, 0).sum(1) / count
     else:
         losses = logits.logsumexp(1) - logits.masked_fill(~same, -torch.inf).logsumexp(1) + count.log()
+    if x.weights is not None:
+        losses = losses * weights
     return losses.masked_fill(alone[:, 0], 0), positives[None]
 
 
+def _equal(a: Tensor, b: Any) -> Any:
+    """[A, B], where they are and are not below 0"""
+    return (a[:, None] == b) & (a[:, None] >= 0)
+
+
 def _to_kernel(x: Arguments, views: Tensor | None = None) -> Arguments:
-    """The arguments of a kernel: labels as classes, with a group those and the embeddings of all ranks"""
-    if views is None:
-        return x._replace(labels=classes(x.labels))
-    return x._replace(z=views, labels=classes(distributed.all_gather(x.labels, x.group)))
+    """The arguments of a kernel: labels and ids as classes, weights in float32; with a group, and without keys, those
+    and the embeddings of all ranks
+    """
+    found: dict[str, Any] = {}
+    if x.weights is not None:
+        weights = x.weights.float()
+        found["weights"] = weights if views is None else distributed.all_gather(weights, x.group)
+    for rows, of_keys in (("labels", "key_labels"), ("query_ids", "key_ids")):
+        ids = getattr(x, rows)
+        if ids is not None and x.keys is not None:
+            together = classes(torch.cat([ids, getattr(x, of_keys)]))
+            found[rows], found[of_keys] = together.split([len(ids), len(x.keys)])
+        elif ids is not None:
+            found[rows] = classes(ids if views is None else distributed.all_gather(ids, x.group))
+    return x._replace(**found) if views is None else x._replace(**found, z=views)
 
 
 def _gather(x: Arguments) -> Tensor:
     return distributed.all_gather(x.z, x.group, x.z.dim() - 2)
 
 
-_forward, _backward = by_views("supcon", _sizes, _gather, _to_kernel)
+_forward_views, _backward_views = by_views("supcon", _sizes, _gather, _to_kernel)
+
+
+def _forward(x: Arguments) -> tuple[Tensor, ...]:
+    if (x.keys is None) != (x.version < 0):
+        _check.bad_value("supcon", "version", "-1 without keys", x.version)
+    if x.keys is None:
+        return _forward_views(x)
+    losses, positives, *gradients = kernel(x.backend, "supcon").among_keys(_to_kernel(x))
+    if x.group:
+        rows = torch.cat([losses[None], positives]).unflatten(1, (_sizes(x)[0], -1))
+        losses, positives = distributed.all_gather(rows, x.group, 2).flatten(1).split(1)
+        losses, positives = losses[0].clone(), positives.clone()
+    empty = losses.new_empty(0)
+    return losses, positives, empty, losses.new_empty(4, 0), x.z.new_empty(0), *gradients
+
+
+def _kept(x: Arguments) -> Arguments:
+    """With keys the gradients are there after forward: a queue may change before backward. Weights are in the stats."""
+    if x.keys is None:
+        return x._replace(weights=None)
+    return x._replace(keys=None, key_labels=None, query_ids=None, key_ids=None, weights=None)
+
+
+def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
+    *of_views, dz, dtemperature, seen = saved
+    check_version("supcon", "keys", x.version, seen)
+    if x.version < 0:
+        found = _backward_views(grad, x, *of_views)
+    else:
+        if x.group:
+            own = distributed.own_rows(grad, x.group, parts=_sizes(x)[0])
+            grad = own * (distributed.size(x.group) if x.shared else 1)
+        found = (dz * grad[:, None]).to(x.z.dtype).view(x.z.shape), (grad * dtemperature).sum()
+    return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(found, x.needs_grad, strict=True))
+
+
 _run = register(
     "supcon",
     Arguments,
     outputs,
     reference=reference,
     check=_check_views,
+    form=_form,
     gradients=("z", "temperature"),
     forward=_forward,
     backward=_backward,
+    kept=_kept,
 )
 
 
@@ -128,6 +239,11 @@ def supcon(
     z: Tensor,
     labels: Tensor,
     *,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    weights: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
     where: str = "out",
@@ -143,23 +259,43 @@ def supcon(
     ("in"). A row without a positive has loss 0 and is one of those that a mean is over. Memory is linear: no [M, M]
     matrix.
 
+    With keys, which have no gradient, rows are compared with these instead of each other: j is one of the K keys, P(i)
+    those of i's label. Forward finds the gradient, in two passes over the keys (6 M K D FLOP; 2 without a gradient),
+    and nothing of them is kept for backward: a queue may be updated before. With MoCo's queue, into which the batch's
+    own keys have gone first::
+
+        queue.enqueue(key, labels=labels)
+        loss = sslops.supcon(query, labels, keys=queue.negatives, key_labels=queue.labels)
+
+    DetCon: labels are one for each mask of each image, query_ids one for each in each view, so that its other rows in
+    that view are left out; weights are 1 over their number. DetConB's targets are keys, which have key_ids. DnC: labels
+    are clusters.
+
     Args:
         z: [M, D], or V views [V, N, D] of N examples; float32, float16, bfloat16 or float64 (float64 runs the eager
             reference). Under autocast the matmul operands have its dtype.
         labels: int64 or int32, [M] or [N]. A label below 0 is none: such an example's other views are its only
-            positives.
+            positives, and with keys it has none.
+        keys: [K, D], K = 0 included, of any of these dtypes, the matmul operands having z's (float64 goes with float64
+            only); `NegativeQueue.negatives`, say.
+        key_labels: int64 or int32 [K], beside keys; below 0, as -1 in a queue: positives of none.
+        query_ids, key_ids: int64 or int32, [M] or [N] and [K]: what has a row's id is left out, neither positive nor
+            negative. Ids below 0 are equal to none. Without keys query_ids are of z's rows [M, D] on both sides, and
+            there are none of views.
+        weights: floating-point [M] or [N], without a gradient: factors of the rows' losses. A mean is over all rows all
+            the same. What has weight 0 counts nothing, whatever its loss is.
         temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient and is not
             checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step should be a
             tensor: a number that changes recompiles.
-        normalize: scale every row to unit length first (F.normalize, eps 1e-12).
+        normalize: scale every row, the keys' too, to unit length first (F.normalize, eps 1e-12).
         where: "out", which the paper recommends, or "in": where the mean over the positives is.
         reduction: "mean" or "sum" over all rows, or "none": the losses [M] or [V, N].
         return_metrics: return (loss, SupConMetrics): the share of rows without a positive, and the mean number of them.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, M / W rows or N / W examples on
-            each: positives and negatives come from all of them. A mean or a sum is that of all rows, and so are the
-            metrics, the same on every rank, and so must be what is built on it; "none" gives the rank's own losses.
-            Gradients, the temperature's too, are W times the rank's share, which DDP's averaging makes those of the
-            whole batch.
+            each: positives and negatives come from all of them; keys are replicated. A mean or a sum is that of all
+            rows, and so are the metrics, the same on every rank, and so must be what is built on it; "none" gives the
+            rank's own losses. Gradients, the temperature's too, are W times the rank's share, which DDP's averaging
+            makes those of the whole batch. With keys backward does not communicate.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
@@ -170,14 +306,18 @@ def supcon(
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
             initialised; other shapes or options on other ranks, or an error there (on a GPU some ranks notice shapes at
             their next call, and have NaN until then, and numbers and errors not at all).
-        RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend.
+        RuntimeError: the backend that was asked for cannot run here; a second derivative of a fused backend; keys that
+            changed before backward under activation checkpointing (not the reentrant one).
 
-    Source: Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362, Eq. 2 and 3.
+    Source: Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362, Eq. 2 and 3; ids and weights: Hénaff et
+    al., Efficient Visual Pretraining with Contrastive Detection, arXiv:2103.10957, Eq. 2.
     """
     check_options("supcon", normalize, reduction, return_metrics)
     group = distributed.name("supcon", group)
     shared = reduction != "none"
-    losses, positives, *_ = _run(Arguments(z, labels, temperature, normalize, where, group, shared), backend)
+    tensors = (z, labels, keys, key_labels, query_ids, key_ids, weights)
+    of_keys = -1 if keys is None else version(keys)
+    losses, positives, *_ = _run(Arguments(*tensors, temperature, normalize, where, of_keys, group, shared), backend)
     loss = reduce(losses, reduction, group, parts=z.shape[:-2].numel())
     if not shared:
         loss = loss.view(z.shape[:-1])

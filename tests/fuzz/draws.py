@@ -125,8 +125,20 @@ def supcon(draw: Any) -> Case:
     inputs, n, seed = _pair(draw, ("z", "_"))
     options = _options(draw, temperature=TEMPERATURES, normalize=[True, False], reduction=["mean", "none"],
                        where=["in", "out"])  # fmt: skip
-    labels = torch.randint(-1, 4, (n,), generator=_generator(seed))
-    return Case("supcon", "", sslops.supcon, {"z": inputs["z"]}, options | {"labels": labels}, ("z",))
+    options["labels"] = torch.randint(-1, 4, (n,), generator=_generator(seed))
+    del inputs["_"]
+    ids = draw(st.booleans())
+    if draw(st.booleans()):
+        k = draw(SIZES)
+        inputs["keys"] = _noise((k, inputs["z"].shape[1]), seed + 4)
+        options["key_labels"] = torch.randint(-1, 4, (k,), generator=_generator(seed + 5))
+        if ids:
+            options["key_ids"] = torch.randint(-1, 5, (k,), generator=_generator(seed + 6))
+    if ids:
+        options["query_ids"] = torch.randint(-1, 5, (n,), generator=_generator(seed + 7))
+    if draw(st.booleans()):
+        options["weights"] = torch.randint(3, (n,), generator=_generator(seed + 8)).float()
+    return Case("supcon", "", sslops.supcon, inputs, options, ("z",))
 
 
 @st.composite
