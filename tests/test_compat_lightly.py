@@ -58,21 +58,24 @@ def views(shape):
     return [x + 0.5 * torch.randn(shape) for _ in range(2)]
 
 
-def run(module, inputs):
+def run(module, inputs, beside=()):
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    value = module(*leaves)
+    value = module(*leaves, *beside)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-def assert_same(name, options, inputs, change=None):
-    """At most twice lightly's own error against lightly in float64."""
+def assert_same(name, options, inputs, change=None, beside=()):
+    """At most twice lightly's own error against lightly in float64. beside: without gradients"""
     modules = [*both(name, options), both(name, options, torch.float64)[0]]
     for module in modules:
         for attribute, value in (change or {}).items():
             setattr(module, attribute, value)
 
     def answers(draw):
-        theirs, mine, truth = (run(m, [x.to(t) for x in draw]) for m, t in zip(modules, DTYPES, strict=True))
+        theirs, mine, truth = (
+            run(m, [x.to(t) for x in draw], [x.to(t) if x.is_floating_point() else x for x in beside])
+            for m, t in zip(modules, DTYPES, strict=True)
+        )
         return mine, theirs, truth
 
     oracle.assert_promise(("loss", "gradient 0", "gradient 1"), answers, inputs, torch.float32)
@@ -93,6 +96,16 @@ def squared_distance(out0, out1):
 
 def test_weights_with_a_gradient():
     assert_same("DCLLoss", {"temperature": 0.1, "weight_fn": squared_distance}, views((65, 33)))
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 24), (33, 7, 40)])
+def test_detcon(shape):
+    """Masks more than once in a view, and some in one view alone"""
+    masks = list(torch.randint(5, (2, *shape[:2])))
+    assert_same("DetConSLoss", {"temperature": 0.2}, views(shape), beside=masks)
+    assert_same("DetConBLoss", {}, views(shape), beside=views(shape) + masks)
+    with pytest.raises(ValueError, match="DetConBLoss: target_view0: wanted targets that want no gradient"):
+        ours.DetConBLoss()(*views(shape), *(x.requires_grad_() for x in views(shape)), *masks)
 
 
 @pytest.mark.parametrize("name", sorted(HOMES))

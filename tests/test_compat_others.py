@@ -139,8 +139,21 @@ class TestPytorchMetricLearning:
             z, rows = torch.randn(1, 12), torch.randn(2, 12)
             assert home.NTXentLoss()(z, torch.zeros(1), ref_emb=rows, ref_labels=torch.arange(2.0)) == 0
 
+    def test_references_of_supcon(self):
+        losses = pytest.importorskip("pytorch_metric_learning.losses")
+        labels, others, rest = torch.arange(6), torch.arange(9) % 7, torch.randn(9, 12)
+
+        def by(loss):
+            return lambda x: loss(x, labels, ref_emb=rest.to(x.dtype), ref_labels=others)
+
+        against(by(losses.SupConLoss()), by(pytorch_metric_learning.SupConLoss()), [torch.randn(6, 12)])
+        for home in (losses, pytorch_metric_learning):
+            z, rows = torch.randn(1, 12), torch.randn(2, 12)
+            assert home.SupConLoss()(z, torch.zeros(1), ref_emb=rows, ref_labels=torch.arange(2.0)) == 0
+
+    @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
     @pytest.mark.parametrize("masked", [False, True])
-    def test_cross_batch_memory(self, masked):
+    def test_cross_batch_memory(self, masked, name):
         """Filling, full, wrapped; masked as MoCo does it: half are keys for the memory. All backwards at the end"""
         losses = pytest.importorskip("pytorch_metric_learning.losses")
         batches, labels = torch.randn(5, 8, 12), torch.arange(40).view(5, 8) % 3
@@ -148,7 +161,7 @@ class TestPytorchMetricLearning:
 
         def by(home):
             def run(x):
-                memory = home.CrossBatchMemory(home.NTXentLoss(0.2), 12, memory_size=20)
+                memory = home.CrossBatchMemory(getattr(home, name)(0.2), 12, memory_size=20)
                 steps = zip(x, labels, strict=True)
                 return torch.stack([memory(z, of, enqueue_mask=mask) for z, of in steps]).square().sum()
 
@@ -169,10 +182,12 @@ class TestPytorchMetricLearning:
                 make(distance=None)
             with pytest.raises(TypeError, match=f"{name}: indices_tuple: wanted None"):
                 make()(z, labels, (1, 2, 3))
-        with pytest.raises(TypeError, match="SupConLoss: ref_emb: wanted None"):
-            make()(z, labels, ref_emb=z, ref_labels=labels)
-        with pytest.raises(TypeError, match="CrossBatchMemory: loss: wanted sslops' NTXentLoss, got SupConLoss"):
-            pytorch_metric_learning.CrossBatchMemory(make(), 2)
+        with pytest.raises(ValueError, match="SupConLoss: ref_emb: wanted a tensor that wants no gradient"):
+            make()(z, labels, ref_emb=z.clone().requires_grad_(), ref_labels=labels)
+        with pytest.raises(
+            TypeError, match="CrossBatchMemory: loss: wanted sslops' NTXentLoss or SupConLoss, got Linear"
+        ):
+            pytorch_metric_learning.CrossBatchMemory(nn.Linear(2, 2), 2)
         with pytest.raises(TypeError, match="CrossBatchMemory: miner: wanted None"):
             pytorch_metric_learning.CrossBatchMemory(pytorch_metric_learning.NTXentLoss(), 2, miner=print)
 

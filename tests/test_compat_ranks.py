@@ -41,7 +41,10 @@ def run_lightly(rank, world, theirs, name, options, shape):
     found = []
     for _ in range(2):
         inputs = views(rank, *shape)
-        loss = module(*inputs)
+        beside = [x.detach() for x in views(rank + 9, *shape)] if name == "DetConBLoss" else []
+        if "DetCon" in name:
+            beside += torch.randint(5, (2, *shape[:2])).unbind()
+        loss = module(*inputs, *beside)
         found += [loss.detach(), *torch.autograd.grad(loss, inputs)]
     return [*found, *module.buffers()] if "memory_bank_size" in options else found
 
@@ -51,6 +54,8 @@ def run_lightly(rank, world, theirs, name, options, shape):
     [
         ("NTXentLoss", {"temperature": 0.2}, (12, 40)),
         ("NTXentLoss", {"temperature": 0.2, "memory_bank_size": (64, 40)}, (12, 40)),
+        ("DetConSLoss", {"temperature": 0.2}, (6, 5, 40)),
+        ("DetConBLoss", {"temperature": 0.2}, (6, 5, 40)),
         ("BarlowTwinsLoss", {"lambda_param": 0.1}, (12, 40)),
         ("VICRegLoss", {"lambda_param": 2.0}, (12, 40)),
         ("VICRegLoss", {}, (12, 3, 40)),

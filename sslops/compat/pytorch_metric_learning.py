@@ -4,11 +4,11 @@ default distance and reducers.
 In NTXentLoss each pair of equal labels is one query and its positive, beside the rows of all other labels: `info_nce`
 with ids. Where every label comes twice it is `nt_xent`'s value; a pair's loss does not end at -log(1e-7), as theirs.
 SupConLoss is `supcon`, and the mean, as theirs, that of the rows whose loss is above 0. CrossBatchMemory is a
-`NegativeQueue` of unit rows, for NTXentLoss alone: `supcon` has no rows that are positives and no anchors. Its labels
-are not negative, and its state_dict is not theirs.
+`NegativeQueue` of unit rows. Its labels are not negative, and its state_dict is not theirs.
 
 What differs: losses are float32 for bf16 and float16 embeddings. What is not here, refused by name: miners and
-indices_tuple, other distances, reducers and regularizers, SupConLoss with ref_emb; and all other losses.
+indices_tuple, other distances, reducers and regularizers, SupConLoss with a ref_emb that wants a gradient; and all
+other losses.
 """
 
 from collections.abc import Mapping
@@ -73,13 +73,38 @@ class SupConLoss(nn.Module):
         embeddings: Tensor,
         labels: Tensor,
         indices_tuple: None = None,
-        ref_emb: None = None,
-        ref_labels: None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """embeddings: [M, D]; labels: [M]."""
-        _none("SupConLoss", indices_tuple=indices_tuple, ref_emb=ref_emb, ref_labels=ref_labels)
+        """embeddings: [M, D]; labels: [M]; ref_emb [K, D] and ref_labels [K]: where positives and negatives are."""
+        _none("SupConLoss", indices_tuple=indices_tuple)
+        if ref_emb is not None:
+            if ref_emb.requires_grad:
+                _check.bad_value("SupConLoss", "ref_emb", "a tensor that wants no gradient", "one that does")
+            assert ref_labels is not None, "SupConLoss: ref_labels: wanted those of ref_emb"
+            return self._among(embeddings, labels, ref_emb, ref_labels)
         labels = labels.to(embeddings.device).unique(return_inverse=True)[1]  # negative ones are labels to them
-        losses = supcon(embeddings, labels, temperature=self.temperature, reduction="none")
+        return self._mean(supcon(embeddings, labels, temperature=self.temperature, reduction="none"), labels)
+
+    def _among(
+        self, embeddings: Tensor, labels: Tensor, rows: Tensor, row_labels: Tensor, own: Tensor | None = None
+    ) -> Tensor:
+        """own: [M], the rows that are the embeddings themselves, no candidates of theirs"""
+        both = torch.cat([x.to(embeddings.device) for x in (labels, row_labels)]).unique(return_inverse=True)[1]
+        if len(labels) * len(rows) - (0 if own is None else len(own)) <= 2:
+            return embeddings.sum() * 0  # as theirs, with one pair of each kind at most
+        ids = torch.full_like(both, -1)
+        if own is not None:
+            ids[: len(own)] = ids[len(labels) + own] = torch.arange(len(own), device=ids.device)
+        labels, row_labels = both.split([len(labels), len(rows)])
+        query_ids, key_ids = ids.split([len(labels), len(rows)])
+        losses = supcon(
+            embeddings, labels, keys=rows, key_labels=row_labels, query_ids=query_ids, key_ids=key_ids,
+            temperature=self.temperature, reduction="none",
+        )  # fmt: skip
+        return self._mean(losses, both)
+
+    def _mean(self, losses: Tensor, labels: Tensor) -> Tensor:
         counted = (losses > 0) & labels.any()  # of one class alone: no negative, and no loss
         return losses.where(counted, 0).sum() / counted.sum().clamp(min=1)
 
@@ -88,13 +113,18 @@ class CrossBatchMemory(nn.Module):
     queue: NegativeQueue
 
     def __init__(
-        self, loss: NTXentLoss, embedding_size: int, memory_size: int = 1024, miner: None = None, **kwargs: object
+        self,
+        loss: NTXentLoss | SupConLoss,
+        embedding_size: int,
+        memory_size: int = 1024,
+        miner: None = None,
+        **kwargs: object,
     ) -> None:
         super().__init__()
         _default("CrossBatchMemory", kwargs)
         _none("CrossBatchMemory", miner=miner)
-        if not isinstance(loss, NTXentLoss):
-            _check.bad_type("CrossBatchMemory", "loss", "sslops' NTXentLoss", type(loss).__name__)
+        if not isinstance(loss, (NTXentLoss, SupConLoss)):
+            _check.bad_type("CrossBatchMemory", "loss", "sslops' NTXentLoss or SupConLoss", type(loss).__name__)
         self.loss, self.embedding_size, self.memory_size = loss, embedding_size, memory_size
         self.reset_queue()
 

@@ -3,8 +3,8 @@
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
 shapes and values that no loss is meant for (a negative temperature, a momentum above 1, views of different dtypes,
 SwaVLoss without Sinkhorn iterations) raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy.
-DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient. KoLeoLoss refuses a batch of one row. SIGReg's batches
-are of one size on all ranks.
+DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient, and DetConBLoss refuses targets that want one.
+KoLeoLoss refuses a batch of one row. SIGReg's batches are of one size on all ranks.
 update_momentum takes no DTensors and no two models that share memory: for fully_shard there is `sslops.EMA`.
 
 gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
@@ -21,6 +21,8 @@ from .losses import (
     BarlowTwinsLoss,
     DCLLoss,
     DCLWLoss,
+    DetConBLoss,
+    DetConSLoss,
     DINOLoss,
     IBOTPatchLoss,
     KoLeoLoss,
@@ -39,6 +41,7 @@ from .tokens import get_at_index, patchify, random_token_mask, repeat_token, set
 REPLACED = {
     "lightly.loss.ntx_ent_loss": (NTXentLoss,),
     "lightly.loss.dcl_loss": (DCLLoss, DCLWLoss, negative_mises_fisher_weights),
+    "lightly.loss.detcon_loss": (DetConBLoss, DetConSLoss),
     "lightly.loss.barlow_twins_loss": (BarlowTwinsLoss,),
     "lightly.loss.vicreg_loss": (VICRegLoss,),
     "lightly.loss.dino_loss": (DINOLoss,),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import _check, distributed
 from ...backend import resolve
 from ...ops.barlow_twins import barlow_twins
 from ...ops.dino import dino
@@ -17,6 +18,7 @@ from ...ops.nearest import nearest
 from ...ops.nt_xent import nt_xent
 from ...ops.sigreg import sigreg
 from ...ops.sinkhorn import sinkhorn
+from ...ops.supcon import supcon
 from .._ranks import barlow_twins_of_average, moved, vicreg_of_own_invariance, world
 from .state import Center, MemoryBankModule, check_center_mode, check_gather, group_of
 
@@ -85,6 +87,68 @@ class DCLWLoss(DCLLoss):
     def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False) -> None:
         weight_fn = partial(negative_mises_fisher_weights, sigma=sigma)
         super().__init__(temperature, weight_fn, gather_distributed)
+
+
+class DetConBLoss(nn.Module):
+    def __init__(self, temperature: float = 0.1, gather_distributed: bool = True) -> None:
+        super().__init__()
+        self.eps = 1e-8
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        if abs(self.temperature) < self.eps:
+            raise ValueError(f"Illegal temperature: abs({self.temperature}) < 1e-8")
+        check_gather(gather_distributed)
+
+    def forward(
+        self,
+        pred_view0: Tensor,
+        pred_view1: Tensor,
+        target_view0: Tensor,
+        target_view1: Tensor,
+        mask_view0: Tensor,
+        mask_view1: Tensor,
+    ) -> Tensor:
+        """pred_view0, .., target_view1: [B, M, D], a row for each region; mask_view0, mask_view1: [B, M], which"""
+        if target_view0.requires_grad or target_view1.requires_grad:
+            _check.bad_value("DetConBLoss", "target_view0", "targets that want no gradient (detach)", "some that do")
+        group = distributed.name("DetConBLoss", group_of(self))
+        labels, ids, weights = _regions(mask_view0, mask_view1, group)
+        rows = torch.cat([target_view0, target_view1]).flatten(0, 1)
+        keys, key_labels, key_ids = (
+            torch.ops.sslops.all_gather(x, group, 0, "DetConBLoss") if group else x for x in (rows, labels, ids)
+        )
+        loss: Tensor = supcon(
+            torch.cat([pred_view0, pred_view1]).flatten(0, 1), labels, keys=keys, key_labels=key_labels, query_ids=ids,
+            key_ids=key_ids, weights=weights, temperature=self.temperature,
+        )  # fmt: skip
+        return 2 * loss
+
+
+class DetConSLoss(nn.Module):
+    def __init__(self, temperature: float = 0.1, gather_distributed: bool = True) -> None:
+        super().__init__()
+        self.detconbloss = DetConBLoss(temperature=temperature, gather_distributed=gather_distributed)
+
+    def forward(self, view0: Tensor, view1: Tensor, mask_view0: Tensor, mask_view1: Tensor) -> Tensor:
+        """view0, view1: [B, M, D]; mask_view0, mask_view1: [B, M]"""
+        of = self.detconbloss
+        group = group_of(of)
+        labels, ids, weights = _regions(mask_view0, mask_view1, distributed.name("DetConSLoss", group))
+        losses = supcon(
+            torch.cat([view0, view1]).flatten(0, 1), labels, query_ids=ids, weights=weights,
+            temperature=of.temperature, reduction="none", group=group,
+        )  # fmt: skip
+        return 2 * losses.mean()
+
+
+def _regions(mask0: Tensor, mask1: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """[2 B M] each: equal for one mask of one image; for that of one view too; 1 over how often it is there"""
+    masks = torch.stack([mask0, mask1])
+    image = distributed.rank(group) * len(mask0) + torch.arange(len(mask0), device=masks.device)
+    labels = (image[:, None] << 33) + (masks.long() & 0xFFFFFFFF)
+    ids = labels + (torch.arange(2, device=masks.device)[:, None, None] << 32)
+    weights = 1 / (masks[..., None] == masks[..., None, :]).sum(-1)
+    return labels.flatten(), ids.flatten(), weights.flatten()
 
 
 class BarlowTwinsLoss(nn.Module):
