@@ -5,7 +5,6 @@ takes to launch is a number of its own, "host"; of a variant that waits for the 
 """
 
 import gc
-import random
 import statistics
 import subprocess
 import sys
@@ -51,6 +50,13 @@ def _time(variant: Variant, sleep: float = 0.0) -> tuple[float, float | None]:
     return begin.elapsed_time(end), host
 
 
+def _order(names: list[str], turn: int) -> list[str]:
+    """Williams' square: in twice as many turns as there are names, each follows each other twice"""
+    n = len(names)
+    order = [names[((k + 1) // 2 * (-1 if k % 2 else 1) + turn) % n] for k in range(n)]
+    return order if turn % (2 * n) < n else order[::-1]
+
+
 def interleave(
     variants: Mapping[str, Variant],
     *,
@@ -59,8 +65,8 @@ def interleave(
     failed: dict[str, str] | None = None,
     ours: str | None = None,
 ) -> Times:
-    """Times the variants in turn, round after round, so that a busy machine hits all of them; each round in another
-    order, since a variant pays for the caches that the one before it leaves.
+    """Times the variants in turn, round after round, so that a busy machine hits all of them; each comes after each
+    other equally often, since it pays for the caches and the pages that the one before it leaves.
 
     variants: functions, or pairs of which the first makes, untimed, what the second takes.
     rounds: as many as fit into `seconds` if None, at least 3 and at most 101. Returns for each variant the median, the
@@ -92,9 +98,8 @@ def interleave(
     try:
         start = time.perf_counter()
         done = 0
-        shuffled = random.Random(0)
         while done < (rounds or 3) or (rounds is None and done < 101 and time.perf_counter() - start < seconds):
-            for name in shuffled.sample(list(times), len(times)):
+            for name in _order(list(times), done):
                 if (taken := attempt(name, sleeps[name])) is not None:
                     times[name].append(taken)
             done += 1
