@@ -54,6 +54,8 @@ def cancelling(case: Case) -> dict[str, float]:
         return dict.fromkeys(("output", *case.graded), 1e-30)
     if case.op in CONTRASTIVE:  # rows over the temperature; of a divergence they cancel where it is small
         weight = options.get("logit_scale") or 1 / options["temperature"]
+        # a fixed maximum, 1 / temperature, is part of the logarithm
+        output = weight / 4 if options["normalize"] and weight < 43 / 2.02 else 1e-10
         weight *= 0.1 * options.get("alpha", 1.0) + options.get("beta", 0.0)
         views = [case.inputs[name] for name in case.graded]
         if options["reduction"] == "mean":
@@ -62,7 +64,7 @@ def cancelling(case: Case) -> dict[str, float]:
             sizes = [(1 / x.norm(dim=-1).clamp(min=1e-12)).square().mean() / x.shape[-1] for x in views]
         else:
             sizes = [max(x.square().mean() for x in views)] * len(views)
-        return {"output": 1e-10} | {
+        return {"output": output} | {
             name: max(1e-10, weight * float(size.sqrt())) for name, size in zip(case.graded, sizes, strict=True)
         }
     if case.op not in ("dino", "ibot"):
