@@ -294,6 +294,16 @@ def test_a_row_without_weight_counts_nothing(device, backend):
 
 
 @each_target
+@pytest.mark.parametrize("where", ["out", "in"])
+def test_a_row_without_weight_beside_one_with(device, backend, where):
+    """The positives of one are the other's: logits of a thousand"""
+    z = 1 + 0.01 * torch.randn(9, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    weights = (torch.arange(9, device=device) % 2).float()
+    options = {"labels": torch.arange(9, device=device) % 3, "temperature": 3e-3, "normalize": False, "where": where}
+    oracle.check(sslops.supcon, {"z": z}, backend, weights=weights, **options)
+
+
+@each_target
 def test_keys_may_change_before_backward(device, backend):
     """A queue that is updated at once; and under checkpointing, which looks at it again, that is an error"""
     (z,) = rows(40, 16, device=device).values()

@@ -233,12 +233,11 @@ void forward(Tensor z, Tensor classes, Tensor ids, Tensor weights, double temper
     const float number = ids ? found[i] : static_cast<float>(sizes[x.classes[i % x.n]] - 1);
     float *const loss = losses.as<float>() + k, *const kept = stats.as<float>() + k;
     positives.as<float>()[k] = number;
-    *loss = kept[rows] = kept[2 * rows] = kept[3 * rows] = 0.f;
-    kept[0] = top[i];
+    *loss = kept[rows] = kept[3 * rows] = 0.f;
+    kept[0] = top[i], kept[2 * rows] = inside && number != 0.f ? top_p[i] : 0.f;  // of no weight, still a maximum
     const float weight = weights ? weights.as<float>()[i % x.n] : 1.f, tau = static_cast<float>(x.scale.tau);
     if (number == 0.f || weight == 0.f) continue;
     kept[rows] = weight / r[i];
-    kept[2 * rows] = inside ? top_p[i] : 0.f;
     kept[3 * rows] = weight / (inside ? p[i] : number);
     *loss = inside ? (logf(r[i]) - logf(p[i])) + (top[i] - top_p[i]) / tau + logf(number)
                    : logf(r[i]) + ((top[i] - base[i]) - p[i] / number) / tau;
