@@ -129,7 +129,7 @@ def register(
         for field, want in zip(gradients, wanted, strict=True):
             value = getattr(x, field)
             if field in schema.lists:
-                found.append([Out(tuple(each.shape), each.dtype) for each in value])
+                found.append([Out(tuple(each.shape) if want else (0,), each.dtype) for each in value])
             elif isinstance(value, Tensor):
                 found.append(Out(tuple(value.shape) if want else (0,), value.dtype))
             else:  # a number, or None
@@ -249,9 +249,9 @@ def register(
         x = _replaced(x, **filled)
         if in_levels and gradients:
             return through_levels(name, op, schema.lower(x), transformed_context, differentiate)
-        if traced or schema.lists:  # whose gradients torch.library sees to
+        if traced:
             return op(*schema.lower(x))
-        return direct(*schema.lower(x)) if gradients and torch.is_grad_enabled() else run(x)
+        return direct(*spread_out(schema.lower(x))) if gradients and torch.is_grad_enabled() else run(x)
 
     if not gradients:
         return call
@@ -260,13 +260,16 @@ def register(
     define(f"{name}_backward", f"({inputs}) -> ({results})", backward_implementation, backward_fake)
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         extra = dict(zip(saved, output[1:] if saved else (), strict=True))
         values = schema.lower(kept(schema.lift(inputs)))
         ctx.mark_non_differentiable(*extra.values())
         ctx.unit = [extra.pop(each) for each in units]
         ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
-        ctx.counts = [len(tensors_in([value])) for value in values]
+        ctx.counts = [
+            1 if isinstance(value, Tensor) else len(tensors_in(value)) if isinstance(value, list) else 0
+            for value in values
+        ]
         ctx.rest = [None if count else value for value, count in zip(values, ctx.counts, strict=True)]
         ctx.save_for_backward(*tensors_in(values), *extra.values())
 
@@ -314,15 +317,29 @@ def register(
     torch.library.register_autograd(f"sslops::{name}", differentiate, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_autograd(f"sslops::{name}_backward", refuse, lib=LIBRARY)
 
+    listed = [k for k, name in enumerate(schema.names) if name in schema.lists]
+
+    def spread_out(values: list[Any]) -> list[Any]:
+        """As autograd sees tensors: a list's behind all others, and how many in its place"""
+        behind = [each for k in listed for each in values[k]]
+        return [len(value) if k in listed else value for k, value in enumerate(values)] + behind if listed else values
+
     # Where nothing traces: the same functions without torch.library around them, a third of a small batch's time.
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> Any:
-            output = run(schema.lift(values))
-            setup_context(ctx, values, output)
+            given, behind = list(values[: len(schema.names)]), iter(values[len(schema.names) :])
+            for k in listed:
+                given[k] = [next(behind) for _ in range(given[k])]
+            output = run(schema.lift(given))
+            setup_context(ctx, given, output)
             return output
 
-        backward = staticmethod(differentiate)
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, *rest: None) -> Any:
+            found = differentiate(ctx, grad, *rest)
+            behind = [each for k in listed for each in found[k]]
+            return (*(None if k in listed else each for k, each in enumerate(found)), *behind) if listed else found
 
     direct = Direct.apply
     return call
@@ -336,7 +353,10 @@ def _scaled(unit: Tensor, grad: Tensor) -> Tensor:
 def _handed(gradient: Tensor, value: Any) -> Any:
     """As autograd wants it for that argument"""
     if isinstance(value, list):
-        return list(gradient.split([len(each) for each in value]))
+        if gradient.shape == (0,):
+            return [None] * len(value)
+        parts = gradient.split([len(each) for each in value])
+        return [part.to(each.dtype) for part, each in zip(parts, value, strict=True)]
     return gradient.to(value.dtype) if isinstance(value, Tensor) else gradient
 
 

@@ -83,9 +83,12 @@ class Schema:
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Those in lists too"""
-    found = []
+    found: list[Tensor] = []
     for value in values:
-        found += [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)]
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list):
+            found += [each for each in value if isinstance(each, Tensor)]
     return found
 
 
