@@ -1,6 +1,9 @@
-"""DINO's cross entropy from logits beside eager forms, torch.compile and lightly. Shapes: V x B x K, two teachers."""
+"""DINO's cross entropy beside eager forms, torch.compile and lightly. Shapes: V x B x K, two teachers, from logits;
+V x B x K x D from features, with a last layer of unit prototypes on either side.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,18 +11,18 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import Variant, cases, peak_memory, record, record_memory, settings
+from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
 from .peers import lightly_loss
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 CASES = {
     "cpu": [
-        *cases("10x32x65536 10x128x4096 2x128x4096 10x4x262144", "float32", "both"),
+        *cases("10x32x65536 10x128x4096 2x128x4096 10x4x262144 10x32x65536x256", "float32", "both"),
         *cases("10x32x65536", "bfloat16", "both"),
-        *cases("10x32x65536", "float32", "memory"),
+        *cases("10x32x65536 10x32x65536x256", "float32", "memory"),
     ],
     "cuda": cases("10x64x65536 10x128x4096", "bfloat16", "both"),
-    "small": cases("3x2x40 10x5x3000", "float32 bfloat16", "both"),
+    "small": cases("3x2x40 10x5x3000 10x5x300x16", "float32 bfloat16", "both"),
 }
 Crops = list[torch.Tensor]
 
@@ -63,6 +66,37 @@ def fused(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.Tensor:
     return sslops.dino(student, teacher, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, bias=bias)
 
 
+Layers = tuple[torch.Tensor, torch.Tensor]  # the student's and the teacher's prototypes
+
+
+def from_features(loss: Callable) -> Callable:
+    """With the last layers, as F.linear has them"""
+
+    def run(student: Crops, teacher: Crops, center: torch.Tensor, layers: Layers) -> torch.Tensor:
+        weight = F.normalize(layers[0])
+        with torch.no_grad():
+            targets = F.linear(torch.stack(teacher), F.normalize(layers[1])).unbind()
+        return loss([F.linear(s, weight) for s in student], targets, center)
+
+    return run
+
+
+def fused_features(student: Crops, teacher: Crops, center: torch.Tensor, layers: Layers) -> torch.Tensor:
+    return sslops.dino(
+        student, teacher, prototypes=layers[0], teacher_prototypes=layers[1], unit_prototypes=True,
+        student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, bias=(-center / TEACHER_TEMP).flatten(),
+    )  # fmt: skip
+
+
+def losses_from_features() -> dict[str, Callable]:
+    forms = {name: from_features(loss) for name, loss in (("dinov2", pair_by_pair), ("linearity", by_linearity))}
+    compiled = {
+        "compile": torch.compile(forms["dinov2"], dynamic=False),
+        "linearity compile": torch.compile(forms["linearity"], dynamic=False),
+    }
+    return {"sslops": fused_features} | forms | compiled
+
+
 def losses(k: int) -> dict[str, Callable]:
     found = {
         "sslops": fused,
@@ -92,10 +126,20 @@ def crops(v: int, b: int, k: int, dtype: torch.dtype, device: str) -> tuple[Crop
     )
 
 
-def variant(loss: Callable, student: Crops, *rest: object) -> Variant:
+def features(v: int, b: int, k: int, d: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """Unit features, the centre, and the layers"""
+    student, teacher, _ = crops(v, b, d, dtype, device)
+    student, teacher = ([F.normalize(x.detach()) for x in each] for each in (student, teacher))
+    layers = tuple(torch.randn(k, d, device=device).to(dtype) for _ in range(2))
+    for x in (*student, layers[0]):
+        x.requires_grad_()
+    return student, teacher, 0.01 * torch.randn(1, 1, k, device=device), layers
+
+
+def variant(loss: Callable, student: Crops, *rest: Any) -> Variant:
     def step() -> None:
-        for s in student:
-            s.grad = None
+        for x in [*student, *(x for layers in rest[2:] for x in layers)]:
+            x.grad = None
         loss(student, *rest).backward()
 
     return step
@@ -103,9 +147,15 @@ def variant(loss: Callable, student: Crops, *rest: object) -> Variant:
 
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
-    (v, b, k), dtype, _ = case
-    student, *rest = crops(v, b, k, dtype, device)
+    (v, b, k, *d), dtype, _ = case
     torch._dynamo.reset()
+    if d:  # one product of each teacher's crop, three of each student's
+        tensors, flop = features(v, b, k, *d, dtype, device), (6 * v + 2 * 2) * b * k * d[0]
+        variants = {name: variant(loss, *tensors) for name, loss in losses_from_features().items()}
+        variants["matmuls"] = matmul(flop, dtype, device)
+        record(benchmark, variants, limit="matmuls", v=v, b=b, k=k, d=d[0], dtype=dtype, flop=flop)
+        return
+    student, *rest = crops(v, b, k, dtype, device)
     variants = {name: variant(loss, student, *rest) for name, loss in losses(k).items()}
     variants["copy"] = lambda: [s.detach().clone() for s in student]
     total = 3 * v * b * k * student[0].element_size()
@@ -113,13 +163,16 @@ def test_time(benchmark, device, case):
 
 
 def test_memory(benchmark, device, case):
-    (v, b, k), dtype, _ = case
+    shape, dtype, _ = case
+    layer = len(shape) > 3
+    made = ("losses_from_features()", "features") if layer else (f"losses({shape[2]})", "crops")
     setup = f"""
 import torch
-from benchmarks.bench_dino import crops, losses, variant
-step = variant(losses({k})[{{!r}}], *crops({v}, {b}, {k}, {dtype}, "cpu"))
+from benchmarks.bench_dino import crops, features, losses, losses_from_features, variant
+step = variant({made[0]}[{{!r}}], *{made[1]}(*{shape}, {dtype}, "cpu"))
 """
-    names = [n for n in ("sslops", "dinov2", "dinov3", "linearity compile", "lightly") if n in losses(k)]
+    found = losses_from_features() if layer else losses(shape[2])
+    names = [n for n in ("sslops", "dinov2", "dinov3", "linearity compile", "lightly") if n in found]
     names = names[:1] if settings.only_ours else names
     peak_mb = {name: peak_memory(setup.format(name), "step()") for name in names}
-    record_memory(benchmark, peak_mb, v=v, b=b, k=k, dtype=dtype)
+    record_memory(benchmark, peak_mb, **dict(zip("vbkd", shape, strict=False)), dtype=dtype)

@@ -1,4 +1,6 @@
-"""iBOT's cross entropy from logits beside eager PyTorch and torch.compile. Shapes: R x K, tokens by prototypes."""
+"""iBOT's cross entropy beside eager PyTorch and torch.compile. Shapes: R x K, tokens by prototypes, from logits;
+R x K x D from features, with a last layer of unit prototypes on either side.
+"""
 
 from collections.abc import Callable
 
@@ -8,17 +10,17 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import Variant, cases, peak_memory, record, record_memory, settings
+from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.07
 CASES = {
     "cpu": [
-        *cases("1024x8192 256x65536", "float32", "both"),
-        *cases("256x65536", "bfloat16", "both"),
-        *cases("256x65536", "float32", "memory"),
+        *cases("1024x8192 256x65536 1024x65536x256 1024x8192x256", "float32", "both"),
+        *cases("256x65536 1024x8192x256", "bfloat16", "both"),
+        *cases("256x65536 1024x65536x256", "float32", "memory"),
     ],
     "cuda": cases("2048x8192 2048x65536", "bfloat16", "both"),
-    "small": cases("3x40 70x3000", "float32 bfloat16", "both"),
+    "small": cases("3x40 70x3000 70x300x16", "float32 bfloat16", "both"),
 }
 
 
@@ -40,46 +42,79 @@ def fused(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor) -
     )
 
 
-def losses() -> dict[str, Callable]:
+def from_features(loss: Callable) -> Callable:
+    """With the last layers, as F.linear has them"""
+
+    def run(student: torch.Tensor, prototypes: torch.Tensor, teacher: torch.Tensor, of_teacher: torch.Tensor,
+            weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        with torch.no_grad():
+            targets = F.linear(teacher, F.normalize(of_teacher))
+        return loss(F.linear(student, F.normalize(prototypes)), targets, weights)
+
+    return run
+
+
+def fused_features(student: torch.Tensor, prototypes: torch.Tensor, teacher: torch.Tensor, of_teacher: torch.Tensor,
+                   weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    return sslops.ibot(
+        student, teacher, prototypes=prototypes, teacher_prototypes=of_teacher, unit_prototypes=True, weights=weights,
+        student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, reduction="sum",
+    )  # fmt: skip
+
+
+def losses(layer: bool) -> dict[str, Callable]:
+    usual, lean = (from_features(loss) if layer else loss for loss in (usual_eager, lean_eager))
     return {
-        "sslops": fused,
-        "eager": usual_eager,
-        "lean eager": lean_eager,
-        "compile": torch.compile(usual_eager, dynamic=False),
-        "lean compile": torch.compile(lean_eager, dynamic=False),
+        "sslops": fused_features if layer else fused,
+        "eager": usual,
+        "lean eager": lean,
+        "compile": torch.compile(usual, dynamic=False),
+        "lean compile": torch.compile(lean, dynamic=False),
     }
 
 
-def rows(r: int, k: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    student, teacher = (0.2 * torch.randn(r, k, device=device).to(dtype) for _ in range(2))
-    return student.requires_grad_(), teacher, torch.rand(r, device=device) / r
+def rows(r: int, k: int, *d: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    """logits and the weights; or, of d columns, features and prototypes of each side"""
+    weights = torch.rand(r, device=device) / r
+    if not d:
+        student, teacher = (0.2 * torch.randn(r, k, device=device).to(dtype) for _ in range(2))
+        return student.requires_grad_(), teacher, weights
+    student, teacher = (F.normalize(torch.randn(r, *d, device=device)).to(dtype) for _ in range(2))
+    prototypes, of_teacher = (torch.randn(k, *d, device=device).to(dtype) for _ in range(2))
+    return student.requires_grad_(), prototypes.requires_grad_(), teacher, of_teacher, weights
 
 
-def variant(loss: Callable, student: torch.Tensor, *rest: torch.Tensor) -> Variant:
+def variant(loss: Callable, *tensors: torch.Tensor) -> Variant:
     def step() -> None:
-        student.grad = None
-        loss(student, *rest).backward()
+        for x in tensors:
+            x.grad = None
+        loss(*tensors).backward()
 
     return step
 
 
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
-    (r, k), dtype, _ = case
-    student, *rest = rows(r, k, dtype, device)
+    (r, k, *d), dtype, _ = case
+    tensors = rows(r, k, *d, dtype=dtype, device=device)
     torch._dynamo.reset()
-    variants = {name: variant(loss, student, *rest) for name, loss in losses().items()}
-    variants["copy"] = lambda: student.detach().clone()
-    record(benchmark, variants, limit="copy", r=r, k=k, dtype=dtype, bytes=3 * student.nbytes)
+    variants = {name: variant(loss, *tensors) for name, loss in losses(bool(d)).items()}
+    if d:  # one product of the teacher's, three of the student's
+        flop = 8 * r * k * d[0]
+        variants["matmuls"] = matmul(flop, dtype, device)
+        record(benchmark, variants, limit="matmuls", r=r, k=k, d=d[0], dtype=dtype, flop=flop)
+    else:
+        variants["copy"] = lambda: tensors[0].detach().clone()
+        record(benchmark, variants, limit="copy", r=r, k=k, dtype=dtype, bytes=3 * tensors[0].nbytes)
 
 
 def test_memory(benchmark, device, case):
-    (r, k), dtype, _ = case
+    shape, dtype, _ = case
     setup = f"""
 import torch
 from benchmarks.bench_ibot import losses, rows, variant
-step = variant(losses()[{{!r}}], *rows({r}, {k}, {dtype}, "cpu"))
+step = variant(losses({len(shape) > 2})[{{!r}}], *rows(*{shape}, dtype={dtype}, device="cpu"))
 """
-    names = list(losses())[: 1 if settings.only_ours else None]
+    names = list(losses(len(shape) > 2))[: 1 if settings.only_ours else None]
     peak_mb = {name: peak_memory(setup.format(name), "step()") for name in names}
-    record_memory(benchmark, peak_mb, r=r, k=k, dtype=dtype)
+    record_memory(benchmark, peak_mb, **dict(zip("rkd", shape, strict=False)), dtype=dtype)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, distributed
@@ -22,17 +23,29 @@ class Outputs(NamedTuple):
     entropy: Out  # of the targets
     stats: Out  # of the students' softmax: a maximum, and the sum of exp(y - maximum)
     gradient: Out  # the student's where grad is 1, in forward's own sweep
+    d_prototypes: Out  # ... and that of the prototypes
 
 
 def outputs(teachers: int, students: int, rows: int, shape: tuple[int, ...], dtype: torch.dtype, x: Any) -> Outputs:
     """shape, dtype: the student's"""
     ready = x.ready and any(x.needs_grad) and x.reduction != "none"
+    fused = x.prototypes is not None
     return Outputs(
         result=Out((rows,) if x.reduction == "none" else ()),
         entropy=Out((teachers, rows)),
-        stats=Out((2, students, rows)),
-        gradient=Out(shape if ready else (0,), dtype),
+        stats=Out((0,) if fused else (2, students, rows)),
+        gradient=Out(shape if ready and x.needs_grad[0] else (0,), torch.float32 if fused else dtype),
+        d_prototypes=Out(tuple(x.prototypes.shape) if fused and ready and x.needs_grad[1] else (0,)),
     )
+
+
+def project(features: Tensor, prototypes: Tensor | None, unit: bool, operand: torch.dtype) -> Tensor:
+    """Logits, float32 (float64 for float64) around a matmul; without prototypes they are that already"""
+    if prototypes is None:
+        return features
+    wide = torch.promote_types(features.dtype, torch.float32)
+    weight = F.normalize(prototypes.to(wide)) if unit else prototypes
+    return F.linear(features.to(operand), weight.to(operand)).to(wide)
 
 
 def pairs(teachers: int, students: int, same_view: bool) -> list[tuple[int, int]]:
@@ -40,7 +53,9 @@ def pairs(teachers: int, students: int, same_view: bool) -> list[tuple[int, int]
 
 
 def reference(student: Tensor, teacher: Tensor, same_view: bool, x: Any) -> tuple[Tensor, Tensor]:
-    """The result and the targets' entropy [T, B]. student: [V, B, K], teacher: [T, B, K]"""
+    """The result and the targets' entropy [T, B]. student: [V, B, K], teacher: [T, B, K], or features"""
+    student = project(student, x.prototypes, x.unit_prototypes, x.operand_dtype)
+    teacher = project(teacher, x.teacher_prototypes, x.unit_prototypes, x.operand_dtype)
     wide = torch.promote_types(student.dtype, torch.float32)
     logits = teacher.to(wide) / x.teacher_temp
     if x.bias is not None:
@@ -61,14 +76,43 @@ def reference(student: Tensor, teacher: Tensor, same_view: bool, x: Any) -> tupl
     return losses if x.reduction == "none" else losses.mean() if x.reduction == "mean" else losses.sum(), entropy
 
 
-def check_options(op: str, reduction: str, return_metrics: bool) -> None:
+def check_options(op: str, reduction: str, return_metrics: bool, unit_prototypes: bool) -> None:
     _check.choice(op, "reduction", reduction, REDUCTIONS)
     _check.flag(op, "return_metrics", return_metrics)
+    _check.flag(op, "unit_prototypes", unit_prototypes)
 
 
-def check_prototypes(op: str, argument: str, x: Tensor) -> None:
-    if x.shape[-1] == 0:
-        _check.bad_value(op, argument, "at least one prototype", list(x.shape))
+def check_prototypes(op: str, logits: str, x: Any) -> None:
+    """logits: the argument's name, where there are no prototypes"""
+    if count(x) == 0:
+        name, given = (logits, _check.first(x)) if x.prototypes is None else ("prototypes", x.prototypes)
+        _check.bad_value(op, name, "at least one prototype", list(given.shape))
+
+
+def check_layers(op: str, teacher: Tensor, x: Any) -> None:
+    """That there is a prototype, and that the teacher's logits and the bias are of as many"""
+    k, of_teacher = count(x), x.teacher_prototypes
+    check_prototypes(op, "student", x)
+    if of_teacher is not None and x.prototypes is None:
+        _check.bad_value(op, "teacher_prototypes", "none beside a student's logits", list(of_teacher.shape))
+    if of_teacher is not None and len(of_teacher) != k:
+        _check.bad_value(op, "teacher_prototypes", f"shape [{k}, E], a row for each prototype", list(of_teacher.shape))
+    if of_teacher is None and teacher.shape[-1] != k:
+        wanted = f"logits [.., {k}]" + (", or teacher_prototypes" if x.prototypes is not None else "")
+        _check.bad_value(op, "teacher", wanted, list(teacher.shape))
+    if x.bias is not None and x.bias.shape[-1] != k:
+        _check.bad_value(op, "bias", f"shape [.., {k}]", list(x.bias.shape))
+
+
+def count(x: Any) -> int:
+    """K"""
+    k: int = _check.first(x).shape[-1] if x.prototypes is None else len(x.prototypes)
+    return k
+
+
+def is_ready(prototypes: Any) -> bool:
+    """Whether the gradient is to be found in forward: always where logits would have to be made for it again"""
+    return prototypes is not None or not torch.compiler.is_compiling()
 
 
 def detached(value: Any) -> Any:
@@ -94,7 +138,7 @@ def call(op: str, run: Any, x: Any, group: str, return_metrics: bool, backend: s
         weights = x.weights
         if weights is None:
             weights = first.new_ones(first.shape[-2:-1], dtype=torch.promote_types(first.dtype, torch.float32))
-        same = {**x._asdict(), x._fields[0]: first, "prototypes": first.shape[-1], "metrics": return_metrics}
+        same = {**x._asdict(), x._fields[0]: first, "K": count(x), "metrics": return_metrics}
         options = distributed.options({k: v for k, v in same.items() if k != "ready"}) if group else ""
         total = distributed.mean(weights.sum(), group, op, options)
         if group or x.weights is not None:

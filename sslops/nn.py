@@ -110,11 +110,11 @@ class CLIPLoss(_Loss, op=clip):
 
 
 class DINOLoss(_Loss, op=dino):
-    """DINO's loss, (student [V, B, K], teacher [T, B, K], bias=[K]) -> [] or [B]: see `sslops.dino`."""
+    """DINO's loss, (student [V, B, K], teacher [T, B, K], bias=[K], ..) -> [] or [B]: see `sslops.dino`."""
 
 
 class IBOTLoss(_Loss, op=ibot):
-    """iBOT's loss, (student [R, K], teacher [R, K], bias=[K], weights=[R]) -> [] or [R]: see `sslops.ibot`."""
+    """iBOT's loss, (student [R, K], teacher [R, K], bias=[K], weights=[R], ..) -> [] or [R]: see `sslops.ibot`."""
 
 
 class InfoNCELoss(_Loss, op=info_nce):

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from . import _check, distributed
+from ._check import Of
 from .ops.dino import dino
 from .ops.sinkhorn import sinkhorn
 
 __all__ = ["PrototypeCenter", "swav"]
+
+
+_LAYER = {"center": Of("1 K"), "prototypes": Of("K D")}
 
 
 class PrototypeCenter(nn.Module):
@@ -49,12 +53,21 @@ class PrototypeCenter(nn.Module):
 
     @distributed.in_step
     @torch.no_grad()
-    def update(self, teacher: Tensor | Sequence[Tensor], *, group: distributed.Group = None) -> None:
+    def update(
+        self,
+        teacher: Tensor | Sequence[Tensor],
+        *,
+        prototypes: Tensor | None = None,
+        unit_prototypes: bool = False,
+        group: distributed.Group = None,
+    ) -> None:
         """center = momentum * center + (1 - momentum) * the logits' mean.
 
         Args:
             teacher: [.., K], or a list of such, of any float dtype: the mean is over all rows of all. No rows on any
-                rank leave the centre as it is.
+                rank leave the centre as it is. With prototypes features, [.., D].
+            prototypes [K, D], unit_prototypes: the teacher's, as `dino` has them: the logits' mean is the product with
+                the features' mean, and no logits are made.
             group: None, or "world" or a ProcessGroup: the mean over the rows of all ranks, which may have different
                 numbers of them, so that centres that were equal stay so.
 
@@ -63,6 +76,10 @@ class PrototypeCenter(nn.Module):
         """
         op, k = "PrototypeCenter.update", self.center.shape[1]
         group = distributed.name(op, group)
+        _check.flag(op, "unit_prototypes", unit_prototypes)
+        if prototypes is not None:
+            _check.tensors(op, {"center": self.center, "prototypes": prototypes, "K": k}, _LAYER)
+            k = prototypes.shape[1]
         total = self.center.new_zeros(k + 1)  # the rows' sum and how many there are: one message
         for x in [teacher] if isinstance(teacher, Tensor) else teacher:
             if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -77,8 +94,12 @@ class PrototypeCenter(nn.Module):
             total[k] += len(rows)
         if group:
             total = torch.ops.sslops.all_reduce(total, group, "sum", op)
-        share = (1 - self.momentum) * (total[k] > 0)
-        self.center.lerp_((total[:k] / total[k].clamp(min=1))[None], share)
+        share, mean = (1 - self.momentum) * (total[k] > 0), total[:k] / total[k].clamp(min=1)
+        if prototypes is not None:
+            weight = prototypes.float()
+            mean = weight @ mean
+            mean = mean / weight.norm(dim=1).clamp(min=1e-12) if unit_prototypes else mean
+        self.center.lerp_(mean[None], share)
 
     def extra_repr(self) -> str:
         return f"{self.center.shape[1]}, momentum={self.momentum}"
@@ -93,6 +114,8 @@ def swav(
     iterations: int = 3,
     assign: int = 2,
     queue: Tensor | Sequence[Tensor] | None = None,
+    prototypes: Tensor | None = None,
+    unit_prototypes: bool = False,
     reduction: str = "mean",
     return_metrics: bool = False,
     group: distributed.Group = None,
@@ -104,13 +127,15 @@ def swav(
 
     Args:
         scores: [V, B, K], or a list of crops [B, K] or [V_i, B, K]: similarities of unit embeddings with unit
-            prototypes, the assigned views first.
+            prototypes, the assigned views first. With prototypes the embeddings, [V, B, D].
         temperature, epsilon: the student's softmax has scores / temperature, the assignment scores / epsilon. Positive
             numbers or 0-d tensors, without a gradient.
         iterations: Sinkhorn's.
         assign: how many views are assigned, 1 to V.
         queue: [assign, Q, K], or a list of [Q, K]: the scores of earlier embeddings with the same
-            prototypes, which count in the balance only. No gradient.
+            prototypes, which count in the balance only. No gradient. With prototypes the embeddings, [.., D].
+        prototypes [K, D], unit_prototypes: as `dino` and `sinkhorn` have them: the last layer is part of the loss, and
+            no scores are in memory whole.
         reduction, return_metrics, group, backend: as `dino` has them; with a group the balance is over all ranks.
 
     Returns, Raises: as `dino` does.
@@ -134,9 +159,11 @@ def swav(
         if earlier.dim() != 2 or earlier.shape[1] != views[k].shape[-1]:
             _check.bad_value("swav", f"queue[{k}]", f"shape [Q, {views[k].shape[-1]}]", list(earlier.shape))
         balanced[k] = torch.cat([views[k], earlier.detach().to(views[k].dtype)])
-    options: dict[str, Any] = {"group": group, "backend": backend}
+    options: dict[str, Any] = {
+        "prototypes": prototypes, "unit_prototypes": unit_prototypes, "group": group, "backend": backend
+    }  # fmt: skip
     bias = [sinkhorn(x, temperature=epsilon, iterations=iterations, **options) for x in balanced]
     return dino(
-        scores, views[:assign], student_temp=temperature, teacher_temp=epsilon, bias=torch.stack(bias),
-        reduction=reduction, return_metrics=return_metrics, **options,
+        scores, views[:assign], teacher_prototypes=prototypes, student_temp=temperature, teacher_temp=epsilon,
+        bias=torch.stack(bias), reduction=reduction, return_metrics=return_metrics, **options,
     )  # fmt: skip

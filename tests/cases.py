@@ -84,6 +84,7 @@ _CORRUPTION = {"ids": _ids(4, 10, 50), "mask_token_id": 3, "vocab_size": 50}
 
 _CROPS = {"student": _random(4, 6, 30), "teacher": _random(2, 6, 30, seed=1)}
 _PATCHES = {"student": _random(9, 30), "teacher": _random(9, 30, seed=1)}
+_LAYERS = {"prototypes": _random(30, 20, seed=2) / 20, "teacher_prototypes": _random(30, 10, seed=3) / 20}
 _LABELS = torch.tensor([3, -100, 29, -100, -100, 0, -100, 29, -100, 7, 1, -100])
 _WORDS = {"hidden": _random(12, 20), "weight": _random(30, 20, seed=1), "bias": _random(30, seed=2)}
 
@@ -114,13 +115,23 @@ CASES = [
     Case("vicreg", "panels", sslops.vicreg, _AB, {"route": "panels"}, ("z_a", "z_b")),
     Case("vicreg", "one view", sslops.vicreg, {"z_a": _AB["z_a"]}, {"route": "gram"}, ("z_a",)),
     Case("sinkhorn", "scores", sslops.sinkhorn, {"scores": _random(12, 30)}, {"temperature": 0.1}),
+    Case("sinkhorn", "features", sslops.sinkhorn, {"scores": _random(12, 20), "prototypes": _LAYERS["prototypes"]},
+         {"temperature": 0.5, "unit_prototypes": True}, batched=False),
     Case("sigreg", "directions", sslops.sigreg, {"z": _random(12, 20)}, {"directions": _random(70, 20, seed=1) / 4},
          ("z",)),
     Case("sigreg", "views", sslops.sigreg, {"z": _random(3, 12, 20)},
          {"directions": _random(5, 20, seed=1), "knots": 5, "t_max": 2.0}, ("z",), batched=False),
     Case("sigreg", "drawn", _drawn(sslops.sigreg), {"z": _random(12, 20)}, {"slices": 70}, ("z",)),
     Case("dino", "crops", sslops.dino, _CROPS, {}, ("student",), batched=False),
+    Case("dino", "features", sslops.dino,
+         {"student": _random(4, 6, 20), "teacher": _random(2, 6, 10, seed=1)} | _LAYERS,
+         {"unit_prototypes": True}, ("student", "prototypes"), batched=False),
     Case("ibot", "rows", sslops.ibot, _PATCHES, {}, ("student",)),
+    Case("ibot", "features", sslops.ibot, {"student": _random(9, 20), "teacher": _random(9, 10, seed=1)} | _LAYERS,
+         {"reduction": "none"}, ("student", "prototypes"), batched=False),
+    Case("ibot", "frozen", sslops.ibot,
+         {"student": _random(9, 20), "teacher": _PATCHES["teacher"], "prototypes": _LAYERS["prototypes"]},
+         {"unit_prototypes": True}, ("student",), batched=False),
     Case("supcon", "rows", sslops.supcon, {"z": _random(12, 20)},
          {"labels": torch.arange(12) % 5 - 1, "temperature": 3.0, "normalize": False}, ("z",), batched=False),
     Case("supcon", "views", sslops.supcon, {"z": _random(3, 12, 20)},

@@ -275,12 +275,13 @@ def test_opcheck(device, backend, reduction):
     student, teacher = logits(3, 2, 4, 9, device=device)
     crops = [student[:1].clone().requires_grad_(), student[1:].clone().requires_grad_()]
     for ready in (True, False):
-        x = Arguments(crops, [teacher], 0.1, torch.tensor(0.04, device=device), bias(9, device)[None], None, False,
-                      reduction, ready, backend, [True])  # fmt: skip
+        x = Arguments(crops, [teacher], None, None, False, 0.1, torch.tensor(0.04, device=device),
+                      bias(9, device)[None], None, False, reduction, ready, backend=backend,
+                      needs_grad=[True, False])  # fmt: skip
         arguments = oracle.lowered(x)
         torch.library.opcheck(torch.ops.sslops.dino.default, arguments)
         with torch.no_grad():
-            result, entropy, stats, _ = torch.ops.sslops.dino(*arguments)
+            result, entropy, stats, *_ = torch.ops.sslops.dino(*arguments)
             bare = oracle.lowered(x._replace(student=[crop.detach() for crop in crops]))
             torch.library.opcheck(torch.ops.sslops.dino_backward.default, (result, *bare, entropy, stats))
 
@@ -353,8 +354,9 @@ def test_bad_input():
 
 def test_bad_input_to_the_registered_op():
     student, teacher = logits(3, 2, 4, 8)
-    x = Arguments([student], [teacher], 0.1, 0.04, None, None, False, "mean", False, "cpu", [True])
-    result, entropy, stats, _ = torch.ops.sslops.dino(*oracle.lowered(x))
+    x = Arguments([student], [teacher], None, None, False, 0.1, 0.04, None, None, False, "mean", False,
+                  backend="cpu", needs_grad=[True, False])  # fmt: skip
+    result, entropy, stats, *_ = torch.ops.sslops.dino(*oracle.lowered(x))
     for bad in (x._replace(teacher=[teacher[:, :3]]), x._replace(teacher=[teacher[..., :3]]),
                 x._replace(student=[student[:0]]), x._replace(bias=torch.zeros(3, 8))):  # fmt: skip
         with pytest.raises(ValueError, match=r"dino: (teacher|student|bias)"):
@@ -362,6 +364,58 @@ def test_bad_input_to_the_registered_op():
     for grad, kept in ((result[None], stats), (result, stats[:1]), (result.double(), stats)):
         with pytest.raises(ValueError, match=r"dino: (grad|stats)"):
             torch.ops.sslops.dino_backward(grad, *oracle.lowered(x), entropy, kept)
+
+
+# ---- from features: the rest is in tests/test_ibot.py, whose rows go the same way ----
+
+
+def features(views: int, teachers: int, b: int, k: int, d: int, *, dtype=torch.float32, device="cpu"):
+    student, teacher = logits(views, teachers, b, d, dtype=dtype, device=device)
+    g = torch.Generator().manual_seed(k)
+    prototypes, other = (torch.randn(k, d, generator=g).to(device, dtype) / d**0.5 for _ in range(2))
+    return student, teacher, prototypes, other
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("views", "teachers", "b", "k", "d"), [(2, 1, 3, 1, 1), (10, 2, 27, 70, 17), (259, 3, 2, 40, 8)]
+)
+def test_accuracy_from_features(device, backend, dtype, reduction, views, teachers, b, k, d):
+    student, teacher, prototypes, other = features(views, teachers, b, k, d, dtype=dtype, device=device)
+
+    def op(student, prototypes, **options):
+        of_teacher = other.to(student.dtype)
+        return sslops.dino(student, teacher.to(student.dtype), prototypes=prototypes, teacher_prototypes=of_teacher,
+                           bias=bias(k, device), student_temp=0.5, **options)  # fmt: skip
+
+    with oracle.poisoned_memory():
+        oracle.check(op, {"student": student, "prototypes": prototypes}, backend, reduction=reduction)
+
+
+@each_target
+def test_features_of_lists_and_of_some(device, backend):
+    """A list is the tensor; who needs no gradient has none, and takes none from the others."""
+    student, teacher, prototypes, other = features(5, 2, 6, 70, 12, device=device)
+    whole, weight = student.clone().requires_grad_(), prototypes.clone().requires_grad_()
+    options = {"teacher_prototypes": other, "unit_prototypes": True, "backend": backend}
+    expected, metrics = sslops.dino(whole, teacher, prototypes=weight, return_metrics=True, **options)
+    expected.backward()
+    crops = [x.clone().requires_grad_(v != 1) for v, x in enumerate(student)]
+    loss, found = sslops.dino(crops, list(teacher), prototypes=prototypes, return_metrics=True, **options)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert all(map(torch.equal, found, metrics))
+    assert crops[1].grad is None
+    assert all(torch.equal(crops[v].grad, whole.grad[v]) for v in (0, 2, 3, 4))
+    frozen = [x.clone() for x in student]
+    alone = prototypes.clone().requires_grad_()
+    sslops.dino(frozen, teacher, prototypes=alone, **options).backward()
+    assert torch.equal(alone.grad, weight.grad)
+    of_rows = sslops.dino(frozen, teacher, prototypes=alone, reduction="none", **options)
+    (grad,) = torch.autograd.grad(of_rows.mean(), alone)
+    torch.testing.assert_close(grad, weight.grad)
 
 
 @each_target

@@ -583,6 +583,33 @@ def test_ibot(ranks, backend, reduction, weighted):
     check_prototypes(ranks, sslops.ibot, student, teacher, options, reduction=reduction, backend=backend, **options)
 
 
+def of_own_features(rank, world, op, tensors, options):
+    student, prototypes, teacher, of_teacher = tensors
+    rows = uneven(student.shape[-2], rank, world)
+    leaves = [x.clone().requires_grad_() for x in (student[..., rows, :], prototypes)]
+    layers = {"prototypes": leaves[1], "teacher_prototypes": of_teacher, "group": "world"}
+    loss = op(leaves[0], teacher[..., rows, :], **layers, **options)
+    return [loss.detach(), *torch.autograd.grad(loss * 0.7, leaves)]
+
+
+@each_backend
+@pytest.mark.parametrize("op", [sslops.dino, sslops.ibot])
+def test_a_last_layer(ranks, backend, op):
+    """The prototypes' gradient is the mean of the ranks', as DDP takes it."""
+    g = torch.Generator().manual_seed(0)
+    lead = ((3,), (2,)) if op is sslops.dino else ((), ())
+    shapes = (*lead[0], 24, 8), (20, 8), (*lead[1], 24, 6), (20, 6)
+    tensors = [torch.randn(shape, generator=g) for shape in shapes]
+    whole = [x.clone().requires_grad_() for x in tensors[:2]]
+    loss = op(whole[0], tensors[2], prototypes=whole[1], teacher_prototypes=tensors[3], unit_prototypes=True)
+    expected = [loss.detach(), *torch.autograd.grad(loss * 0.7, whole)]
+    answers = ranks(of_own_features, op, tensors, {"unit_prototypes": True, "backend": backend})
+    found = torch.cat([each[1] for each in answers], -2) / ranks.world
+    means = [torch.stack([each[k] for each in answers]).mean(0) for k in (0, 2)]
+    for x, y in zip([means[0], found, means[1]], expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def swav(student, teacher, **options):
     return sslops.swav(student, **options)
 
@@ -852,6 +879,7 @@ WRONG = [
     (sslops.dino, {}, {"bias": torch.zeros(7)}),
     (sslops.ibot, {}, {"index": torch.arange(4) + 1}),
     (sslops.ibot, {}, {"weights": torch.ones(3)}),
+    (sslops.ibot, {}, {"teacher_prototypes": torch.ones(6, 6)}),
     (sslops.ibot, {}, {"backend": "triton"}),
     (sslops.swav, {}, {"assign": 0}),
     (sslops.masked_token_cross_entropy, {}, {"label_smoothing": 2.0}),
@@ -874,6 +902,7 @@ OTHER = [
     (sslops.dino, {}, {"teacher_temp": 0.05}),
     (sslops.ibot, {}, {"return_metrics": True}),
     (sslops.ibot, {}, {"reduction": "sum"}),
+    (sslops.ibot, {}, {"prototypes": torch.ones(6, 6)}),
     (sslops.ibot, {}, {"weights": torch.ones(4)}),
     (sslops.masked_token_cross_entropy, {}, {"reduction": "none"}),
     (sigreg, {}, {"t_max": 2.0}),

@@ -148,11 +148,11 @@ def test_opcheck(device, backend):
     student, teacher = logits(5, 9, device=device)
     weights, index = spread(5, 5, device)
     for ready in (True, False):
-        x = Arguments(student.requires_grad_(), teacher, 0.1, torch.tensor(0.04, device=device), teacher[0], weights,
-                      index, "mean", ready, backend, [True])  # fmt: skip
+        x = Arguments(student.requires_grad_(), teacher, None, None, False, 0.1, torch.tensor(0.04, device=device),
+                      teacher[0], weights, index, "mean", ready, backend=backend, needs_grad=[True, False])  # fmt: skip
         torch.library.opcheck(torch.ops.sslops.ibot.default, oracle.lowered(x))
         with torch.no_grad():
-            result, entropy, stats, _ = torch.ops.sslops.ibot(*oracle.lowered(x))
+            result, entropy, stats, *_ = torch.ops.sslops.ibot(*oracle.lowered(x))
             bare = oracle.lowered(x._replace(student=student.detach()))
             torch.library.opcheck(torch.ops.sslops.ibot_backward.default, (result, *bare, entropy, stats))
 
@@ -189,7 +189,8 @@ def test_bad_input():
         refused(ValueError, name, student, teacher, **{name: 0.0})
     refused(ValueError, "reduction", student, teacher, reduction="median")
     refused(ValueError, "backend", student, teacher, backend="tpu")
-    x = Arguments(student, teacher, 0.1, 0.07, None, None, torch.tensor([0, 1, 9, 2]), "mean", False, "cpu", [True])
+    x = Arguments(student, teacher, None, None, False, 0.1, 0.07, None, None, torch.tensor([0, 1, 9, 2]), "mean", False,
+                  backend="cpu", needs_grad=[True, False])  # fmt: skip
     with pytest.raises(ValueError, match=r"ibot: index\[2\]"):
         torch.ops.sslops.ibot(*oracle.lowered(x))
 
@@ -200,3 +201,153 @@ def test_a_lost_weight_is_found(monkeypatch):
     weights, _ = spread(30, 30)
     with pytest.raises(AssertionError, match="above"):
         check(*logits(30, 40), "cpu", weights=weights, reduction="sum")
+
+
+# ---- from features ----
+
+
+def features(rows: int, k: int, d: int, *, dtype=torch.float32, device="cpu"):
+    """The student's, its prototypes, the teacher's and its own, which are of another width"""
+    g = torch.Generator().manual_seed(rows * 1000 + k)
+    shapes = (rows, d), (k, d), (rows, d + 2), (k, d + 2)
+    return [torch.randn(shape, generator=g).to(device, dtype) / shape[1] ** 0.25 for shape in shapes]
+
+
+def from_features(student, prototypes, teacher, teacher_prototypes, backend, **options):
+    of_teacher = None if teacher_prototypes is None else teacher_prototypes.to(student.dtype)
+    return sslops.ibot(student, teacher.to(student.dtype), prototypes=prototypes, teacher_prototypes=of_teacher,
+                       backend=backend, **options)  # fmt: skip
+
+
+def check_features(student, prototypes, teacher, of_teacher, backend, **options):
+    def op(student, prototypes, backend, **options):
+        return from_features(student, prototypes, teacher, of_teacher, backend, **options)
+
+    oracle.check(op, {"student": student, "prototypes": prototypes}, backend, **options)
+
+
+# chunks of rows, ragged widths, tiles of each size, and more of them than there are parts
+SHAPES = [(1, 1, 1), (300, 70, 24), (20, 1100, 17), (5, 9000, 9)]
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accuracy_from_features(device, backend, dtype, unit, shape):
+    student, prototypes, teacher, of_teacher = features(*shape, dtype=dtype, device=device)
+    weights, _ = spread(*shape[:1], 1, device)
+    weights[0] = 0.5
+    options = {"unit_prototypes": unit, "weights": weights, "student_temp": 0.3}
+    with oracle.poisoned_memory():
+        check_features(student, prototypes, teacher, of_teacher, backend, **options)
+        logits = teacher @ of_teacher.t()
+        check_features(student, prototypes, logits, None, backend, reduction="none", bias=logits[0].float(), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_on_every_instruction_set(isa, dtype):
+    with oracle.poisoned_memory():
+        check_features(*features(37, 1030, 21, dtype=dtype), "cpu", unit_prototypes=True, reduction="sum")
+
+
+@each_target
+def test_features_under_autocast(device, backend):
+    """The operands are rounded, the logits are not."""
+    tensors = [x.to(torch.bfloat16).float() for x in features(40, 70, 24, device=device)]
+    expected = oracle.evaluate(lambda *x, **y: from_features(*x, *tensors[2:], **y), tensors[:2], backend)
+    with torch.autocast(device, torch.bfloat16):
+        found = oracle.evaluate(lambda *x, **y: from_features(*x, *tensors[2:], **y), tensors[:2], backend)
+    assert [x.dtype for x in found] == [torch.float32] * 3
+    if sslops._C.isa() != "amx":  # which rounds the weights of the way back
+        assert all(map(torch.equal, found, expected))
+
+
+@each_target
+def test_features_are_a_linear_layer(device, backend):
+    """with an index of the teacher's rows, and the metrics of the logits"""
+    student, prototypes, teacher, of_teacher = features(300, 70, 24, device=device)
+    weights, index = spread(300, 40, device)
+    options = {"index": index, "weights": weights, "return_metrics": True, "backend": backend}
+    answers = []
+    for fused in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (student, prototypes)]
+        if fused:
+            layers = {"prototypes": leaves[1], "teacher_prototypes": of_teacher}
+            loss, metrics = sslops.ibot(leaves[0], teacher[:40], **layers, **options)
+        else:
+            loss, metrics = sslops.ibot(leaves[0] @ leaves[1].t(), teacher[:40] @ of_teacher.t(), **options)
+        answers.append([loss.detach(), *metrics, *torch.autograd.grad(loss, leaves)])
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@each_target
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_frozen_last_layer_changes_no_bit(device, backend, unit):
+    """of the student's gradient, nor does frozen features those of the prototypes; forward's are backward's"""
+    student, prototypes, *rest = features(300, 70, 24, device=device)
+    found = []
+    for wanted in ((True, True), (True, False), (False, True)):
+        leaves = [x.clone().requires_grad_(each) for x, each in zip((student, prototypes), wanted, strict=True)]
+        loss = from_features(*leaves, *rest, backend, unit_prototypes=unit)
+        graded = [x for x in leaves if x.requires_grad]
+        first, second = (torch.autograd.grad(loss, graded, retain_graph=True) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+        (whole,) = (torch.autograd.grad(loss * 4, graded),)
+        assert all(torch.equal(x, 4 * y) for x, y in zip(whole, first, strict=True))
+        found.append(first)
+    both, (of_student,), (of_prototypes,) = found
+    assert torch.equal(both[0], of_student)
+    assert torch.equal(both[1], of_prototypes)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_features_of_no_rows(backend):
+    student, prototypes, *rest = (x.requires_grad_() for x in features(0, 20, 6))
+    loss = from_features(student, prototypes, *rest, backend, reduction="sum")
+    loss.backward()
+    assert loss == 0
+    assert student.grad.shape == (0, 6)
+    assert not prototypes.grad.any()
+    assert from_features(student, prototypes, *rest, backend).isnan()
+
+
+def test_memory_from_features():
+    """Two chunks' logits, and no [R, K]: 67 MB each here"""
+    grown = oracle.grown_memory(
+        "x, y = torch.randn(2, 2048, 64); w, v = torch.randn(2, 8192, 64); x.requires_grad_(), w.requires_grad_()\n"
+        "def step(n): sslops.ibot(x[:n], y[:n], prototypes=w, teacher_prototypes=v).backward()\n"
+        "step(1); x.grad = w.grad = None",
+        "step(2048)",
+    )
+    assert grown < 30, f"{grown:.0f} MB"
+
+
+def test_bad_layers():
+    student, prototypes, teacher, of_teacher = features(4, 9, 6)
+
+    def refused(error, argument, *args, **kwargs):
+        oracle.assert_refused(error, "ibot", argument, lambda: sslops.ibot(*args, **kwargs))
+
+    both = {"prototypes": prototypes, "teacher_prototypes": of_teacher}
+    refused(ValueError, "prototypes", student, teacher, **both | {"prototypes": prototypes[:, :5]})
+    refused(ValueError, "prototypes", student, teacher, **{name: x[:0] for name, x in both.items()})
+    refused(ValueError, "prototypes", student, teacher, **both | {"prototypes": prototypes[0]})
+    refused(TypeError, "prototypes", student, teacher, **both | {"prototypes": 3})
+    refused(TypeError, "prototypes", student, teacher, **both | {"prototypes": prototypes.int()})
+    refused(ValueError, "teacher_prototypes", student, teacher, **both | {"teacher_prototypes": of_teacher[:, :5]})
+    refused(ValueError, "teacher_prototypes", student, teacher, **both | {"teacher_prototypes": of_teacher[:5]})
+    refused(ValueError, "teacher_prototypes", student, teacher, teacher_prototypes=of_teacher)
+    refused(ValueError, "teacher", student, teacher, prototypes=prototypes)
+    refused(ValueError, "bias", student, teacher, **both, bias=torch.zeros(6))
+    refused(TypeError, "unit_prototypes", student, teacher, **both, unit_prototypes=1)
+
+
+def test_a_rounded_gradient_is_found(monkeypatch):
+    run = kernel.prototypes._features
+    monkeypatch.setattr(
+        kernel.prototypes, "_features", lambda *args: [d.to(torch.bfloat16).float() for d in run(*args)]
+    )
+    with pytest.raises(AssertionError, match="above"):
+        check_features(*features(300, 40, 8), "cpu")

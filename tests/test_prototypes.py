@@ -51,13 +51,19 @@ def test_center_in_bfloat16_sums_in_float32():
     assert torch.equal(center.center, torch.ones(1, 8))
 
 
-def test_center_without_logits():
+@pytest.mark.parametrize("unit", [True, False])
+def test_center_without_logits(unit):
     """W mean(x) is the mean of W x: with features and weights, one product with a vector."""
     features, weight = torch.randn(20, 6), torch.randn(30, 6)
-    one, other = (sslops.nn.PrototypeCenter(30) for _ in range(2))
-    one.update(features @ weight.t())
-    other.update(features.mean(0) @ weight.t())
+    one, other, third = (sslops.nn.PrototypeCenter(30) for _ in range(3))
+    one.update(features @ (F.normalize(weight) if unit else weight).t())
+    other.update(features, prototypes=weight, unit_prototypes=unit)
     torch.testing.assert_close(one.center, other.center)
+    third.update([features[:7].bfloat16(), features[7:].bfloat16()], prototypes=weight.bfloat16(), unit_prototypes=unit)
+    torch.testing.assert_close(one.center, third.center, rtol=0, atol=2e-3)
+    before = one.center.clone()
+    one.update(features[:0], prototypes=weight)
+    assert torch.equal(one.center, before)
 
 
 def test_center_is_lightlys():
@@ -102,6 +108,11 @@ def test_center_refuses():
                        (TypeError, torch.ones(3).int()), (TypeError, [3]),
                        (ValueError, torch.ones(2, 3, device="meta"))):  # fmt: skip
         oracle.assert_refused(error, "PrototypeCenter.update", "teacher", lambda bad=bad: center.update(bad))
+    for bad in (torch.ones(4, 5), torch.ones(3)):
+        oracle.assert_refused(ValueError, "PrototypeCenter.update", "prototypes",
+                              lambda bad=bad: center.update(torch.ones(2, 5), prototypes=bad))  # fmt: skip
+    oracle.assert_refused(ValueError, "PrototypeCenter.update", "teacher",
+                          lambda: center.update(torch.ones(2, 4), prototypes=torch.ones(3, 5)))  # fmt: skip
 
 
 # ---- swav ----
@@ -153,6 +164,25 @@ def test_swav_is_accurate(rows):
 
 
 @each_backend
+@pytest.mark.parametrize("unit", [True, False])
+def test_swav_of_embeddings(backend, unit):
+    """and of a queue of them"""
+    z, weight = torch.randn(4, 12, 16), torch.randn(30, 16) / 4
+    queue, answers = torch.randn(2, 20, 16), []
+    for fused in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (z, weight)]
+        w = F.normalize(leaves[1]) if unit else leaves[1]
+        if fused:
+            options = {"prototypes": leaves[1], "unit_prototypes": unit}
+            loss = sslops.swav(list(leaves[0]), queue=queue, backend=backend, **options)
+        else:
+            loss = sslops.swav(leaves[0] @ w.t(), queue=queue @ w.t(), backend=backend)
+        answers.append([loss, *torch.autograd.grad(loss, leaves)])
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@each_backend
 def test_swav_compiles(backend):
     crops, queue = scores(3, 24, 30, 8)
 
@@ -172,6 +202,8 @@ def test_swav_refuses():
     refused(ValueError, "assign", crops, assign=0)
     refused(ValueError, "queue", crops, queue=queue[:1])
     refused(ValueError, "queue[0]", crops, queue=queue[..., :9])
+    with pytest.raises(ValueError, match="sinkhorn: prototypes: wanted"):
+        sslops.swav(crops, prototypes=torch.ones(5, 4))
     with pytest.raises(ValueError, match="dino: student: wanted a crop to pair"):
         sslops.swav(crops[:1], assign=1)
 
@@ -188,6 +220,8 @@ def test_modules_are_their_ops():
          lambda *x, **y: sslops.dino(*x, student_temp=0.2, same_view=True, **y),
          ((crops, teacher), {"bias": b})),
         (sslops.nn.DINOLoss(), sslops.dino, ((list(crops), list(teacher)), {})),
+        (sslops.nn.IBOTLoss(unit_prototypes=True), lambda *x, **y: sslops.ibot(*x, unit_prototypes=True, **y),
+         ((crops[0], crops[1]), {"prototypes": crops[2], "teacher_prototypes": crops[2]})),
         (sslops.nn.IBOTLoss(teacher_temp=0.1), lambda *x, **y: sslops.ibot(*x, teacher_temp=0.1, **y),
          ((crops[0], crops[1]), {"bias": b, "weights": weights})),
         (sslops.nn.SwAVLoss(epsilon=0.1), lambda *x, **y: sslops.swav(*x, epsilon=0.1, **y),

@@ -63,6 +63,25 @@ def test_every_instruction_set(isa, dtype, shape):
 
 
 @each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize(("shape", "k"), [((1, 3), 1), ((600, 12), 1100), ((2, 300, 7), 50), ((0, 3), 5)])
+def test_of_features(device, backend, dtype, unit, shape, k):
+    """In chunks of rows, which may be more than one"""
+    g = torch.Generator().manual_seed(k)
+    x = F.normalize(torch.randn(shape, generator=g), dim=-1).to(device, dtype)
+    prototypes = torch.randn(k, shape[-1], generator=g).to(device, dtype)
+
+    def answers(draw):
+        values = ((draw, backend), (draw, "eager"), ([x.double() for x in draw], "eager"))
+        options = {"unit_prototypes": unit, "temperature": 0.5}
+        return [[sslops.sinkhorn(x, prototypes=w, backend=each, **options)] for (x, w), each in values]
+
+    with oracle.poisoned_memory():
+        oracle.assert_promise(["b"], answers, [x, prototypes], dtype)
+
+
+@each_target
 @pytest.mark.parametrize("scale", [1.0, 20.0, 1e4])
 def test_wide_scores(device, backend, scale):
     """Where exp(scores / temperature) overflows, and the samples' best scores are far apart"""
@@ -150,7 +169,7 @@ def test_mass_below_the_range_leaves_b():
 @each_target
 def test_opcheck(device, backend):
     for temperature in (0.05, torch.tensor(0.05, device=device)):
-        x = Arguments(scores(2, 6, 9, device=device), temperature, 3, True, "", backend)
+        x = Arguments(scores(2, 6, 9, device=device), None, False, temperature, 3, True, "", backend=backend)
         torch.library.opcheck(torch.ops.sslops.sinkhorn.default, oracle.lowered(x))
 
 
@@ -192,10 +211,13 @@ def test_bad_input():
     refused(ValueError, "iterations", x, iterations=0)
     refused(TypeError, "iterations", x, iterations=1.5)
     refused(ValueError, "start", x, start="rows")
+    refused(ValueError, "prototypes", x, prototypes=torch.ones(5, x.shape[1] + 1))
+    refused(ValueError, "prototypes", x, prototypes=x[:0])
+    refused(TypeError, "unit_prototypes", x, prototypes=x, unit_prototypes=1)
     refused(ValueError, "group", x, group="all")
     refused(ValueError, "backend", x, backend="tpu")
     with pytest.raises(ValueError, match="sinkhorn: ranks: wanted the name of a process group, got 'nonsense'"):
-        torch.ops.sslops.sinkhorn(x[None], None, 0.1, 3, True, "nonsense", "cpu")
+        torch.ops.sslops.sinkhorn(x[None], None, False, None, 0.1, 3, True, "nonsense", torch.float32, "cpu")
     with pytest.raises(RuntimeError, match=r"no torch\.float64 kernel"):
         sslops.sinkhorn(x.double(), backend="cpu")
     with pytest.raises(RuntimeError, match="sinkhorn has no triton kernel"):

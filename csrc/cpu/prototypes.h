@@ -21,8 +21,18 @@ struct Table {
                    Tensor weights, Tensor index, bool same_view, bool mean, Tensor grad, Tensor stats,
                    Tensors gradients);
 
+  // Both from features [V_i, B, D], whose logits are those times prototypes [K, D]; unit: times its rows over their
+  // lengths. The teacher's lists are features too if there are teacher_prototypes [K, D'], and logits if not. operand:
+  // the products' dtype. grad [B] of the losses, or none: 1 of the loss. losses, loss, entropy as from forward, the
+  // last two unless they are null. d_student [V, B, D] and d_prototypes [K, D], float32: either may be empty.
+  void (*features)(Tensors student, Tensors teacher, Tensor prototypes, Tensor teacher_prototypes, bool unit,
+                   DType operand, double student_temp, double teacher_temp, Tensor bias, Tensor weights, Tensor index,
+                   bool same_view, bool mean, Tensor grad, Tensor losses, Tensor loss, Tensor entropy, Tensor d_student,
+                   Tensor d_prototypes);
+
   static constexpr auto bound() {
-    return std::tuple{Bound{"prototypes_forward", &Table::forward}, Bound{"prototypes_backward", &Table::backward}};
+    return std::tuple{Bound{"prototypes_forward", &Table::forward}, Bound{"prototypes_backward", &Table::backward},
+                      Bound{"prototypes_features", &Table::features}};
   }
 };
 

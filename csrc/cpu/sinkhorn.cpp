@@ -1,6 +1,7 @@
 #include "sinkhorn.h"
 
 #include "../common/parallel.h"
+#include "last_layer.h"
 #include "logits.h"
 
 namespace sslops::sinkhorn {
@@ -15,7 +16,7 @@ struct Row {
 struct Scores {
   const char* data;
   DType dtype;
-  int64_t views, rows, k, item;
+  int64_t views, rows, k, width, item;  // width: from a row to the next
   float inverse;
 
   Scores(const Tensor& x, double temperature)
@@ -24,10 +25,39 @@ struct Scores {
         views(x.sizes[0]),
         rows(x.sizes[1]),
         k(x.sizes[2]),
+        width(k),
         item(x.item_size),
         inverse(Scale(temperature, false).inverse) {}
-  Row row(int64_t view, int64_t i) const { return {data + (view * rows + i) * k * item, dtype}; }
+  // Of one view, in memory of float32.
+  Scores(const float* x, int64_t rows, int64_t k, int64_t width, double temperature)
+      : data(reinterpret_cast<const char*>(x)),
+        dtype(DType::f32),
+        views(1),
+        rows(rows),
+        k(k),
+        width(width),
+        item(sizeof(float)),
+        inverse(Scale(temperature, false).inverse) {}
+  Row row(int64_t view, int64_t i) const { return {data + (view * rows + i) * width * item, dtype}; }
 };
+
+// visit(view, scores) of all of them: as they are, from view 0 on; or, of features, those of a chunk of a view's rows.
+template <typename Visit>
+void for_each_chunk(const Tensor& x, const Tensor& prototypes, bool unit, DType operand, double temperature,
+                    const Visit& visit) {
+  if (!prototypes) return visit(0, Scores(x, temperature));
+  const int64_t rows = x.sizes[1], chunks = ceil_div(rows, LastLayer::kChunk),
+                count = chunks ? ceil_div(rows, chunks) : 0;
+  LastLayer layer(prototypes, unit, operand, count);
+  for (int64_t view = 0; view < x.sizes[0]; ++view)
+    for (int64_t first = 0; first < rows; first += count) {
+      const int64_t size = at_most(count, rows - first);
+      layer.multiply(size, [&](int64_t i, int64_t j, int lanes) {
+        return load_as_float(x.data, x.dtype, (view * rows + first + i) * layer.d + j, lanes);
+      });
+      visit(view, Scores(layer.logits(), size, layer.k, layer.ld, temperature));
+    }
+}
 
 // ---- columns: the tickets are ranges of them ----
 
@@ -50,7 +80,8 @@ SSLOPS_INLINE void add_rows(const Scores& x, int64_t view, int64_t i, int64_t fi
 template <DType kType>
 void column_range(const Scores& x, int64_t view, int64_t first, int64_t n, float* to_top, float* to_sums) {
   float top[kColumns], sums[kColumns], raised[kColumns], block[kColumns];
-  for (int64_t j = 0; j < round_up(n, kLanes); ++j) top[j] = kLowest, sums[j] = 0.f;
+  for (int64_t j = 0; j < round_up(n, kLanes); ++j)
+    top[j] = j < n ? to_top[j] : kLowest, sums[j] = j < n ? to_sums[j] : 0.f;
   for (int64_t begin = 0; begin < x.rows; begin += kRows) {
     const int64_t end = at_most(begin + kRows, x.rows);
     for (int64_t j = 0; j < round_up(n, kLanes); ++j) raised[j] = top[j], block[j] = 0.f;
@@ -73,8 +104,8 @@ void column_range(const Scores& x, int64_t view, int64_t first, int64_t n, float
   std::memcpy(to_sums, sums, n * sizeof(float));
 }
 
-void columns(Tensor scores, double temperature, Tensor top, Tensor sums) {
-  const Scores x(scores, temperature);
+// The rows join the columns' maxima and sums [V, K].
+void add_columns(const Scores& x, float* top, float* sums) {
   const int64_t wanted = round_up((x.k + 63) / 64, 64);  // enough ranges for many threads, none shorter than 512 bytes
   const int64_t width = wanted < 128 ? 128 : at_most(wanted, kColumns), ranges = (x.k + width - 1) / width;
   const auto run = x.dtype == DType::f32    ? column_range<DType::f32>
@@ -82,7 +113,15 @@ void columns(Tensor scores, double temperature, Tensor top, Tensor sums) {
                                             : column_range<DType::f16>;
   parallel_tickets(x.views * ranges, [&](int64_t ticket) {
     const int64_t view = ticket / ranges, first = ticket % ranges * width, to = view * x.k + first;
-    run(x, view, first, at_most(width, x.k - first), top.as<float>() + to, sums.as<float>() + to);
+    run(x, view, first, at_most(width, x.k - first), top + to, sums + to);
+  });
+}
+
+void columns(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, Tensor top, Tensor sums) {
+  for (int64_t j = 0; j < top.numel; ++j) top.as<float>()[j] = kLowest, sums.as<float>()[j] = 0.f;
+  const int64_t k = top.sizes[1];
+  for_each_chunk(scores, prototypes, unit, operand, temperature, [&](int64_t view, const Scores& x) {
+    add_columns(x, top.as<float>() + view * k, sums.as<float>() + view * k);
   });
 }
 
@@ -157,8 +196,8 @@ struct Group {
   }
 };
 
-void mass(Tensor scores, double temperature, Tensor b, Tensor mass) {
-  const Scores x(scores, temperature);
+// The rows' softmax joins its sums [V, K].
+void add_mass(const Scores& x, const float* b, float* mass) {
   const int64_t wanted = (x.rows + kBlock - 1) / kBlock, most = at_most(wanted, kMaxBlocks);
   const int64_t height = most ? (x.rows + most - 1) / most : 1, blocks = (x.rows + height - 1) / height;
   const int64_t ld = round_up(x.k, 16);
@@ -171,8 +210,7 @@ void mass(Tensor scores, double temperature, Tensor b, Tensor mass) {
         std::memset(part, 0, ld * sizeof(float));
         for (int64_t i = begin; i < end; i += group.rows) {
           const int64_t count = at_most(group.rows, end - i);
-          for (int64_t r = 0; r < count; ++r)
-            group.fill(r, x.row(view, i + r), x.item, x.k, x.inverse, b.as<float>() + view * x.k);
+          for (int64_t r = 0; r < count; ++r) group.fill(r, x.row(view, i + r), x.item, x.k, x.inverse, b + view * x.k);
           switch (count) {
             case 4:
               group.add<4>(x.k, part);
@@ -188,13 +226,20 @@ void mass(Tensor scores, double temperature, Tensor b, Tensor mass) {
           }
         }
       });
-  float* const out = mass.as<float>();
   parallel_for(x.views * x.k, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       float total = 0.f;
       for (int64_t block = 0; block < blocks; ++block) total += parts[(j / x.k * blocks + block) * ld + j % x.k];
-      out[j] = total;
+      mass[j] += total;
     }
+  });
+}
+
+void mass(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, Tensor b, Tensor mass) {
+  std::memset(mass.data, 0, mass.numel * sizeof(float));
+  const int64_t k = mass.sizes[1];
+  for_each_chunk(scores, prototypes, unit, operand, temperature, [&](int64_t view, const Scores& x) {
+    add_mass(x, b.as<float>() + view * k, mass.as<float>() + view * k);
   });
 }
 

@@ -7,9 +7,12 @@ namespace sslops::sinkhorn {
 
 struct Table {
   // Of each column of scores [V, B, K]: top [V, K], a maximum, and sums [V, K] of exp((score - top) / temperature).
-  void (*columns)(Tensor scores, double temperature, Tensor top, Tensor sums);
+  // Or of features [V, B, D], whose scores are those times prototypes [K, D] in products of dtype `operand`; unit:
+  // times the rows of those over their lengths.
+  void (*columns)(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, Tensor top,
+                  Tensor sums);
   // mass [V, K]: column sums of each row's softmax of scores / temperature + b, b [V, K].
-  void (*mass)(Tensor scores, double temperature, Tensor b, Tensor mass);
+  void (*mass)(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, Tensor b, Tensor mass);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"sinkhorn_columns", &Table::columns}, Bound{"sinkhorn_mass", &Table::mass}};

@@ -83,11 +83,13 @@ class Operand {
 // A thread's tile of up to `side` rows and columns.
 class Tile {
  public:
-  Tile(int64_t side, bool bf16)
-      : ld(stride_of(round_up(side, kGroup))),
-        own_(round_up(side, kGroup) * ld),
-        w_(bf16 ? round_up(side, kGroup) * ld : 0),
-        w_transposed_(bf16 ? round_up(side, kGroup) * ld : 0) {
+  // elsewhere: it has no memory of its own, and s will be moved to where rows are so far apart.
+  Tile(int64_t side, bool bf16, int64_t elsewhere = 0)
+      : ld(elsewhere ? elsewhere : stride_of(round_up(side, kGroup))),
+        own_(elsewhere ? 0 : round_up(side, kGroup) * ld),
+        w_ld_(stride_of(round_up(side, kGroup))),
+        w_(bf16 ? round_up(side, kGroup) * w_ld_ : 0),
+        w_transposed_(bf16 ? round_up(side, kGroup) * w_ld_ : 0) {
     move(nullptr);
   }
 
@@ -137,10 +139,10 @@ class Tile {
                   float* columns) {
     if constexpr (kHasBf16) {
       const auto& table = bf16_gemm::table();
-      table.round_both(s, ld, m, n, rows ? static_cast<uint16_t*>(w_) : nullptr, ld, w_transposed_, ld);
+      table.round_both(s, ld, m, n, rows ? static_cast<uint16_t*>(w_) : nullptr, w_ld_, w_transposed_, w_ld_);
       const auto product = [&](const uint16_t* w, int64_t rows, int64_t inner, const Operand& x, int64_t from,
                                float* to) {
-        table.matmul(w, ld, {x.as_right_ + from * x.ld, 512, 32 * x.ld}, padded(rows), x.ld, padded(inner), to, x.ld,
+        table.matmul(w, w_ld_, {x.as_right_ + from * x.ld, 512, 32 * x.ld}, padded(rows), x.ld, padded(inner), to, x.ld,
                      true);
       };
       if (rows) product(w_, m, n, b, j0, rows);
@@ -149,6 +151,7 @@ class Tile {
   }
 
   Buffer<float> own_;
+  const int64_t w_ld_;
   Buffer<uint16_t> w_, w_transposed_;
 };
 

@@ -25,5 +25,5 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
     return prototypes.forward(x, _problem(x))
 
 
-def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> list[Tensor]:
-    return prototypes.backward(grad, _problem(x), stats)
+def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> tuple[list[Tensor], Tensor]:
+    return prototypes.backward(grad, x, _problem(x), stats)

@@ -23,8 +23,9 @@ def _problem(x: Arguments) -> Problem:
 
 def forward(x: Arguments) -> tuple[Tensor, ...]:
     result, entropy, stats, *gradients = prototypes.forward(x, _problem(x))
-    return result, entropy, stats, *(gradient[0] for gradient in gradients)
+    return result, entropy, stats, *(d_student.squeeze(0) for d_student in gradients[:1]), *gradients[1:]
 
 
-def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> Tensor:
-    return prototypes.backward(grad, _problem(x), stats)[0][0]
+def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    (d_student,), d_prototypes = prototypes.backward(grad, x, _problem(x), stats)
+    return d_student.squeeze(0), d_prototypes

@@ -1,5 +1,5 @@
 """Cross entropies of assignments to prototypes on the CPU: an example's logits are read from memory once, and once more
-from the cache for the gradient (csrc/cpu/prototypes.h).
+from the cache for the gradient; or they are made of features, in chunks of rows (csrc/cpu/prototypes.h).
 """
 
 from __future__ import annotations
@@ -29,19 +29,40 @@ class Problem(NamedTuple):
 
 
 def forward(x: Any, problem: Problem) -> tuple[Tensor, ...]:
-    """The op's outputs, the gradient as [V, B, K]"""
+    """The op's outputs, the student's gradient as [V, B, K] or [V, B, D]"""
     first = problem.student[0]
-    rows, k = first.shape[1:]
+    rows, width = first.shape[1:]
     students, teachers = (sum(map(len, crops)) for crops in (problem.student, problem.teacher))
     losses, loss = torch.empty(rows, **FLOAT32), None if x.reduction == "none" else torch.empty((), **FLOAT32)
-    entropy, stats = torch.empty(teachers, rows, **FLOAT32), torch.empty(2, students, rows, **FLOAT32)
+    entropy, result = torch.empty(teachers, rows, **FLOAT32), losses if loss is None else loss
     wanted = x.ready and any(x.needs_grad) and loss is not None
-    gradients = [empty(students, rows, k, dtype=first.dtype)] if wanted else []
+    if x.prototypes is not None:
+        gradients = _features(x, problem, wanted, None, losses, loss, entropy)
+        return result, entropy, torch.empty(0, **FLOAT32), *gradients
+    stats = torch.empty(2, students, rows, **FLOAT32)
+    gradients = [empty(students, rows, width, dtype=first.dtype)] if wanted else []
     _C.prototypes_forward(*problem, losses, loss, entropy, stats, gradients)
-    return losses if loss is None else loss, entropy, stats, *gradients
+    return (result, entropy, stats, *gradients, torch.empty(0, **FLOAT32)) if wanted else (result, entropy, stats)
 
 
-def backward(grad: Tensor, problem: Problem, stats: Tensor) -> list[Tensor]:
+def backward(grad: Tensor, x: Any, problem: Problem, stats: Tensor) -> tuple[list[Tensor], Tensor]:
+    if x.prototypes is not None:  # all over again
+        losses = torch.empty(problem.student[0].shape[1], **FLOAT32)
+        gradients = _features(x, problem, True, grad if grad.dim() else None, losses, None, None)
+        d_student, d_prototypes = gradients if grad.dim() else (d.mul_(grad) for d in gradients)  # of forward's bits
+        crops = d_student.split([len(crop) if x.needs_grad[0] else 0 for crop in problem.student])
+        gradients = [d.to(crop.dtype) for d, crop in zip(crops, problem.student, strict=True)]
+        return gradients, d_prototypes.to(x.prototypes.dtype)
     gradients = [empty(*crop.shape, dtype=crop.dtype) for crop in problem.student]
     _C.prototypes_backward(*problem, grad, stats, gradients)
+    return gradients, torch.empty(0, **FLOAT32)
+
+
+def _features(x: Any, problem: Problem, wanted: bool, grad: Tensor | None, *results: Tensor | None) -> list[Tensor]:
+    """The gradients, of the loss or under `grad`, and the results"""
+    student, teacher, *rest = problem
+    shapes = (sum(map(len, student)), *student[0].shape[1:]), x.prototypes.shape
+    gradients = [empty(*(shape if wanted and each else (0,))) for shape, each in zip(shapes, x.needs_grad, strict=True)]
+    layers = x.prototypes, x.teacher_prototypes, x.unit_prototypes, x.operand_dtype
+    _C.prototypes_features(student, teacher, *layers, *rest, grad, *results, *gradients)
     return gradients

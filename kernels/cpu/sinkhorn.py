@@ -1,9 +1,11 @@
-"""Sinkhorn's potentials on the CPU: one pass over the scores an iteration (csrc/cpu/sinkhorn.h)."""
+"""Sinkhorn's potentials on the CPU: one pass over the scores an iteration. Of features, it makes them again in each
+(csrc/cpu/sinkhorn.h).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,17 +18,22 @@ if TYPE_CHECKING:
     from sslops.ops.sinkhorn import Arguments
 
 
+def _given(x: Arguments) -> tuple[Any, ...]:
+    return x.scores, x.prototypes, x.unit_prototypes, x.operand_dtype, float(x.temperature)
+
+
 def columns(x: Arguments) -> tuple[Tensor, Tensor]:
     """[V, K] each: a maximum of a column's logits, and the sum of exp(logit - maximum)"""
-    top, sums = torch.empty(2, len(x.scores), x.scores.shape[2], **FLOAT32).unbind()
-    _C.sinkhorn_columns(x.scores, float(x.temperature), top, sums)
+    k = x.scores.shape[2] if x.prototypes is None else len(x.prototypes)
+    top, sums = torch.empty(2, len(x.scores), k, **FLOAT32).unbind()
+    _C.sinkhorn_columns(*_given(x), top, sums)
     return top.double() / float(x.temperature), sums.double()
 
 
 def mass(x: Arguments, b: Tensor) -> Tensor:
     """[V, K]: the sum over the rows of softmax(logits + b)"""
     found = torch.empty(b.shape, **FLOAT32)
-    _C.sinkhorn_mass(x.scores, float(x.temperature), b.float(), found)
+    _C.sinkhorn_mass(*_given(x), b.float(), found)
     return found.double()
 
 

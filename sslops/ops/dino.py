@@ -13,8 +13,11 @@ from .._prototypes import Outputs
 
 
 class Arguments(NamedTuple):
-    student: Annotated[list[Tensor], Of("* B K", each=True)]
-    teacher: Annotated[list[Tensor], Of("* B K", each=True)]
+    student: Annotated[list[Tensor], Of("* B D", each=True)]  # logits, or features that are to be multiplied first
+    teacher: Annotated[list[Tensor], Of("* B E", each=True)]
+    prototypes: Annotated[Tensor | None, Of("K D")]  # of a dtype of their own, as under autocast
+    teacher_prototypes: Annotated[Tensor | None, Of("K E")]
+    unit_prototypes: bool
     student_temp: float | Tensor
     teacher_temp: float | Tensor
     bias: Annotated[Tensor | None, Of("* K", (torch.float32, torch.float64))]
@@ -22,6 +25,7 @@ class Arguments(NamedTuple):
     same_view: bool
     reduction: str
     ready: bool  # whether the gradient is to be found in forward
+    operand_dtype: torch.dtype = torch.float32
     backend: str = ""
     needs_grad: list[bool] = []  # noqa: RUF012
 
@@ -43,10 +47,10 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
 def _check_arguments(x: Arguments) -> None:
     for name in ("student", "teacher"):
         crops = getattr(x, name)
-        _prototypes.check_prototypes("dino", name, crops[0])
         for k, crop in enumerate(crops):
             if crop.dtype != crops[0].dtype:
                 _check.bad_value("dino", f"{name}[{k}]", f"the dtype of {name}[0], {crops[0].dtype}", crop.dtype)
+    _prototypes.check_layers("dino", x.teacher[0], x)
     teachers = views(x.teacher)
     if not _prototypes.pairs(teachers, views(x.student), x.same_view):
         wanted = "a crop to pair with another of the teacher's (same_view leaves out none)"
@@ -55,8 +59,8 @@ def _check_arguments(x: Arguments) -> None:
         _check.bad_value("dino", "bias", f"shape [K] or [{teachers}, K]", list(x.bias.shape))
 
 
-_run = register("dino", Arguments, outputs, reference=reference, check=_check_arguments, gradients=("student",),
-                unit="gradient")  # fmt: skip
+_run = register("dino", Arguments, outputs, reference=reference, check=_check_arguments,
+                gradients=("student", "prototypes"), unit=("gradient", "d_prototypes"))  # fmt: skip
 
 
 def _listed(name: str, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -77,27 +81,43 @@ def dino(
     student_temp: float | Tensor = 0.1,
     teacher_temp: float | Tensor = 0.04,
     bias: Tensor | None = None,
+    prototypes: Tensor | None = None,
+    teacher_prototypes: Tensor | None = None,
     same_view: bool = False,
+    unit_prototypes: bool = False,
     reduction: str = "mean",
     return_metrics: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
 ) -> Any:
-    """The cross entropy of DINO, DINOv2, DINOv3 and SwAV between crops, from the logits of K prototypes.
+    """The cross entropy of DINO, DINOv2, DINOv3 and SwAV between crops, from the logits of K prototypes, or from
+    features and the prototypes.
 
     The mean over pairs of a teacher's crop t and a student's crop v, t != v, and over the B images of
     -sum_k q_tk log softmax(student_v / student_temp)_k, with q_t = softmax(teacher_t / teacher_temp + bias). Equal
     positions in the two lists are equal views: the teacher's crops come first among the student's. The student's
     gradient is found in forward, and nothing else of the logits' size is written.
 
+    With `prototypes` the last layer is part of it: the student's logits are student @ prototypes.T, which are made in
+    chunks of about 256 rows, in forward, with the gradients of both. In memory are one chunk's logits, and the
+    gradients: no [V, B, K].
+
     Args:
-        student: [V, B, K], or a list of crops [B, K] or [V_i, B, K], of any float dtype. Lists cost no copy.
-        teacher: [T, B, K], or a list as well. It gets no gradient.
+        student: [V, B, K], or a list of crops [B, K] or [V_i, B, K], of any float dtype. Lists cost no copy. With
+            prototypes, the features that the last layer gets, [V, B, D].
+        teacher: [T, B, K], or a list as well. It gets no gradient. With teacher_prototypes features, [T, B, E].
         student_temp, teacher_temp: positive numbers, or 0-d tensors on the logits' device, which get no gradient and
             are not checked (the fused backends give NaN if one is not positive). A schedule inside a compiled step
             should be a tensor: a number that changes recompiles.
         bias: [K], or [T, K] for one each: minus the centre over teacher_temp (`nn.PrototypeCenter.bias`), or
             `sinkhorn`'s of the teacher's logits. No gradient. None: 0.
+        prototypes: [K, D], any float dtype: the weight of a last layer without a bias, which gets its gradient unless
+            it is frozen: detached, or without requires_grad. The products' operands have the features' dtype, under
+            autocast that of autocast; the logits are float32.
+        teacher_prototypes: [K, E], the teacher's own: no gradient. None: `teacher` are logits, as a teacher whose
+            `sinkhorn` is needed has them.
+        unit_prototypes: both are divided by the lengths of their rows first, as weight_norm with g = 1 has it
+            (`norm_last_layer`; F.normalize, eps 1e-12). Of a g that is learned, give the weight that it makes.
         same_view: also the pairs t = v, as DINOv3 may have it.
         reduction: over the images, "mean" or "sum", or "none": the losses [B].
         return_metrics: return (loss, Metrics): the mean entropy of the q, and the mean divergence KL(q, student).
@@ -118,13 +138,14 @@ def dino(
 
     Source: Caron et al., Emerging Properties in Self-Supervised Vision Transformers, arXiv:2104.14294, Eq. 3.
     """
-    _prototypes.check_options("dino", reduction, return_metrics)
+    _prototypes.check_options("dino", reduction, return_metrics, unit_prototypes)
     _check.flag("dino", "same_view", same_view)
     ranks = distributed.name("dino", group)
     students, teachers = _listed("student", student), _listed("teacher", teacher)
     x = Arguments(
-        students, [_prototypes.detached(crop) for crop in teachers], _prototypes.detached(student_temp),
-        _prototypes.detached(teacher_temp), bias, None, same_view, reduction, not torch.compiler.is_compiling(),
+        students, [_prototypes.detached(crop) for crop in teachers], prototypes,
+        _prototypes.detached(teacher_prototypes), unit_prototypes, _prototypes.detached(student_temp),
+        _prototypes.detached(teacher_temp), bias, None, same_view, reduction, _prototypes.is_ready(prototypes),
     )  # fmt: skip
     if isinstance(bias, Tensor) and isinstance(students[0], Tensor):
         x = x._replace(bias=_prototypes.wide(bias[None] if bias.dim() == 1 else bias, students[0]))

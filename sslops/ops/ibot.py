@@ -12,8 +12,11 @@ from .._prototypes import Outputs
 
 
 class Arguments(NamedTuple):
-    student: Annotated[Tensor, Of("R K")]
-    teacher: Annotated[Tensor, Of("* K")]
+    student: Annotated[Tensor, Of("R D")]  # logits, or features that are to be multiplied first
+    teacher: Annotated[Tensor, Of("* E")]
+    prototypes: Annotated[Tensor | None, Of("K D")]  # of a dtype of their own, as under autocast
+    teacher_prototypes: Annotated[Tensor | None, Of("K E")]
+    unit_prototypes: bool
     student_temp: float | Tensor
     teacher_temp: float | Tensor
     bias: Annotated[Tensor | None, Of("K", (torch.float32, torch.float64))]
@@ -21,13 +24,14 @@ class Arguments(NamedTuple):
     index: Annotated[Tensor | None, Of("R", _check.ID_DTYPES, below=lambda x: len(x.teacher))]  # type: ignore[assignment]  # tuple.index
     reduction: str
     ready: bool  # whether the gradient is to be found in forward
+    operand_dtype: torch.dtype = torch.float32
     backend: str = ""
     needs_grad: list[bool] = []  # noqa: RUF012
 
 
 def outputs(x: Arguments) -> Outputs:
-    rows, k = x.student.shape
-    return _prototypes.outputs(1, 1, rows, (rows, k), x.student.dtype, x)
+    rows, width = x.student.shape
+    return _prototypes.outputs(1, 1, rows, (rows, width), x.student.dtype, x)
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -37,13 +41,13 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _check_arguments(x: Arguments) -> None:
-    _prototypes.check_prototypes("ibot", "student", x.student)
+    _prototypes.check_layers("ibot", x.teacher, x)
     if x.index is None and len(x.teacher) != len(x.student):
         _check.bad_value("ibot", "teacher", f"{len(x.student)} rows, as the student has", list(x.teacher.shape))
 
 
-_run = register("ibot", Arguments, outputs, reference=reference, check=_check_arguments, gradients=("student",),
-                unit="gradient")  # fmt: skip
+_run = register("ibot", Arguments, outputs, reference=reference, check=_check_arguments,
+                gradients=("student", "prototypes"), unit=("gradient", "d_prototypes"))  # fmt: skip
 
 
 @distributed.in_step
@@ -56,24 +60,30 @@ def ibot(
     student_temp: float | Tensor = 0.1,
     teacher_temp: float | Tensor = 0.07,
     bias: Tensor | None = None,
+    prototypes: Tensor | None = None,
+    teacher_prototypes: Tensor | None = None,
+    unit_prototypes: bool = False,
     reduction: str = "mean",
     return_metrics: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
 ) -> Any:
-    """The cross entropy of iBOT and DINOv2 between tokens, row by row, from the logits of K prototypes.
+    """The cross entropy of iBOT and DINOv2 between tokens, row by row, from the logits of K prototypes, or from
+    features and the prototypes.
 
     The weighted mean over the rows of -sum_k q_ik log softmax(student_i / student_temp)_k, with
     q_i = softmax(teacher_i / teacher_temp + bias). The student's gradient is found in forward, and nothing else of the
     logits' size is written. With a queue's similarities as logits it is ReSSL's and CO2's loss, and distillation's.
 
     Args:
-        student: [R, K], any float dtype: of the masked tokens, say.
-        teacher: [R, K], or [S, K] with `index`. It gets no gradient.
+        student: [R, K], any float dtype: of the masked tokens, say. With prototypes features, [R, D].
+        teacher: [R, K], or [S, K] with `index`. It gets no gradient. With teacher_prototypes features, [.., E].
         weights: [R], not negative, no gradient; None: all alike. The loss of DINOv2, which every image shares alike, is
             reduction="sum" with 1 / (the image's masked tokens * the images).
         index: [R] int64, the teacher's row for each of the student's: on the CPU its range is checked.
         student_temp, teacher_temp, bias [K], return_metrics, backend: as `dino` has them.
+        prototypes [K, D], teacher_prototypes [K, E], unit_prototypes: as `dino` has them: the last layer is part of the
+            loss, in chunks of at most 256 rows, and no [R, K] is in memory. Of ReSSL, the queue, detached, twice.
         reduction: "mean": sum w_i loss_i / sum w_i; "sum", or "none": w_i loss_i, [R].
         group: as `dino` has it: ranks may have different numbers of rows, and weigh as these do.
 
@@ -90,11 +100,12 @@ def ibot(
 
     Source: Zhou et al., iBOT: Image BERT Pre-Training with Online Tokenizer, arXiv:2111.07832, Eq. 2.
     """
-    _prototypes.check_options("ibot", reduction, return_metrics)
+    _prototypes.check_options("ibot", reduction, return_metrics, unit_prototypes)
     ranks = distributed.name("ibot", group)
     x = Arguments(
-        student, _prototypes.detached(teacher), _prototypes.detached(student_temp), _prototypes.detached(teacher_temp),
-        bias, weights, index, reduction, not torch.compiler.is_compiling(),
+        student, _prototypes.detached(teacher), prototypes, _prototypes.detached(teacher_prototypes), unit_prototypes,
+        _prototypes.detached(student_temp), _prototypes.detached(teacher_temp), bias, weights, index, reduction,
+        _prototypes.is_ready(prototypes),
     )  # fmt: skip
     if isinstance(student, Tensor):
         x = x._replace(bias=_prototypes.wide(bias, student), weights=_prototypes.wide(weights, student))

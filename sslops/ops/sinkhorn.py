@@ -9,24 +9,26 @@ from torch import Tensor
 from .. import _check, distributed
 from .._check import Of
 from .._library import Out, register
-from .._prototypes import check_prototypes
+from .._prototypes import check_prototypes, count, detached, project
 from ..backend import kernel
 
 STARTS = ("scores", "probabilities")
 
 
 class Arguments(NamedTuple):
-    scores: Annotated[Tensor, Of("V B K")]
+    scores: Annotated[Tensor, Of("V B D")]  # or features that are to be multiplied first
+    prototypes: Annotated[Tensor | None, Of("K D")]
+    unit_prototypes: bool
     temperature: float | Tensor
     iterations: int
     balanced: bool  # begins with the columns of exp(scores / temperature); else with those of each row's softmax
     ranks: str  # the group that has the other rows
+    operand_dtype: torch.dtype = torch.float32
     backend: str = ""
 
 
 def outputs(x: Arguments) -> Out:
-    views, _, k = x.scores.shape
-    return Out((views, k))
+    return Out((len(x.scores), count(x)))
 
 
 def potentials(
@@ -59,7 +61,8 @@ def potentials(
 
 
 def reference(x: Arguments) -> Tensor:
-    logits = x.scores.to(torch.promote_types(x.scores.dtype, torch.float32)) / x.temperature
+    scores = project(x.scores, x.prototypes, x.unit_prototypes, x.operand_dtype)
+    logits = scores.to(torch.promote_types(scores.dtype, torch.float32)) / x.temperature
 
     def columns(x: Arguments) -> tuple[Tensor, Tensor]:
         lowest = logits.new_full((len(logits), 1, logits.shape[2]), torch.finfo(logits.dtype).min)
@@ -71,7 +74,7 @@ def reference(x: Arguments) -> Tensor:
 
 def _check_arguments(x: Arguments) -> None:
     _check.count("sinkhorn", "iterations", x.iterations, 1, 2**31 - 1)
-    check_prototypes("sinkhorn", "scores", x.scores)
+    check_prototypes("sinkhorn", "scores", x)
     if x.ranks and not distributed.is_known(x.ranks):
         _check.bad_value("sinkhorn", "ranks", "the name of a process group", repr(x.ranks))
 
@@ -92,6 +95,8 @@ def sinkhorn(
     temperature: float | Tensor = 0.05,
     iterations: int = 3,
     start: str = "scores",
+    prototypes: Tensor | None = None,
+    unit_prototypes: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -104,12 +109,15 @@ def sinkhorn(
     Args:
         scores: [B, K], or [V, B, K] for a b each; float32, float16, bfloat16 or float64 (float64 runs the eager
             reference). They get no gradient. Rows of a queue belong below those of the batch: they count in the sums.
+            With prototypes features, [B, D] or [V, B, D].
         temperature: a positive number, or a 0-d tensor on the scores' device, which is not checked (the fused backends
             give NaN if it is not positive).
         iterations: at least 1, each over prototypes and then over rows.
         start: "scores" begins with the columns of exp(scores / temperature); "probabilities" with those of each row's
             softmax, as MSN does. There a prototype without mass keeps its b, and the mass that all rows give it counts
             as none if it is below e^-87, float32's smallest normal number (e^-103 in the reference).
+        prototypes [K, D], unit_prototypes: as `dino` has them: the scores are scores @ prototypes.T, of which only a
+            chunk of at most 256 rows is in memory. They are made again in each iteration, a product each.
         group: None, or "world" or a ProcessGroup over whose ranks the batch lies; ranks may have different numbers of
             rows. K numbers travel in an iteration, and in the first one twice.
         backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
@@ -130,6 +138,8 @@ def sinkhorn(
     _check.choice("sinkhorn", "start", start, STARTS)
     ranks = distributed.name("sinkhorn", group)
     single = isinstance(scores, Tensor) and scores.dim() == 2
-    x = Arguments(scores[None] if single else scores, temperature, iterations, start == "scores", ranks)
+    _check.flag("sinkhorn", "unit_prototypes", unit_prototypes)
+    layer = detached(prototypes), unit_prototypes
+    x = Arguments(scores[None] if single else scores, *layer, temperature, iterations, start == "scores", ranks)
     b: Tensor = _run(x, backend)
     return b[0] if single else b

@@ -208,6 +208,10 @@ def sinkhorn(draw: Any) -> Case:
     options = _options(draw, temperature=[0.05, 0.5], iterations=[1, 3], start=["scores", "probabilities"])
     if options["start"] == "probabilities":  # test_columns_that_no_row_wants
         options["temperature"], scores = 1.0, scores.clamp(-20, 20)
+    elif draw(st.booleans()):
+        width, seed = scores.shape[1], draw(SEEDS)
+        features = {"scores": _noise((len(scores), width), seed), "prototypes": _noise((draw(SIZES), width), seed + 1)}
+        return Case("sinkhorn", "", sslops.sinkhorn, features, options | {"unit_prototypes": draw(st.booleans())})
     return Case("sinkhorn", "", sslops.sinkhorn, {"scores": scores}, options)
 
 
@@ -223,21 +227,35 @@ def sigreg(draw: Any) -> Case:
     return Case("sigreg", "", call, {"z": z}, options, ("z",))
 
 
+def _last_layer(draw: Any, width: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """The inputs, options and graded inputs beside features, or beside logits none"""
+    if not draw(st.booleans()):
+        return {}, {}, ("student",)
+    k, make = draw(SIZES), MILD[draw(st.sampled_from(sorted(MILD)))]
+    layers = {
+        name: make((k, width), seed + n) / width**0.5 for n, name in enumerate(("prototypes", "teacher_prototypes"))
+    }
+    unit = width > 2 and draw(st.booleans())  # as in _pair
+    return layers, {"unit_prototypes": unit}, ("student", "prototypes")
+
+
 @st.composite
 def dino(draw: Any) -> Case:
     rows, k, seed = draw(SIZES), draw(SIZES), draw(SEEDS)
     make = MILD[draw(st.sampled_from(sorted(MILD)))]
-    inputs = {"student": make((3, rows, k), seed), "teacher": make((2, rows, k), seed + 1)}
+    layers, more, graded = _last_layer(draw, k, seed + 2)
+    inputs = {"student": make((3, rows, k), seed), "teacher": make((2, rows, k), seed + 1)} | layers
     options = _options(draw, student_temp=[0.1, 1.0], teacher_temp=[0.04, 0.5], same_view=[True, False],
                        reduction=["mean", "none"])  # fmt: skip
-    return Case("dino", "", sslops.dino, inputs, options, ("student",))
+    return Case("dino", "", sslops.dino, inputs, options | more, graded)
 
 
 @st.composite
 def ibot(draw: Any) -> Case:
-    inputs, *_ = _pair(draw, ("student", "teacher"))
+    inputs, _, seed = _pair(draw, ("student", "teacher"))
+    layers, more, graded = _last_layer(draw, inputs["student"].shape[1], seed)
     options = _options(draw, student_temp=[0.1, 1.0], teacher_temp=[0.04, 0.5], reduction=["mean", "none"])
-    return Case("ibot", "", sslops.ibot, inputs, options, ("student",))
+    return Case("ibot", "", sslops.ibot, inputs | layers, options | more, graded)
 
 
 @st.composite

@@ -70,7 +70,14 @@ def cancelling(case: Case) -> dict[str, float]:
     if case.op not in ("dino", "ibot"):
         return {}
     rows, k = case.inputs["student"].shape[-2:]
-    return {"output": 1.0, "student": 0.5 / (options["student_temp"] * rows * k**0.5)}
+    size = 0.5 / (options["student_temp"] * rows)  # of the terms of a row, all k together
+    if "prototypes" not in case.inputs:
+        return {"output": 1.0, "student": size / k**0.5}
+    of = {name: float(x.double().square().mean()) ** 0.5 for name, x in case.inputs.items()}
+    count, width = case.inputs["prototypes"].shape
+    length = of["prototypes"] * width**0.5 if options["unit_prototypes"] and of["prototypes"] else 1.0
+    of_prototypes = size * of["student"] * (rows / count) ** 0.5
+    return {"output": 1.0, "student": size * of["prototypes"] / length, "prototypes": of_prototypes / length}
 
 
 def determined(case: Case, dtype: torch.dtype) -> bool:
