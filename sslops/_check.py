@@ -27,7 +27,7 @@ class Of(NamedTuple):
     like: str = ""  # of the dtype of this argument
     strided: bool = False  # kernels take any strides; contiguous otherwise
     spread: bool = False  # with a group, the rank's part of a batch: rows [.., B, D] or ids [B]
-    beside: bool = False  # numbers beside rows, spread along their last dimension
+    along: int | None = None  # the dimension that is spread, of what is no embeddings beside them and no ids
     optional: bool = False  # found in the annotation: Tensor | None
     below: Callable[[Any], int] | None = None  # indices in [0, below(the arguments))
     ignored: str = ""  # the argument that is the one value which need not be

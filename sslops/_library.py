@@ -109,7 +109,7 @@ def register(
     """
     schema, declared = Schema(arguments), _check.declared(arguments)
     spread = [field for field, of in declared.items() if of.spread]
-    beside = [field for field in spread if declared[field].beside]
+    along = {field: dim for field in spread if (dim := declared[field].along) is not None}
 
     def default_forward(x: Any) -> Any:
         return kernel(x.backend, name).forward(x)
@@ -226,7 +226,7 @@ def register(
         if group and not is_distributed(filled["backend"], name):
             own = {field: getattr(x, field) for field in spread}
             options = _options(_replaced(x, **filled))
-            filled |= distributed.gathered_arguments(name, group, own, beside, options)
+            filled |= distributed.gathered_arguments(name, group, own, along, options)
             if filled["backend"] != "eager":
                 filled["group"] = ""
         # torch.func's levels: a tensor does not know of the outer ones

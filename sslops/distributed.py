@@ -340,21 +340,32 @@ def gathered(op: str, group: str, *tensors: Tensor, options: str = "") -> tuple[
 
 def gathered_ids(op: str, group: str, ids: Tensor | None) -> Tensor | None:
     """The ranks' [.., B] as [.., N]"""
-    if ids is None or not group:
-        return ids
-    together: Tensor = torch.ops.sslops.all_gather(ids, group, ids.dim() - 1, f"{op}'s ids")
-    return together
+    return None if ids is None else _side_by_side(f"{op}'s ids", group, ids, ids.dim() - 1)
+
+
+def _side_by_side(what: str, group: str, x: Tensor, dim: int) -> Tensor:
+    """Differentiable where it is"""
+    if not group:
+        return x
+    together: Tensor = torch.ops.sslops.all_gather(x, group, dim, what)
+    return together if x.requires_grad else together.detach()
 
 
 def gathered_arguments(
-    op: str, group: str, arguments: dict[str, Tensor | None], beside: list[str], options: str
+    op: str, group: str, arguments: dict[str, Tensor | None], along: dict[str, int], options: str
 ) -> dict[str, Tensor | None]:
-    """The ranks' parts of a batch together: embeddings as `gathered` has them, ids, and what is named in `beside`."""
+    """The parts of a batch together: embeddings as `gathered` has them, ids, and others along their dimensions."""
     embeddings = {
-        name: x for name, x in arguments.items() if x is not None and x.is_floating_point() and name not in beside
+        name: x for name, x in arguments.items() if x is not None and x.is_floating_point() and name not in along
     }
-    together = dict(zip(embeddings, gathered(op, group, *embeddings.values(), options=options), strict=True))
-    return {name: together[name] if name in together else gathered_ids(op, group, x) for name, x in arguments.items()}
+    together: dict[str, Tensor | None] = {}
+    together |= zip(embeddings, gathered(op, group, *embeddings.values(), options=options), strict=True)
+    for name, x in arguments.items():
+        if name in along and x is not None:
+            together[name] = _side_by_side(f"{op}'s {name}", group, x, along[name] % x.dim())
+        elif name not in embeddings:
+            together[name] = gathered_ids(op, group, x)
+    return together
 
 
 def own_rows(x: Tensor, group: str, parts: int = 1) -> Tensor:

@@ -16,7 +16,7 @@ class Arguments(NamedTuple):
     z0: Annotated[Tensor, Of("...", spread=True)]  # one view [N, D], or without z1 all of them [V, N, D]
     z1: Annotated[Tensor | None, Of("...", like="z0", spread=True)]
     query_ids: Annotated[Tensor | None, Of("N", IDS, spread=True)]
-    positive_weights: Annotated[Tensor | None, Of("V N", spread=True, beside=True)]
+    positive_weights: Annotated[Tensor | None, Of("V N", spread=True, along=-1)]
     temperature: float | Tensor
     normalize: bool
     decoupled: bool

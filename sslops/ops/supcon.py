@@ -22,7 +22,7 @@ class Arguments(NamedTuple):
     key_labels: Annotated[Tensor | None, Of("K", IDS)]
     query_ids: Annotated[Tensor | None, Of("N", IDS, spread=True)]  # as the labels
     key_ids: Annotated[Tensor | None, Of("K", IDS)]
-    weights: Annotated[Tensor | None, Of("N", spread=True, beside=True)]  # as the labels
+    weights: Annotated[Tensor | None, Of("N", spread=True, along=-1)]  # as the labels
     temperature: float | Tensor
     normalize: bool
     where: str
