@@ -566,3 +566,20 @@ class TestPatch:
         with sslops.patch_lightly():
             loss = importlib.import_module("lightly.loss").VICRegLoss(mu_param=3.0)
             assert type(pickle.loads(pickle.dumps(loss))) is ours.VICRegLoss
+
+
+@pytest.mark.parametrize("name", ["MACLLoss", "DirectCLRLoss"])
+def test_lines_of_the_docs(name):
+    """docs/methods/simclr.md has these losses by nt_xent"""
+    module = importlib.import_module(f"lightly.loss.{name.removesuffix('Loss').lower()}_loss")
+    h0, h1 = (h.requires_grad_() for h in views((24, 80)))
+    if name == "MACLLoss":
+        similarity = nn.functional.cosine_similarity(h0, h1).mean().detach()
+        losses = sslops.nt_xent(h0, h1, temperature=0.1 * (1 + 0.5 * (similarity - 0.0)), reduction="none")
+        loss = (losses / (1 - (-losses).exp() + 1e-8).detach()).mean()
+    else:
+        loss = sslops.nt_xent(h0.flatten(1)[:, :64], h1.flatten(1)[:, :64])
+    theirs = getattr(module, name)()(h0, h1)
+    torch.testing.assert_close(loss, theirs)
+    for x, y in zip(*(torch.autograd.grad(each, [h0, h1]) for each in (loss, theirs)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)

@@ -610,6 +610,24 @@ def test_bad_input_to_the_registered_op():
             torch.ops.sslops.nt_xent_backward(bad[0], *arguments, logged, *bad[1:], views_of_all)
 
 
+def test_macl_as_docs_have_it():
+    """docs/methods/simclr.md, beside the formula of Huang et al., arXiv:2207.07874, row by row"""
+    z0, z1 = views(6, 5, dtype=torch.float64).values()
+    z = F.normalize(torch.cat([z0, z1])).requires_grad_()
+    similarity = z @ z.t()
+    tau = 0.1 * (1 + 0.5 * (torch.stack([similarity[i, (i + 6) % 12] for i in range(12)]).mean().detach() - 0.2))
+    expected = []
+    for i in range(12):
+        p = (similarity[i, torch.arange(12) != i] / tau).softmax(0)[(i + 6) % 12 - (i < (i + 6) % 12)]
+        expected.append(-p.log() / (1 - p + 1e-8).detach())
+    expected = torch.stack(expected).mean()
+
+    found = sslops.nt_xent(z[:6], z[6:], temperature=tau, reduction="none", normalize=False)
+    found = (found / (1 - (-found).exp() + 1e-8).detach()).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (found, expected)))
+
+
 def test_odd_temperatures_on_a_tensor():
     z0, z1 = views(10, 8).values()
     for value in (-0.5, 0.0, float("nan")):

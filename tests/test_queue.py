@@ -4,6 +4,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sslops
@@ -176,6 +177,53 @@ def test_compiled_step():
             results.append((loss, *torch.autograd.grad(loss, query), queue.negatives.clone(), queue.pointer.clone()))
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_moby():
+    """Two queues, a predictor on one side and a momentum encoder on the other, by its loss as it is usually written"""
+
+    def run(loss, average):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 8))
+        predictor, target = nn.Linear(8, 8), copy.deepcopy(encoder).requires_grad_(False)
+        queues, step = [sslops.NegativeQueue(40, 8) for _ in range(2)], average(target, encoder)
+        optimizer = torch.optim.SGD([*encoder.parameters(), *predictor.parameters()], 0.1)
+        found = []
+        for _ in range(4):
+            views = [torch.randn(16, 12), torch.randn(16, 12)]
+            q0, q1 = (predictor(encoder(x)) for x in views)
+            with torch.no_grad():
+                k0, k1 = (target(x) for x in views)
+            value = loss(q0, k1, queues[1].negatives) + loss(q1, k0, queues[0].negatives)
+            for queue, keys in zip(queues, (k0, k1), strict=True):
+                queue.enqueue(keys)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            step()
+            found.append(value.detach())
+        return torch.stack(found), *target.state_dict().values()
+
+    def usual(query, key, negatives):
+        query, key, negatives = F.normalize(query), F.normalize(key), negatives.clone()
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ negatives.t()], 1) / 0.2
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64))
+
+    def usual_average(target, online):
+        @torch.no_grad()
+        def step():
+            for average, x in zip(target.parameters(), online.parameters(), strict=True):
+                average.mul_(0.9).add_(x, alpha=1 - 0.9)
+
+        return step
+
+    ours = run(
+        lambda query, key, negatives: sslops.info_nce(query, key, negatives, temperature=0.2),
+        lambda target, online: sslops.EMA(target, online, momentum=0.9).step,
+    )
+    for found, expected in zip(ours, run(usual, usual_average), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert ours[0].std() > 0.01
 
 
 class TestEnqueueBeforeBackward:
