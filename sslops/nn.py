@@ -118,7 +118,8 @@ class IBOTLoss(_Loss, op=ibot):
 
 
 class InfoNCELoss(_Loss, op=info_nce):
-    """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D]) -> [] or [B]: see `sslops.info_nce`."""
+    """CPC's and MoCo's loss, (query [B, D], key [B, D], negatives [K, D]) -> [] or [B], ids, masks and paired negatives
+    by name: see `sslops.info_nce`."""
 
 
 class KoLeoLoss(_Loss, op=koleo):

@@ -319,6 +319,36 @@ def test_nt_xent_metrics_of_all_ranks(two, backend):
         torch.testing.assert_close(got, expected)
 
 
+def of_paired(query, key, own, *, negatives, masked, group=None, **options):
+    """own: [B, M D]; the rank's rows of masks and weights"""
+    k = len(negatives) if negatives is not None else len(query) * (dist.get_world_size() if group else 1)
+    beside = {"paired_negatives": own.view(len(own), -1, query.shape[1])}
+    if masked:
+        rows = len(query) * (dist.get_world_size() if group else 1)
+        draw = torch.Generator().manual_seed(rows)
+        beside["negative_mask"], beside["paired_mask"] = (
+            torch.rand(rows, n, generator=draw) < 0.7 for n in (k, beside["paired_negatives"].shape[1])
+        )
+        beside["positive_weights"] = torch.linspace(0.5, 2, rows)
+        if group:
+            for name in ("negative_mask", "paired_mask", "positive_weights"):
+                beside[name] = beside[name].chunk(dist.get_world_size())[dist.get_rank()]
+    if negatives is not None:
+        negatives = negatives.to(query.dtype)
+    return sslops.info_nce(query, key, negatives, temperature=0.1, decoupled=masked, group=group, **beside, **options)
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("queue", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_info_nce_of_paired_negatives(two, backend, reduction, queue, masked):
+    """Each rank has its queries' own, and the rows of a mask whose columns are all ranks' keys"""
+    inputs = [*views(74, 12), views(74, 36)[0]]
+    options = {"negatives": views(100, 12)[0] if queue else None, "masked": masked}
+    check(two, of_paired, inputs, backend, reduction=reduction, **options)
+
+
 def trainable_negatives(rank, world, inputs, negatives, backend):
     negatives = negatives.clone().requires_grad_()
     sslops.info_nce(*(shard(x, rank, world) for x in inputs), negatives, group="world", backend=backend).backward()

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,20 @@ def pairs(b: int, d: int, k: int = 0, *, dtype=torch.float32, device="cpu", nois
     return {name: x.to(device, dtype) for name, x in found.items()}
 
 
-def arguments(query, key, negatives, ids=(None, None), wanted=(True,) * 4, temperature=0.2, backend="cpu"):
+def arguments(query, key, negatives, ids=(None, None), wanted=(True,) * 5, temperature=0.2, backend="cpu", **beside):
     """As register fills them in"""
     options = temperature, True, False, 0, "", False, torch.float32, backend, list(wanted)
-    return Arguments(query, key, negatives, *ids, *options)
+    return Arguments(query, key, negatives, *ids, *[None] * 4, *options)._replace(**beside)
+
+
+@contextlib.contextmanager
+def lacking(backend, form):
+    """A backend without that form is to refuse it"""
+    if form not in getattr(backends.kernel(backend, "info_nce"), "LACKS", ()):
+        yield
+        return
+    with pytest.raises(RuntimeError, match=f"info_nce's {backend} kernel has no {form}"):
+        yield
 
 
 def losses(query, key, negatives=None, **kwargs):
@@ -186,6 +198,226 @@ def test_ids(device, backend, kind, dtype, temperature):
     check(pairs(120, 40, 1200, dtype=dtype, device=device), backend, kind, of_ids, temperature=temperature)
 
 
+def bits(*shape, device="cpu"):
+    """True for about two of three"""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device) < 2 / 3
+
+
+def of_mask(query, key, negatives=None, **kwargs):
+    """Row 1 has no negative, and all but row 0 leave out the first 64 columns, the smallest chunk"""
+    mask = bits(len(query), len(key if negatives is None else negatives), device=query.device)
+    mask[1], mask[1:, :64], mask[0, :64] = False, False, True
+    return losses(query, key, negatives, negative_mask=mask, **kwargs)
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [(torch.float32, 0.1), (torch.float32, 0.02), (torch.bfloat16, 0.1), (torch.float16, 0.02)],
+)
+def test_mask(device, backend, kind, dtype, temperature):
+    with lacking(backend, "mask of negatives"), oracle.poisoned_memory():
+        check(pairs(120, 40, 1203, dtype=dtype, device=device), backend, kind, of_mask, temperature=temperature)
+
+
+def of_paired(query, key, *rest, negatives=None, masked=True, **kwargs):
+    """rest: the shared negatives, unless they are in `negatives` or there are none, and the paired ones"""
+    *shared, paired = rest
+    negatives = shared[0] if shared else negatives
+    mask = bits(*paired.shape[:2], device=query.device)
+    mask[2] = False
+    return losses(
+        query, key, negatives, paired_negatives=paired, paired_mask=mask if masked else None, **kwargs
+    )  # fmt: skip
+
+
+def with_paired(b, d, k, m, **options):
+    inputs = pairs(b, d, k, **options)
+    own = pairs(b * m, d, noise=1.0, **options)["key"].view(b, m, d)
+    return inputs | {"paired": own + 0.3 * inputs["query"][:, None]}  # harder than the shared ones
+
+
+@each_target
+@each_kind
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [(torch.float32, 0.1), (torch.float32, 0.02), (torch.bfloat16, 0.1), (torch.float16, 0.02)],
+)
+@pytest.mark.parametrize("masked", [True, False])
+def test_paired(device, backend, kind, dtype, temperature, masked):
+    """37: more than two vectors of them, and no whole one"""
+    inputs = with_paired(67, 33, 300, 37, dtype=dtype, device=device)
+    with lacking(backend, "paired negatives"), oracle.poisoned_memory():
+        check(inputs, backend, kind, of_paired, temperature=temperature, masked=masked)
+
+
+@each_target
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e18, 1e25])
+def test_magnitudes_of_paired(device, backend, magnitude):
+    inputs = {name: x * magnitude for name, x in with_paired(30, 24, 70, 5, device=device).items()}
+    inputs["paired"][3, 1] = 0
+    with lacking(backend, "paired negatives"):
+        check(inputs, backend, "trainable", of_paired, temperature=0.1, masked=False)
+
+
+@each_target
+def test_temperature_gradient_of_paired_alone(device, backend):
+    """Unnormalised, beside no shared negative and under a learned temperature"""
+    inputs = with_paired(40, 20, 0, 9, device=device)
+    inputs["temperature"] = torch.tensor(2.0, device=device)
+
+    def op(query, key, paired, temperature, **kwargs):
+        return losses(query, key, key[:0], paired_negatives=paired, temperature=temperature, **kwargs)
+
+    with lacking(backend, "paired negatives"):
+        oracle.check(op, inputs, backend, normalize=False)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_paired_are_shared_ones_that_a_mask_leaves_to_one_query(backend, decoupled):
+    """[B, M, D] as [B M, D], losses, gradients and metrics"""
+    query, key, negatives, paired = with_paired(9, 8, 30, 5).values()
+    counts, ids = bits(9, 5), {"query_ids": torch.arange(9) % 4, "negative_ids": torch.arange(30) % 9}
+    own = (torch.eye(9, dtype=torch.bool)[:, :, None] & counts).flatten(1)
+    results = []
+    for options in (
+        {"negatives": negatives, "paired_negatives": paired, "paired_mask": counts, **ids},
+        {
+            "negatives": torch.cat([negatives, paired.flatten(0, 1)]),
+            "negative_mask": torch.cat([torch.ones(9, 30, dtype=torch.bool), own], 1),
+            "query_ids": ids["query_ids"],
+            "negative_ids": torch.cat([ids["negative_ids"], torch.full((45,), -1)]),
+        },
+    ):
+        learnt = [query, key, *(options[name] for name in ("negatives", "paired_negatives") if name in options)]
+        learnt = [x.requires_grad_() for x in learnt]
+        loss, metrics = sslops.info_nce(
+            query, key, **options, temperature=0.3, decoupled=decoupled, return_metrics=True, backend=backend
+        )
+        gradients = torch.autograd.grad(loss, learnt)
+        results.append([loss, *metrics, *gradients[:2], torch.cat([x.flatten(0, -2) for x in gradients[2:]])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert 0 < results[0][1] < 1
+
+
+def test_paired_against_the_formula():
+    """Beside a queue, the batch and nothing"""
+    query, key, negatives, paired = with_paired(4, 3, 5, 2, dtype=torch.float64).values()
+    q, k, n, p = (F.normalize(x, dim=-1) for x in (query, key, negatives, paired))
+    mask = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    for given, shared in (
+        (negatives, [list(n)] * 4),
+        (key[:0], [[]] * 4),
+        (None, [[*k[:i], *k[i + 1 :]] for i in range(4)]),
+    ):
+        expected = []
+        for i in range(4):
+            own = torch.exp(q[i] @ k[i] / 0.3)
+            others = shared[i] + [p[i, j] for j in range(2) if mask[i, j]]
+            expected.append(-torch.log(own / (own + sum(torch.exp(q[i] @ other / 0.3) for other in others))))
+        found = losses(query, key, given, paired_negatives=paired, paired_mask=mask, temperature=0.3)
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_hard_negatives_that_are_everyones():
+    """docs/methods/moco.md: sentence-transformers' loss, a cross entropy over all keys and all hard negatives"""
+    query, key, hard = with_paired(7, 5, 0, 3).values()
+    candidates = F.normalize(torch.cat([key, hard.flatten(0, 1)]))
+    expected = F.cross_entropy(F.normalize(query) @ candidates.t() / 0.05, torch.arange(7), reduction="none")
+    rows, own = torch.cat([key, hard.flatten(0, 1)]), torch.arange(len(key))
+    ids = torch.cat([own, torch.full((len(rows) - len(key),), -1)])
+    found = losses(query, key, rows, query_ids=own, negative_ids=ids, temperature=0.05)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_a_mask_leaves_out_is_not_looked_at(backend, bad, normalize):
+    """As if it was not there; NaN, of a shared one, for the one query that does look"""
+    inputs = {name: x.requires_grad_() for name, x in with_paired(40, 24, 30, 3).items()}
+    mask, counts = bits(40, 30), bits(40, 3)
+    mask[:, 7] = counts[:, 1] = False
+    options = {"normalize": normalize, "temperature": 0.5, "backend": backend}
+
+    def evaluate(negatives, paired, mask, counts):
+        tensors = {**inputs, "negatives": negatives, "paired_negatives": paired}
+        del tensors["paired"]
+        loss = losses(**tensors, negative_mask=mask, paired_mask=counts, **options)
+        return loss, *torch.autograd.grad(loss.sum(), list(tensors.values()))
+
+    shared, own = torch.arange(30) != 7, torch.arange(3) != 1
+    expected = evaluate(
+        inputs["negatives"].detach()[shared].requires_grad_(), inputs["paired"].detach()[:, own].requires_grad_(),
+        mask[:, shared], counts[:, own],
+    )  # fmt: skip
+    with torch.no_grad():
+        inputs["negatives"][7, 2] = bad
+        inputs["paired"][:, 1, 5] = bad
+    loss, dquery, dkey, dnegatives, dpaired = evaluate(inputs["negatives"], inputs["paired"], mask, counts)
+    for ours, theirs in zip((loss, dquery, dkey, dnegatives[shared], dpaired[:, own]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not dnegatives[7].any()
+    assert not dpaired[:, 1].any()
+    for look in (mask[3:4, 7], counts[3:4, 1]):
+        look[:] = True
+        loss, dquery, *_ = evaluate(inputs["negatives"], inputs["paired"], mask, counts)
+        look[:] = False
+        assert torch.equal(loss.isnan(), torch.arange(40) == 3)
+        assert torch.equal(dquery.isnan().any(1), torch.arange(40) == 3)
+
+
+def test_masks_of_any_strides():
+    query, key, negatives, paired = with_paired(37, 16, 300, 11).values()
+    for mask, counts in ((bits(37, 300), bits(37, 11)), (bits(300).expand(37, -1), bits(11).expand(37, -1))):
+        dense = mask.contiguous(), counts.contiguous()
+        expected = losses(query, key, negatives, paired_negatives=paired, negative_mask=dense[0], paired_mask=dense[1])
+        for laid_out in (lambda x: x, lambda x: x.t().contiguous().t(), lambda x: torch.stack([x, ~x], 2)[..., 0]):
+            found = losses(
+                query, key, negatives, paired_negatives=paired, negative_mask=laid_out(mask),
+                paired_mask=laid_out(counts),
+            )  # fmt: skip
+            assert torch.equal(found, expected)
+
+
+@each_target
+def test_no_paired_negative_is_none(device, backend):
+    query, key, negatives = (x.requires_grad_() for x in pairs(10, 8, 30, device=device).values())
+    with lacking(backend, "paired negatives"):
+        for given in (negatives, None, key.detach()[:0]):
+            empty = query.new_empty(10, 0, 8).requires_grad_()
+            loss = losses(query, key, given, paired_negatives=empty, backend=backend)
+            assert torch.equal(loss, losses(query, key, given, backend=backend))
+            assert torch.autograd.grad(loss.sum(), empty)[0].shape == (10, 0, 8)
+        nobody = {"paired_negatives": query.new_empty(0, 3, 8).requires_grad_(), "backend": backend}
+        loss = losses(query[:0], key[:0], negatives, **nobody)
+        assert torch.autograd.grad(loss.sum(), nobody["paired_negatives"])[0].shape == (0, 3, 8)
+
+
+def test_a_queue_and_paired_negatives_before_backward():
+    """Only the query learns: what the gradient came from may change"""
+    query, key, negatives, paired = with_paired(10, 8, 30, 4).values()
+    options = {"paired_negatives": paired, "paired_mask": bits(10, 4), "negative_mask": bits(10, 30), "backend": "cpu"}
+    expected = torch.autograd.grad(losses(query.requires_grad_(), key, negatives, **options).sum(), query)
+    loss = losses(query, key, negatives, **options)
+    for x in (negatives, paired, options["paired_mask"], options["negative_mask"]):
+        x.zero_()
+    assert torch.equal(*torch.autograd.grad(loss.sum(), query), *expected)
+
+
+def test_paired_negatives_of_another_dtype():
+    query, key, negatives, paired = with_paired(10, 8, 30, 4).values()
+    paired = paired.bfloat16().requires_grad_()
+    ours, eager = (losses(query, key, negatives, paired_negatives=paired, backend=each) for each in ("cpu", "eager"))
+    torch.testing.assert_close(ours, eager)
+    gradients = [torch.autograd.grad(loss.sum(), paired)[0] for loss in (ours, eager)]
+    assert gradients[0].dtype == torch.bfloat16
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
+
+
 def decoupled(*args, **kwargs):
     return losses(*args, decoupled=True, **kwargs)
 
@@ -196,6 +428,23 @@ def decoupled(*args, **kwargs):
 @pytest.mark.parametrize("temperature", [0.2, 0.01])
 def test_decoupled(device, backend, kind, dtype, temperature):
     check(pairs(70, 40, 1200, dtype=dtype, device=device), backend, kind, decoupled, temperature=temperature)
+
+
+def weighted(query, *rest, **kwargs):
+    return losses(query, *rest, decoupled=True, positive_weights=torch.linspace(0.5, 2, len(query)), **kwargs)
+
+
+@each_kind
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_positive_weights(kind, temperature):
+    """DCLW's; in bf16 they are float32 to us"""
+    check(pairs(70, 40, 200), "cpu", kind, weighted, temperature=temperature)
+    query, key, negatives = pairs(5, 4, 7).values()
+    w = torch.tensor([0.5, 1.0, 0.0, 2.0, 3.0]).bfloat16()
+    found, plain = (
+        losses(query, key, negatives, temperature=0.3, decoupled=True, positive_weights=each) for each in (w, None)
+    )
+    torch.testing.assert_close(found, plain + (1 - w.float()) * F.cosine_similarity(query, key) / 0.3)
 
 
 def test_decoupled_against_the_formula():
@@ -479,7 +728,7 @@ def test_opcheck(device, backend, kind, with_options):
     ids = [torch.arange(n, device=device) for n in (6, 9)] if with_options else [None] * 2
     if negatives is None:
         ids[1] = None
-    wanted = [True, kind != "queue", kind == "trainable", with_options]
+    wanted = [True, kind != "queue", kind == "trainable", with_options, False]
     x = arguments(inputs["query"], inputs["key"], negatives, ids, wanted, temperature=temperature, backend=backend)
     values = oracle.lowered(x)
     torch.library.opcheck(torch.ops.sslops.info_nce.default, values)
@@ -566,6 +815,19 @@ def test_memory_is_linear(learnt):
     assert grown < 64, f"{grown:.0f} MB"
 
 
+@pytest.mark.parametrize("learnt", [True, False])
+def test_memory_of_paired_negatives(learnt):
+    """[512, 64, 256] are 34 MB: forward and backward grow by their gradient, if they learn, and by little more; so they
+    do beside a mask [512, 65536], of a quarter of the logits' bytes"""
+    grown = oracle.grown_memory(
+        f"own = torch.randn(512, 64, 256).requires_grad_({learnt}); q, k = torch.randn(2, 512, 256).requires_grad_(); "
+        "n, mask = torch.randn(65536, 256), torch.ones(512, 65536, dtype=torch.bool); "
+        "sslops.info_nce(q[:3], k[:3], n, paired_negatives=own[:3], negative_mask=mask[:3]).backward()",
+        "sslops.info_nce(q, k, n, paired_negatives=own, negative_mask=mask).backward()",
+    )
+    assert grown < 34 * learnt + 20, f"{grown:.0f} MB"
+
+
 def test_bad_input():
     query, key, negatives = pairs(4, 8, 6).values()
     ids, six = torch.arange(4), torch.arange(6)
@@ -598,6 +860,19 @@ def test_bad_input():
     refused(ValueError, "query_ids", query, key, negatives, query_ids=six, negative_ids=six)
     refused(TypeError, "query_ids", query, key, query_ids=ids.short())
     refused(ValueError, "query_ids", query, key, query_ids=ids.to("meta"))
+    own, mask = query[:, None].repeat(1, 3, 1), torch.ones(4, 6, dtype=torch.bool)
+    for wrong in (own[:3], own[..., :7], own[0], own.to("meta"), own.double()):
+        refused(ValueError, "paired_negatives", query, key, negatives, paired_negatives=wrong)
+    refused(TypeError, "paired_negatives", query, key, paired_negatives=own.long())
+    refused(ValueError, "paired_mask", query, key, paired_mask=mask[:, :3])
+    refused(ValueError, "paired_mask", query, key, paired_negatives=own, paired_mask=mask)
+    refused(TypeError, "paired_mask", query, key, paired_negatives=own, paired_mask=own[..., 0])
+    for wrong in (mask[:3], mask[:, :5], mask[0], mask.to("meta")):
+        refused(ValueError, "negative_mask", query, key, negatives, negative_mask=wrong)
+    refused(ValueError, "negative_mask", query, key, negative_mask=mask)
+    refused(TypeError, "negative_mask", query, key, negatives, negative_mask=mask.int())
+    refused(ValueError, "positive_weights", query, key, positive_weights=query[:, 0])
+    refused(ValueError, "positive_weights", query, key, decoupled=True, positive_weights=query[:3, 0])
 
 
 def test_the_op_checks_what_pointers_need():
@@ -614,6 +889,11 @@ def test_the_op_checks_what_pointers_need():
         {"query_ids": six, "negative_ids": six},
         {"query_ids": ids, "negative_ids": ids},
         {"negatives": None, "query_ids": ids, "negative_ids": ids},
+        {"negative_mask": six[:4, None] < six[:5]},
+        {"negatives": None, "negative_mask": six[:4, None] < six},
+        {"paired_negatives": query[:3, None]},
+        {"paired_negatives": query[:, None], "paired_mask": ids[:, None] < six},
+        {"positive_weights": query[:, 0]},
         {"needs_grad": []},
         {"temperature": torch.ones(2)},
         {"version": -1},
@@ -668,6 +948,27 @@ class TestTheOracleItself:
 
         self.plant(monkeypatch, "forward", fault if kind == "in-batch" else of_queue)
         self.refuse(kind)
+
+    @pytest.mark.parametrize("name", ["paired_mask", "negative_mask"])
+    def test_a_mask_that_is_not_read(self, monkeypatch, name):
+        op, inputs = {
+            "paired_mask": (of_paired, with_paired(67, 33, 300, 37)), "negative_mask": (of_mask, pairs(120, 40, 1203))
+        }[name]  # fmt: skip
+        for direction in ("forward", "backward"):
+            with monkeypatch.context() as patch:
+                at = 0 if direction == "forward" else 1
+                self.plant(
+                    patch, direction,
+                    lambda run, *x, at=at: run(*x[:at], x[at]._replace(**{name: None}), *x[at + 1 :]),
+                )  # fmt: skip
+                self.refuse("trainable", inputs, op=op)
+
+    def test_the_last_paired_negative_lost(self, monkeypatch):
+        def fault(run, x):
+            return run(x._replace(paired_negatives=x.paired_negatives[:, :-1].contiguous(), paired_mask=None))
+
+        self.plant(monkeypatch, "forward", fault)
+        self.refuse("queue", with_paired(67, 33, 300, 37), op=of_paired, masked=False)
 
     @each_kind
     def test_a_lost_block_of_queries(self, monkeypatch, kind):

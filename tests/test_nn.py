@@ -36,6 +36,14 @@ def gradients(loss, inputs):
     return [value, *torch.autograd.grad(value.sum(), leaves)]
 
 
+def test_info_nce_of_named_tensors():
+    query, key = views()
+    named = {"paired_negatives": query[:, None] + torch.randn(12, 3, 6), "negative_mask": torch.rand(12, 12) < 0.5}
+    assert torch.equal(
+        sslops.nn.InfoNCELoss(0.2)(query, key, **named), sslops.info_nce(query, key, temperature=0.2, **named)
+    )
+
+
 @pytest.mark.parametrize(("name", "op", "options"), [(name, *row) for name, row in LOSSES.items()])
 class TestLosses:
     def test_is_its_op(self, name, op, options):

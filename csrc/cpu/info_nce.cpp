@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kBlock = 256;   // queries that a tile has at most
 constexpr int64_t kTickets = 64;  // to aim at: if the queries do not fill the threads, the candidates are split
 constexpr int64_t kMaxChunk = 256;
+constexpr int64_t kFew = 4;  // queries whose paired negatives a thread takes
 
 // Candidates at a time. Fixed by the shapes, as the parts are: results do not depend on the threads.
 int64_t chunk_rows(int64_t candidates) { return candidates <= 1024 ? 64 : candidates <= 8192 ? 128 : kMaxChunk; }
@@ -20,13 +21,46 @@ Rows rows_from(const Tensor& x, int64_t first, bool normalize, const float* inv_
   return rows;
 }
 
+// [B, n] bool of any strides, false for what is left out; or none.
+struct Mask {
+  const char* data;
+  int64_t row, column;
+
+  explicit Mask(const Tensor& x) : data(x.data), row(x ? x.strides[0] : 0), column(x ? x.strides[1] : 0) {}
+  explicit operator bool() const { return data != nullptr; }
+  bool operator()(int64_t i, int64_t j) const { return !data || data[i * row + j * column]; }
+  // A byte each of columns j .. j + n, at most 8, the first in the lowest.
+  uint64_t word(int64_t i, int64_t j, int64_t n) const {
+    const char* const from = data + i * row + j * column;
+    uint64_t found = 0;
+    if (n == 8 && column == 1)
+      std::memcpy(&found, from, 8);
+    else
+      for (int64_t k = 0; k < n; ++k) found |= static_cast<uint64_t>(from[k * column] != 0) << 8 * k;
+    return found;
+  }
+};
+
+// Bytes [8, 8], a word a row.
+SSLOPS_INLINE void transpose(uint64_t (&w)[8]) {
+  uint64_t low = 0xffffffff;
+  for (int step = 4; step; low ^= low << 4 * step, step /= 2)
+    for (int k = 0; k < 8; ++k) {
+      if (k & step) continue;
+      const uint64_t swapped = (w[k] >> 8 * step ^ w[k + step]) & low;
+      w[k] ^= swapped << 8 * step;
+      w[k + step] ^= swapped;
+    }
+}
+
 // What both directions begin with: the queries as the right operand, and of what the candidates are made.
 struct Batch {
-  Tensor candidates;
+  Tensor candidates, paired;
   bool normalize;
-  int64_t b, k, d, chunk, padded;  // padded: b, up to whole groups
-  int64_t first;                   // the candidate that is the positive of query 0; b before the first if none is
+  int64_t b, k, m, d, chunk, padded;  // m: paired negatives of a query; padded: b, up to whole groups
+  int64_t first;                      // the candidate that is the positive of query 0; b before the first if none is
   const int64_t *query_ids, *candidate_ids;
+  Mask mask, paired_mask;
   DType operand_dtype;
   Scale scale;
   Buffer<float> inv_norm;  // of the queries
@@ -35,17 +69,22 @@ struct Batch {
   Operand q;
 
   Batch(const Tensor& query, const Tensor& key, const Tensor& negatives, const Tensor& query_ids,
-        const Tensor& negative_ids, double temperature, bool normalize, DType operand, int64_t first)
+        const Tensor& negative_ids, const Tensor& negative_mask, const Tensor& paired, const Tensor& paired_mask,
+        double temperature, bool normalize, DType operand, int64_t first)
       : candidates(negatives.dim ? negatives : key),
+        paired(paired),
         normalize(normalize),
         b(query.sizes[0]),
         k(candidates.sizes[0]),
+        m(paired.dim ? paired.sizes[1] : 0),
         d(query.sizes[1]),
         chunk(chunk_rows(k)),
         padded(round_up(b, kGroup)),
         first(negatives.dim ? -b : first),
         query_ids(query_ids.as<int64_t>()),
         candidate_ids(negative_ids.as<int64_t>()),
+        mask(negative_mask),
+        paired_mask(paired_mask),
         operand_dtype(operand),
         scale(temperature, normalize),
         inv_norm(b),
@@ -70,7 +109,8 @@ class Chunk {
         operand(x.chunk, x.d, x.operand_dtype, false),
         x_(x),
         inv_norm_(x.chunk),
-        is_broken_(x.chunk) {}
+        is_broken_(x.chunk),
+        counted_(x.mask ? round_up(x.chunk, 8) * kBlock : 0) {}
 
   void load(int64_t from) {
     first = from;
@@ -79,7 +119,7 @@ class Chunk {
     broken_ = false;
     for (int64_t i = 0; i < count; ++i) {
       // 0 times NaN is NaN: to be left out by some queries and not by others, a row must not be in the product.
-      is_broken_[i] = x_.query_ids && !rows.finite(i);
+      is_broken_[i] = (x_.query_ids || x_.mask) && !rows.finite(i);
       broken_ |= is_broken_[i];
       inv_norm_[i] = is_broken_[i] ? 1.f / kNormEps : rows.norm_of(i);
     }
@@ -94,10 +134,12 @@ class Chunk {
   // tile = S^T for the queries i0 .. i0 + n, -inf where the candidate is no negative: a term of exactly 0.
   void multiply(int64_t i0, int64_t n) {
     tile.multiply(operand, 0, count, x_.q, i0, n);
+    if (x_.mask) read_mask(i0, n);
     for (int64_t j = 0; j < count; ++j) {
       float* const s = row(j);
       for (int64_t i = 0; i < n && broken_ && is_broken_[j]; ++i) s[i] = __builtin_nanf("");
       if (x_.query_ids) leave_out(s, x_.candidate_ids[first + j], i0, n);
+      if (x_.mask) leave_out(s, counted_ + j * kBlock, n);
       if (const int64_t i = first + j - x_.first - i0; i >= 0 && i < n) s[i] = -kInf;
     }
   }
@@ -121,10 +163,140 @@ class Chunk {
     for (int64_t i = 0; i < n; ++i) s[i] = x_.query_ids[i0 + i] == id ? -kInf : s[i];
   }
 
+  // The mask's bytes, a row a candidate.
+  void read_mask(int64_t i0, int64_t n) {
+    for (int64_t i = 0; i < n; i += 8)
+      for (int64_t j = 0; j < count; j += 8) {
+        uint64_t block[8]{};
+        for (int64_t k = 0; k < at_most(n - i, 8); ++k)
+          block[k] = x_.mask.word(i0 + i + k, first + j, at_most(count - j, 8));
+        transpose(block);
+        for (int64_t k = 0; k < 8; ++k) std::memcpy(counted_ + (j + k) * kBlock + i, block + k, 8);
+      }
+  }
+  static void leave_out(float* s, const uint8_t* counted, int64_t n) {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Bytes raw;
+      std::memcpy(&raw, counted + i, sizeof raw);
+      store(s + i, select(__builtin_convertvector(raw, I) != 0, sslops::load(s + i), splat(-kInf)));
+    }
+  }
+
   const Batch& x_;
   Buffer<float> inv_norm_;
   Buffer<bool> is_broken_;
+  Buffer<uint8_t> counted_;
   bool broken_ = false;  // any of them is
+};
+
+// The sums of the lanes of kLanes vectors, in the order of sum(F); one after the other they take longer than the rows.
+SSLOPS_INLINE F sum_each(const float* lanes) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  float sums[kLanes];
+  for (int k = 0; k < kLanes; ++k) {
+    Quarter part[kLanes / 4];
+    std::memcpy(part, lanes + k * kLanes, sizeof part);
+    for (int half = kLanes / 8; half; half /= 2)
+      for (int t = 0; t < half; ++t) part[t] += part[t + half];
+    sums[k] = (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
+  }
+  return load(sums);
+}
+
+// A query's paired negatives as a thread goes through them, a vector of those that count at a time.
+class Paired {
+ public:
+  explicit Paired(const Batch& x)
+      : ld(round_up(x.d, kLanes)),
+        q(ld),
+        x_(x),
+        as_stored_(x.paired.dtype == DType::f32 && ld == x.d),
+        copies_(kLanes * ld) {}
+
+  void load(int64_t i) {
+    query_ = i;
+    next_ = 0;
+    fill(q, [&](int64_t j, int lanes) { return round_to(x_.operand_dtype, x_.query.at(i, j, lanes)); });
+  }
+
+  // s of the next ones, -inf beyond `count`; false if there are none.
+  bool read() {
+    for (count = 0; next_ < x_.m && count < kLanes; ++next_)
+      if (x_.paired_mask(query_, next_)) row[count++] = query_ * x_.m + next_;
+    if (!count) return false;
+    float squares[kLanes * kLanes]{}, products[kLanes * kLanes]{};
+    for (int k = 0; k < count; ++k) {
+      at[k] = as_stored_ ? x_.paired.as<float>() + row[k] * x_.d : copy(k, 1.f);
+      F square[4]{}, product[4]{};
+      in_chains(ld, [&](int64_t j, int chain, int) {
+        const F v = sslops::load(at[k] + j);
+        square[chain] += v * v;
+        product[chain] += v * sslops::load(q + j);
+      });
+      store(squares + k * kLanes, (square[0] + square[1]) + (square[2] + square[3]));
+      store(products + k * kLanes, (product[0] + product[1]) + (product[2] + product[3]));
+    }
+    for (int k = count; k < kLanes; ++k) at[k] = at[0];
+    s = sum_each(products);
+    const F square = sum_each(squares);
+    for (int k = 0; k < kLanes; ++k) factor[k] = inv_norm[k] = x_.normalize ? 1.f / __builtin_sqrtf(square[k]) : 1.f;
+    s *= sslops::load(factor);
+    const unsigned there = (1u << count) - 1;
+    float of[kLanes];
+    store(of, s);
+    // Beyond float32's range the rows are made unit first.
+    for (unsigned k = 0, odd = x_.normalize ? there & ~bits((square > 1e-20f) & (square < 1e30f)) : 0; odd >> k; ++k) {
+      if (!(odd >> k & 1)) continue;
+      inv_norm[k] = sslops::inv_norm(x_.paired.data, x_.paired.dtype, row[k] * x_.d, x_.d);
+      factor[k] = 1.f;
+      at[k] = copy(k, inv_norm[k]);
+      F product{};
+      for (int64_t j = 0; j < ld; j += kLanes) product += sslops::load(at[k] + j) * sslops::load(q + j);
+      of[k] = sum(product);
+    }
+    for (int k = count; k < kLanes; ++k) of[k] = -kInf, factor[k] = 0.f;
+    s = sslops::load(of);
+    return true;
+  }
+
+  // o [ld] += the negatives with these weights, 0 where there is none.
+  void add(F weights, float* o) const {
+    float w[kLanes];
+    store(w, weights * sslops::load(factor));
+    for (int k = 0; k < count; k += 4)
+      for (int64_t j = 0; j < ld; j += kLanes) {
+        F v = sslops::load(o + j);
+        for (int t = k; t < k + 4; ++t) v += sslops::load(at[t] + j) * w[t];
+        store(o + j, v);
+      }
+  }
+
+  const int64_t ld;
+  Buffer<float> q;          // the query as operand; zeros to whole vectors, here and in what `at` has
+  const float* at[kLanes];  // rows that are unit but for a factor
+  float factor[kLanes], inv_norm[kLanes];
+  int64_t row[kLanes];  // of [B M, D]
+  F s;
+  int count = 0;
+
+ private:
+  template <typename At>
+  void fill(float* to, const At& value) {
+    if (const int64_t whole = x_.d / kLanes * kLanes; whole < ld) store(to + whole, F{});
+    for_each_vector(x_.d, [&](int64_t j, int lanes) { store_lanes(to + j, lanes, value(j, lanes)); });
+  }
+  const float* copy(int k, float scale) {
+    const Tensor& from = x_.paired;
+    fill(copies_ + k * ld,
+         [&](int64_t j, int lanes) { return load_as_float(from.data, from.dtype, row[k] * x_.d + j, lanes) * scale; });
+    return copies_ + k * ld;
+  }
+
+  const Batch& x_;
+  const bool as_stored_;  // rows are read where they lie
+  Buffer<float> copies_;
+  int64_t query_ = 0, next_ = 0;
 };
 
 // What a part of the candidates adds up to, for the queries of a tile.
@@ -181,10 +353,31 @@ void add(Chunk& c, int64_t n, float inverse, const float* similarity, const Sums
   for (int64_t i = 0; i < n; ++i) to.r[i] += r[i], to.exceeding[i] += exceeding[i];
 }
 
-void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tensor negative_ids, double temperature,
-             bool normalize, DType operand, int64_t first, bool decoupled, Tensor losses, Tensor logged, Tensor dquery,
+// The paired negatives of query i, which is `row` of what is added to.
+void add(Paired& theirs, int64_t i, const Scale& scale, float similarity, const Sums& to, int64_t row) {
+  float &top = to.top[row], &r = to.r[row];
+  float* const o = to.o ? to.o + row * to.ld : nullptr;
+  theirs.load(i);
+  while (theirs.read()) {
+    if (const float best = max(theirs.s); !scale.fixed && best > top) {
+      const float shrink = expf((top - best) * scale.inverse);
+      top = best;
+      r *= shrink;
+      for (int64_t k = 0; k < theirs.ld && o; ++k) o[k] *= shrink;
+    }
+    const F e = exp_nonpositive((theirs.s - top) * scale.inverse);
+    r += sum(e);
+    to.exceeding[row] += sum(select(theirs.s > similarity, splat(1.f), F{}));
+    if (o) theirs.add(e, o);
+  }
+}
+
+void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tensor negative_ids, Tensor negative_mask,
+             Tensor paired, Tensor paired_mask, Tensor positive_weights, double temperature, bool normalize,
+             DType operand, int64_t first, bool decoupled, Tensor losses, Tensor logged, Tensor dquery,
              Tensor dtemperature, Tensor stats) {
-  const Batch x(query, key, negatives, query_ids, negative_ids, temperature, normalize, operand, first);
+  const Batch x(query, key, negatives, query_ids, negative_ids, negative_mask, paired, paired_mask, temperature,
+                normalize, operand, first);
   const int64_t b = x.b, d = x.d, ld = x.q.ld, blocks = ceil_div(b, kBlock), chunks = ceil_div(x.k, x.chunk);
   Buffer<float> inv_positive(b), similarity(x.padded);
   const Rows positive = rows_from(key, first, normalize, inv_positive);
@@ -201,17 +394,19 @@ void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tenso
   // Parts of 512 candidates at least, if there are 8: what they find is to be joined.
   const int64_t enough = x.k < 8 * 512 ? 8 : x.k / 512, most = blocks ? at_most(ceil_div(kTickets, blocks), enough) : 1;
   const int64_t length = chunks ? ceil_div(chunks, at_most(chunks, most)) : 1;
-  const int64_t parts = ceil_div(chunks, length), rows = parts * x.padded;
+  const int64_t parts = ceil_div(chunks, length), rows = (parts + (x.m > 0)) * x.padded;
   Buffer<float> top(rows), r(rows), exceeding(rows), o(dquery.numel ? rows * ld : 0);
+  const auto start = [&](int64_t row, int64_t count) {
+    const Sums to{top + row, r + row, exceeding + row, dquery.numel ? o + row * ld : nullptr, ld};
+    for (int64_t i = 0; i < count; ++i) to.top[i] = x.scale.fixed ? 1.f : kLowest, to.r[i] = to.exceeding[i] = 0.f;
+    if (to.o) std::memset(to.o, 0, count * ld * sizeof(float));
+    return to;
+  };
   parallel_tickets(
       blocks * parts, [&] { return Chunk(x); },
       [&](int64_t ticket, Chunk& c) {
         const int64_t part = ticket / blocks, i0 = ticket % blocks * kBlock, n = at_most(b - i0, kBlock);
-        const int64_t row = part * x.padded + i0;
-        const Sums to{top + row, r + row, exceeding + row, dquery.numel ? o + row * ld : nullptr, ld};
-        for (int64_t i = 0; i < round_up(n, kGroup); ++i)
-          to.top[i] = x.scale.fixed ? 1.f : kLowest, to.r[i] = to.exceeding[i] = 0.f;
-        if (to.o) std::memset(to.o, 0, round_up(n, kGroup) * ld * sizeof(float));
+        const Sums to = start(part * x.padded + i0, round_up(n, kGroup));
         for (int64_t j = part * length; j < at_most((part + 1) * length, chunks); ++j) {
           c.load(j * x.chunk);
           c.multiply(i0, n);
@@ -219,6 +414,14 @@ void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tenso
           (x.scale.fixed ? add<true> : add<false>)(c, n, x.scale.inverse, similarity + i0, to);
           if (to.o) c.tile.add(c.count, n, x.q, i0, nullptr, c.operand, 0, to.o);
         }
+      });
+
+  parallel_tickets(
+      x.m ? ceil_div(b, kFew) : 0, [&] { return Paired(x); },
+      [&](int64_t ticket, Paired& theirs) {
+        const int64_t i0 = ticket * kFew, n = at_most(b - i0, kFew);
+        const Sums to = start(parts * x.padded + i0, n);
+        for (int64_t i = 0; i < n; ++i) add(theirs, i0 + i, x.scale, similarity[i0 + i], to, i);
       });
 
   const float inverse = static_cast<float>(1. / x.scale.tau);
@@ -230,7 +433,8 @@ void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tenso
         return x.scale.fixed ? 1.f : expf((top[row] - highest) * x.scale.inverse);
       };
       for (int64_t row = i; row < rows; row += x.padded) r_neg += r[row] * shrink(row), count += exceeding[row];
-      const Close close = decoupled ? Close::decoupled(similarity[i], r_neg, highest, 1.f, x.scale)
+      const float weight = positive_weights ? positive_weights.as<float>()[i] : 1.f;
+      const Close close = decoupled ? Close::decoupled(similarity[i], r_neg, highest, weight, x.scale)
                                     : Close(similarity[i], r_neg, highest, x.scale);
       losses.as<float>()[i] = close.loss;
       logged.as<float>()[i] = similarity[i];
@@ -255,19 +459,24 @@ void forward(Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tenso
   });
 }
 
-// S^T becomes W^T. top, weights: of the queries, padded to whole vectors; weights = grad / r.
+// S^T becomes W^T. top, weights: of the queries, padded to whole vectors; weights = grad / r. kSome: pairs may be left
+// out, and are then 0 even of a query whose weight is NaN.
+template <bool kSome>
 void weigh(Chunk& c, int64_t n, float inverse, const float* top, const float* weights) {
   for (int64_t j = 0; j < c.count; ++j) {
     float* const s = c.row(j);
-    for (int64_t i = 0; i < n; i += kLanes)
-      store(s + i, exp_nonpositive((load(s + i) - load(top + i)) * inverse) * load(weights + i));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const F v = load(s + i), w = exp_nonpositive((v - load(top + i)) * inverse) * load(weights + i);
+      store(s + i, kSome ? select(v == splat(-kInf), F{}, w) : w);
+    }
   }
 }
 
 void backward(Tensor grad, Tensor query, Tensor key, Tensor negatives, Tensor query_ids, Tensor negative_ids,
-              double temperature, bool normalize, DType operand, int64_t first, Tensor stats, Tensor dkey,
-              Tensor dnegatives) {
-  const Batch x(query, key, negatives, query_ids, negative_ids, temperature, normalize, operand, first);
+              Tensor negative_mask, Tensor paired, Tensor paired_mask, double temperature, bool normalize,
+              DType operand, int64_t first, Tensor stats, Tensor dkey, Tensor dnegatives, Tensor dpaired) {
+  const Batch x(query, key, negatives, query_ids, negative_ids, negative_mask, paired, paired_mask, temperature,
+                normalize, operand, first);
   const int64_t b = x.b, d = x.d, ld = x.q.ld;
   const float *const g = grad.as<float>(), *const kept = stats.as<float>();
   Buffer<float> top(x.padded), weights(x.padded), pull(b);
@@ -289,6 +498,7 @@ void backward(Tensor grad, Tensor query, Tensor key, Tensor negatives, Tensor qu
   };
 
   if (const Tensor& out = negatives.dim ? dnegatives : dkey; out.numel) {
+    const bool some = x.mask || x.query_ids;
     struct State {
       Chunk chunk;
       Buffer<float> dc;
@@ -302,7 +512,7 @@ void backward(Tensor grad, Tensor query, Tensor key, Tensor negatives, Tensor qu
           for (int64_t i0 = 0; i0 < b; i0 += kBlock) {
             const int64_t n = at_most(b - i0, kBlock);
             c.multiply(i0, n);
-            weigh(c, n, x.scale.inverse, top + i0, weights + i0);
+            (some ? weigh<true> : weigh<false>)(c, n, x.scale.inverse, top + i0, weights + i0);
             c.tile.add(c.count, n, x.q, i0, state.dc, c.operand, 0, nullptr);
           }
           const Rows rows = c.rows();
@@ -323,6 +533,32 @@ void backward(Tensor grad, Tensor query, Tensor key, Tensor negatives, Tensor qu
           }
         });
   }
+  if (dpaired.numel)
+    parallel_tickets(
+        ceil_div(b, kFew), [&] { return Paired(x); },
+        [&](int64_t ticket, Paired& theirs) {
+          const int64_t row = d * dpaired.item_size;
+          for (int64_t i = ticket * kFew; i < at_most((ticket + 1) * kFew, b); ++i) {
+            for (int64_t j = 0; j < x.m && x.paired_mask; ++j)
+              if (!x.paired_mask(i, j)) std::memset(dpaired.data + (i * x.m + j) * row, 0, row);
+            theirs.load(i);
+            while (theirs.read()) {
+              float w[kLanes], along[kLanes];
+              const F pull = exp_nonpositive((theirs.s - top[i]) * x.scale.inverse) * (weights[i] * inverse);
+              store(w, pull);
+              store(along, pull * theirs.s * load(theirs.factor));
+              for (int k = 0; k < theirs.count; ++k) {
+                const float inv = theirs.inv_norm[k];
+                const bool project = normalize && inv < 1.f / kNormEps;  // as Rows::backward
+                for_each_vector(d, [&](int64_t j, int lanes) {
+                  F g = load(theirs.q + j) * w[k];
+                  if (project) g -= load(theirs.at[k] + j) * along[k];
+                  store_from_float(dpaired.data, dpaired.dtype, theirs.row[k] * d + j, lanes, g * inv);
+                });
+              }
+            }
+          }
+        });
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sslops.ops.info_nce import Arguments
 
 DISTRIBUTED = True
-LACKS = ("decoupled form",)
+LACKS = ("decoupled form", "paired negatives", "mask of negatives")
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("B", "K", "first", "span", "splits")
@@ -360,11 +360,11 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     return losses, logged, dquery, dtemperature, stats
 
 
-def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
-    """dkey, dnegatives in their inputs' dtypes, [0] for what is not wanted"""
+def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """dkey, dnegatives, no dpaired (see LACKS), in their inputs' dtypes, [0] for what is not wanted"""
     query, key, negatives, query_ids, negative_ids = x.query, x.key, x.negatives, x.query_ids, x.negative_ids
     temperature, normalize, operand_dtype = x.temperature, x.normalize, x.operand_dtype
-    _, key_grad, negatives_grad, _ = x.needs_grad
+    _, key_grad, negatives_grad, *_ = x.needs_grad
     (b, d), first = query.shape, part.first if part else 0
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["backward"]
     scale, pull = launch.scale_of(temperature), grad * stats[2]
@@ -396,5 +396,5 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
             stride = z.shape[1]
         dkey = gradient(key, True, negatives is None) if key_grad else key.new_empty(0)
         if negatives is None or not negatives_grad:
-            return dkey, key.new_empty(0)
-        return dkey, gradient(negatives, False, True)
+            return dkey, key.new_empty(0), key.new_empty(0)
+        return dkey, gradient(negatives, False, True), key.new_empty(0)

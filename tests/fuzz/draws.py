@@ -169,6 +169,14 @@ def info_nce(draw: Any) -> Case:
         if draw(st.booleans()):
             for name, rows in (("query_ids", n), ("negative_ids", k)):
                 options[name] = torch.randint(5, (rows,), generator=_generator(seed))
+    if draw(st.booleans()):
+        options["negative_mask"] = _noise((n, len(inputs.get("negatives", inputs["key"]))), seed + 5) > -0.5
+    if draw(st.booleans()):
+        m = draw(SIZES) // 4
+        inputs["paired_negatives"] = _noise((n, m, inputs["query"].shape[1]), seed + 6)
+        graded += ("paired_negatives",) * draw(st.booleans())
+        if draw(st.booleans()):
+            options["paired_mask"] = _noise((n, m), seed + 7) > -0.5
     return Case("info_nce", "", sslops.info_nce, inputs, options, graded)
 
 

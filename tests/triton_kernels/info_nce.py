@@ -49,7 +49,8 @@ def arguments(
     needs_grad: list[bool], normalize: bool = True, ids: Sequence[Tensor | None] = (None, None),
 ) -> Arguments:  # fmt: skip
     options = temperature, normalize, False, 0, "", False, operand, "triton"
-    return Arguments(query, key, negatives, *ids, *options, needs_grad)
+    beside: list[None] = [None] * 4  # see LACKS
+    return Arguments(query, key, negatives, *ids, *beside, *options, [*needs_grad, False])
 
 
 def matmuls(call: Callable[[], None]) -> None:
@@ -203,6 +204,8 @@ CASES = [
     case(of_info_nce.test_non_contiguous, *TARGET),
     *(case(queue_of_another_dtype, dtype) for dtype in DTYPES[1:]),
     case(of_info_nce.test_gradients_of_some, *TARGET, "negatives"),
+    case(of_info_nce.test_mask, *TARGET, "queue", torch.float32, 0.1),  # both are refused
+    case(of_info_nce.test_no_paired_negative_is_none, *TARGET),
 ]
 
 
