@@ -56,6 +56,11 @@ def ids(x: Tensor, count: int) -> Tensor:
     return noise.argsort(1)[:, :count].to(x.device)
 
 
+def nearest(query: Tensor, support: Tensor, backend: str) -> Tensor:
+    """Of the two best: what rounding takes for one another has nearly the same product"""
+    return sslops.nearest(query, support, k=2, normalize=True, backend=backend).values
+
+
 def mse(pred: Tensor, backend: str) -> Tensor:
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16().to(pred)
     mask = (ids(pred, 16) > 5).to(torch.float32)
@@ -113,6 +118,12 @@ CASES = [
         for tau, inputs in ((0.1, normal((256, 128), (256, 128), (4096, 128))), (0.2, views(300, 100)))
     ),
     *(
+        Case("clip", partial(sslops.clip, logit_scale=scale, reduction="none"), inputs)
+        for inputs, scale in ((views(512, 128), 20.0), (normal((300, 700), (300, 700)), 100.0))
+    ),
+    Case("siglip", sslops.siglip, views(300, 700)),
+    Case("nearest", nearest, normal((256, 128), (4096, 128)), ONE),
+    *(
         Case("relic", partial(sslops.relic, temperature=tau, alpha=1.0, beta=1.0, reduction="none"), views(*shape))
         for shape, tau in (((512, 128), 0.1), ((300, 100), 0.03))
     ),
@@ -149,7 +160,7 @@ def compared(case: Case, name: str, dtype: torch.dtype, device: str) -> Iterator
     """Of the output and each gradient: our error, eager's and the bound"""
     inputs = case.inputs()
     if os.environ.get("TRITON_INTERPRET"):  # slow
-        inputs = [x[:SMALL] for x in inputs]
+        inputs = [x[..., :SMALL, :] for x in inputs]
     inputs = [x.to(device, dtype) for x in inputs]
     got = case.call(*inputs, backend=name)
     if isinstance(got, tuple):

@@ -30,6 +30,8 @@ SHARED = {
     "kernels/triton/launch.py",
     "kernels/triton/off_diagonal.json",
     "kernels/triton/off_diagonal.py",
+    "kernels/triton/pairs.json",
+    "kernels/triton/pairs.py",
     "kernels/triton/rows.py",
 }
 

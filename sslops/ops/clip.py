@@ -114,7 +114,7 @@ def clip(
             rank's share, which DDP's averaging makes those of the whole batch. Each rank takes its images' rows of the
             logits, 8 N^2 D / W FLOP; texts travel, and their gradients back. (open_clip's local_loss=True,
             gather_with_grad=True is this loss's gradient.)
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [N] for reduction="none". NaN for the mean of no pairs.

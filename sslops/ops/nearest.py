@@ -90,7 +90,7 @@ def nearest(
             of all ranks in their order, and query i is row i of the own ones. The queries are the rank's own, and so
             are the results; gradients of values are those of all ranks' together. A support that is replicated, as a
             queue is, needs no group.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         (ids, values), [B] each, or for k > 1 [B, k], best first. ids: int64, the lowest of equal ones first; NaN and
@@ -144,7 +144,7 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: distributed.Group = None, back
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N rows on each: neighbours come
             from all of them. The value is that of all rows, the same on every rank, and so must be what is built on
             it; gradients are W times the rank's share, which DDP's averaging makes those of the whole batch.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input), 0-d.

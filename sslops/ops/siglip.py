@@ -111,7 +111,7 @@ def siglip(
             that of all N^2 pairs, the same on every rank, and so must be what is built on it. Gradients, those of
             logit_scale and bias too, are W times the rank's share, which DDP's averaging makes those of the whole
             batch. Each rank takes its images' rows of the logits; texts travel, and their gradients back, in forward.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss, 0-d, in float32 (float64 for float64 input). NaN for no pairs.

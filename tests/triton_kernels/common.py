@@ -1,7 +1,11 @@
 """What the modules of several ops share."""
 
+from collections.abc import Callable
+from unittest import mock
+
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 OPERANDS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 
@@ -9,3 +13,15 @@ OPERANDS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32,
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
     """launch.multiply on a CPU, whose addmm has no out_dtype"""
     torch.addmm(out, a.float(), b.float(), alpha=alpha, beta=beta, out=out)
+
+
+def launched(call: Callable[[], object]) -> list[str]:
+    """The kernels that a call would launch, by the interpreter's names; none runs"""
+    found: list[str] = []
+
+    def run(kernel: InterpretedFunction, *args: object, **kwargs: object) -> None:
+        found.append(kernel.fn.__name__)
+
+    with mock.patch.object(InterpretedFunction, "run", run):
+        call()
+    return found

@@ -8,6 +8,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import builtins
 import contextlib
 import importlib
 import io
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 import triton_viz
 from triton_viz.clients.sanitizer import sanitizer
+from triton_viz.core import patch
 from triton_viz.frontends.triton import TRITON_NAMESPACES
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,7 @@ def traced(function: Callable | None = None, **options: object) -> Callable:
 
 
 triton.jit = traced
+builtins._triton_viz_loop_patcher = patch._loop_patcher  # it is for the kernel's module only, a loop may be another's
 tl.trans = transposed
 del TRITON_NAMESPACES[tl]["trans"]
 
