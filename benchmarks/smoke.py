@@ -61,6 +61,11 @@ def nearest(query: Tensor, support: Tensor, backend: str) -> Tensor:
     return sslops.nearest(query, support, k=2, normalize=True, backend=backend).values
 
 
+def supcon(z: Tensor, backend: str, **options: Any) -> Tensor:
+    labels = torch.arange(z.shape[1], device=z.device) % 13
+    return sslops.supcon(z, labels, reduction="none", backend=backend, **options)
+
+
 def mse(pred: Tensor, backend: str) -> Tensor:
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16().to(pred)
     mask = (ids(pred, 16) > 5).to(torch.float32)
@@ -123,6 +128,10 @@ CASES = [
     ),
     Case("siglip", sslops.siglip, views(300, 700)),
     Case("nearest", nearest, normal((256, 128), (4096, 128)), ONE),
+    *(
+        Case("supcon", partial(supcon, where=where, temperature=tau), normal((2, *shape)))
+        for where, shape, tau in (("out", (256, 128), 0.1), ("in", (150, 300), 0.02))
+    ),
     *(
         Case("relic", partial(sslops.relic, temperature=tau, alpha=1.0, beta=1.0, reduction="none"), views(*shape))
         for shape, tau in (((512, 128), 0.1), ((300, 100), 0.03))

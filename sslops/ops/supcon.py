@@ -296,7 +296,8 @@ def supcon(
             rows, and so are the metrics, the same on every rank, and so must be what is built on it; "none" gives the
             rank's own losses. Gradients, the temperature's too, are W times the rank's share, which DDP's averaging
             makes those of the whole batch. With keys backward does not communicate.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" (no keys, query_ids or weights) or "eager"; the fastest that can run here if None (see
+            `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or the losses for reduction="none". NaN for the mean of no
