@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import sslops
@@ -75,6 +76,15 @@ def mse(pred: Tensor, backend: str) -> Tensor:
 def cross_entropy(hidden: Tensor, weight: Tensor, backend: str) -> Tensor:
     labels = torch.arange(len(hidden), device=hidden.device) % len(weight)
     return sslops.masked_token_cross_entropy(hidden, weight, labels.where(labels % 6 == 0, -100), backend=backend)
+
+
+def dino(student: Tensor, backend: str) -> Tensor:
+    return sslops.dino(list(student), 2 * student.flip(2)[:2], bias=-student[:2].mean(1), backend=backend)
+
+
+def ibot(student: Tensor, backend: str) -> Tensor:
+    index = torch.arange(len(student), device=student.device) // 2
+    return sslops.ibot(student, 2 * student.flip(1), index=index, weights=index / 9, backend=backend)
 
 
 def update(target: Tensor, source: Tensor, backend: str) -> tuple[Tensor, ...]:
@@ -142,6 +152,14 @@ CASES = [
         for route, shape in (("gram", (128, 300)), ("panels", (300, 256)))
     ),
     Case("cross_correlation", sslops.cross_correlation, views(300, 130)),
+    *(Case("dino", dino, normal(shape)) for shape in ((4, 3, 5000), (6, 16, 300))),
+    *(
+        Case("sigreg", lambda z, backend: sslops.sigreg(z, directions=F.normalize(z[:40].detach()), backend=backend),
+             normal(shape))
+        for shape in ((300, 64), (70, 200))
+    ),
+    Case("ibot", ibot, normal((64, 5000))),
+    Case("sinkhorn", partial(sslops.swav, epsilon=0.2), normal((4, 40, 300))),
     Case("gather_patches", lambda x, backend: sslops.gather_patches(x, ids(x, 5), 8, backend=backend),
          normal((4, 3, 32, 32))),
     Case("gather_tokens", lambda x, backend: sslops.gather_tokens(x, ids(x, 5), backend=backend), normal((4, 16, 100))),

@@ -191,7 +191,7 @@ def keep(task: Task, chip: str, device: str, found: dict[str, Any], root: Path =
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", choices=offline.OPS, default=offline.OPS)
+    parser.add_argument("--op", nargs="+", choices=offline.TUNED, default=offline.TUNED)
     parser.add_argument("--minutes", type=float, default=30)
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes

@@ -110,9 +110,17 @@ def count(x: Any) -> int:
     return k
 
 
-def is_ready(prototypes: Any) -> bool:
-    """Whether the gradient is to be found in forward: always where logits would have to be made for it again"""
-    return prototypes is not None or not torch.compiler.is_compiling()
+def is_ready(student: Any, prototypes: Any) -> bool:
+    """Whether the gradient is to be found in forward: always where logits would have to be made for it again. Not where
+    backward finds its own: compiled, or in half precision on a GPU, scaled by no number that the host knows to be 1.
+    """
+    half = isinstance(student, Tensor) and student.device.type != "cpu" and student.dtype != torch.float32
+    return prototypes is not None or not (half or torch.compiler.is_compiling())
+
+
+def form(x: Any) -> str:
+    """What not every kernel has"""
+    return "" if x.prototypes is None else "last layer of its own"
 
 
 def detached(value: Any) -> Any:

@@ -32,6 +32,7 @@ SHARED = {
     "kernels/triton/off_diagonal.py",
     "kernels/triton/pairs.json",
     "kernels/triton/pairs.py",
+    "kernels/triton/prototypes.py",
     "kernels/triton/rows.py",
 }
 

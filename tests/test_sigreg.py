@@ -241,8 +241,8 @@ def test_bad_input():
     refused(ValueError, "backend", z, backend="tpu")
     with pytest.raises(RuntimeError, match=r"no torch\.float64 kernel"):
         sslops.sigreg(z.double(), backend="cpu")
-    with pytest.raises(RuntimeError, match="sigreg has no triton kernel"):
-        sslops.sigreg(z, backend="triton")
+    with pytest.raises(RuntimeError, match="sigreg has no cuda kernel"):
+        sslops.sigreg(z, backend="cuda")
     for error, name, views in (
         (TypeError, "global_views", ([],)), (TypeError, "global_views", (z[0],)),
         (TypeError, "global_views", (z.long(),)), (ValueError, "global_views", ([z, z[1:]],)),

@@ -46,7 +46,7 @@ def _check_arguments(x: Arguments) -> None:
         _check.bad_value("ibot", "teacher", f"{len(x.student)} rows, as the student has", list(x.teacher.shape))
 
 
-_run = register("ibot", Arguments, outputs, reference=reference, check=_check_arguments,
+_run = register("ibot", Arguments, outputs, reference=reference, check=_check_arguments, form=_prototypes.form,
                 gradients=("student", "prototypes"), unit=("gradient", "d_prototypes"))  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def ibot(
     x = Arguments(
         student, _prototypes.detached(teacher), prototypes, _prototypes.detached(teacher_prototypes), unit_prototypes,
         _prototypes.detached(student_temp), _prototypes.detached(teacher_temp), bias, weights, index, reduction,
-        _prototypes.is_ready(prototypes),
+        _prototypes.is_ready(student, prototypes),
     )  # fmt: skip
     if isinstance(student, Tensor):
         x = x._replace(bias=_prototypes.wide(bias, student), weights=_prototypes.wide(weights, student))

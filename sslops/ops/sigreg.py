@@ -127,7 +127,7 @@ def sigreg(
             loss is that of all rows, the same on every rank, and so must be what is built on it. The sums are summed
             over the ranks, and nothing is gathered but the key, of which all take rank 0's. Gradients are W times the
             rank's share, which DDP's averaging makes those of the whole batch. `directions` must be the same on all.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss, 0-d, in float32 (float64 for float64 input). NaN for no rows.

@@ -120,7 +120,7 @@ def sinkhorn(
             chunk of at most 256 rows is in memory. They are made again in each iteration, a product each.
         group: None, or "world" or a ProcessGroup over whose ranks the batch lies; ranks may have different numbers of
             rows. K numbers travel in an iteration, and in the first one twice.
-        backend: "cpu" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         b, [K] or [V, K] in float32 (float64 for float64 input), up to a constant that cancels in the softmax: its mean

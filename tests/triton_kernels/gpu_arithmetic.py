@@ -4,8 +4,9 @@ bfloat16: the interpreter holds its bits in integers, and multiplies and adds th
 float32 one, rounded to nearest even by every operation that makes one, and is 16 bits in memory only.
 
 Approximations: exp2 is ex2.approx.ftz on NVIDIA's chips and float32's `/` is div.full, each at most 2 ulp off; all
-else (div_rn, sqrt_rn, log, float64) is as exact as here. Each result gets an error of its own out of that range, by a
-hash of its mantissa: the same input gives the same bits, and a power of two changes nothing.
+else (div_rn, sqrt_rn, log, float64, exp2(0), which the manuals of NVIDIA and AMD have as 1) is as exact as here. Each
+result gets an error of its own out of that range, by a hash of its mantissa: the same input gives the same bits, and a
+power of two changes nothing.
 """
 
 import numpy as np
@@ -99,7 +100,8 @@ def exp2(self, arg):
         return rounded(_unary(self, arg, np.exp2))
     with np.errstate(over="ignore", under="ignore"):
         result = np.exp2(arg.data.astype(np.float64)).astype(np.float32)
-    return TensorHandle(np.where(result < 2.0**-126, np.float32(0), near(result)), tl.float32)
+    result = np.where(arg.data == 0, result, near(result))
+    return TensorHandle(np.where(result < 2.0**-126, np.float32(0), result), tl.float32)
 
 
 def divide(self, lhs, rhs):

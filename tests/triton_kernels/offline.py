@@ -30,7 +30,8 @@ from sslops.kernels.triton import launch
 from .resources import Row, counts
 
 HERE = Path(__file__).parent
-OPS = sorted(file.stem for file in (HERE.parents[1] / "kernels/triton").glob("*.json"))
+TUNED = sorted(file.stem for file in (HERE.parents[1] / "kernels/triton").glob("*.json"))  # those with launch configs
+OPS = [*TUNED, "prototypes", "sigreg"]
 
 
 class Chip(NamedTuple):

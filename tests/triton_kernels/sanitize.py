@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -27,7 +26,6 @@ from triton_viz.clients.sanitizer import sanitizer
 from triton_viz.core import patch
 from triton_viz.frontends.triton import TRITON_NAMESPACES
 
-ROOT = Path(__file__).parents[2]
 jit = triton.jit
 
 
@@ -93,8 +91,10 @@ def main() -> None:
     assert_a_planted_bug_is_found()
     from sslops.kernels.triton import launch
 
-    names = sorted(file.stem for file in (ROOT / "kernels/triton").glob("*.json"))
-    work = [(name, chip) for name in names for chip in launch.configs(name)]
+    from . import offline
+
+    chips = {name: launch.configs(name) for name in offline.TUNED}
+    work = [(name, chip) for name in offline.OPS for chip in chips.get(name, ["any chip"])]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for line in pool.map(check, *zip(*work, strict=True)):
             print(line, flush=True)

@@ -1,0 +1,32 @@
+"""DINO in Triton: see kernels/triton/prototypes.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from . import prototypes
+from .launch import refuses  # noqa: F401
+from .prototypes import Problem
+
+if TYPE_CHECKING:
+    from sslops.ops.dino import Arguments
+
+
+LACKS = ("last layer of its own",)
+
+
+def _problem(x: Arguments) -> Problem:
+    return Problem(
+        x.student, x.teacher, x.student_temp, x.teacher_temp, x.bias, x.weights, None, x.same_view,
+        mean=x.reduction == "mean",
+    )  # fmt: skip
+
+
+def forward(x: Arguments) -> tuple[Tensor, ...]:
+    return prototypes.forward(x, _problem(x))
+
+
+def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> tuple[list[Tensor], Tensor]:
+    return prototypes.backward(grad, _problem(x), stats), grad.new_empty(0)
