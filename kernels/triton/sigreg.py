@@ -222,8 +222,8 @@ def _gradients(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dz [splits, V, N, D], BLOCK_D of COLUMNS blocks of columns: over a span of directions, less a factor"""
-    i, split, view = tl.program_id(0) * BLOCK_N, tl.program_id(1) // COLUMNS, tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) % COLUMNS * BLOCK_D
+    i, split, view = tl.program_id(0) * BLOCK_N, tl.program_id(1), (tl.program_id(2) // COLUMNS).to(tl.int64)
+    first = tl.program_id(2) % COLUMNS * BLOCK_D
     z += view * N * D
     step = tl.load(step).to(tl.float32)
     size = tl.cast(knots, tl.int64) * M
@@ -315,7 +315,7 @@ def backward(grad: Tensor, x: Arguments, sums: Tensor, drawn: Tensor, part: Part
         span = triton.cdiv(triton.cdiv(m, splits), TILE["BLOCK_M"]) * TILE["BLOCK_M"]
         splits = triton.cdiv(m, span)
         dz = x.z.new_empty(splits, views, n, d, dtype=torch.float32)
-        _gradients[rows, splits * columns, views](
+        _gradients[rows, splits, views * columns](
             x.z, directions, table, step, sums, dz, n, m, d, knots, span, views,
             BLOCK_D=block_d, COLUMNS=columns, **TILE,
         )  # fmt: skip
