@@ -152,7 +152,7 @@ CASES = [
         for route, shape in (("gram", (128, 300)), ("panels", (300, 256)))
     ),
     Case("cross_correlation", sslops.cross_correlation, views(300, 130)),
-    *(Case("dino", dino, normal(shape)) for shape in ((4, 3, 5000), (6, 16, 300))),
+    *(Case("dino", dino, normal(shape)) for shape in ((4, 16, 3000), (6, 16, 300))),
     *(
         Case("sigreg", lambda z, backend: sslops.sigreg(z, directions=F.normalize(z[:40].detach()), backend=backend),
              normal(shape))
