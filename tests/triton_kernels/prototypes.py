@@ -136,7 +136,7 @@ CASES = [
             (F32, "mean", True, (9, 600)),
             (F32, "sum", False, (1, 1)),
             (BF16, "none", True, (5, 33)),
-            (F16, "mean", False, (5, 300)),
+            (F16, "mean", False, (2, 300)),
         )
     ),
     case(of_ibot.test_empty_and_not_finite, "triton"),
@@ -145,8 +145,8 @@ CASES = [
         for dtype, start, shape in (
             (F32, "scores", (1, 5)),
             (F32, "probabilities", (2, 18, 260)),
-            (BF16, "scores", (20, 130)),
-            (F16, "probabilities", (7, 130)),
+            (BF16, "scores", (17, 33)),
+            (F16, "probabilities", (3, 130)),
         )
     ),
 ]
@@ -178,7 +178,7 @@ def test_metrics() -> None:
 
 def test_wide_scores() -> None:
     """Several blocks of rows; exp(scores / temperature) overflows. And the same bits again"""
-    x = of_sinkhorn.scores(37, 40, scale=20.0)
+    x = of_sinkhorn.scores(20, 40, scale=20.0)
     of_sinkhorn.accurate(x, "triton")
     once, again = (sslops.sinkhorn(x, backend="triton") for _ in range(2))
     assert once.isfinite().all()
