@@ -124,7 +124,7 @@ def dino(
         group: None, or "world" or a ProcessGroup over whose ranks the images lie, also if they are not as many on each:
             a mean or a sum is that of all, the same on every rank; "none" gives the rank's own. Gradients are those of
             the whole batch after DDP's averaging.
-        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" (from logits) or "eager"; the fastest that can run if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no
@@ -145,7 +145,8 @@ def dino(
     x = Arguments(
         students, [_prototypes.detached(crop) for crop in teachers], prototypes,
         _prototypes.detached(teacher_prototypes), unit_prototypes, _prototypes.detached(student_temp),
-        _prototypes.detached(teacher_temp), bias, None, same_view, reduction, _prototypes.is_ready(students[0], prototypes),
+        _prototypes.detached(teacher_temp), bias, None, same_view, reduction,
+        _prototypes.is_ready(students[0], prototypes),
     )  # fmt: skip
     if isinstance(bias, Tensor) and isinstance(students[0], Tensor):
         x = x._replace(bias=_prototypes.wide(bias[None] if bias.dim() == 1 else bias, students[0]))

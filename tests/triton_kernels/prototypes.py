@@ -227,3 +227,9 @@ def test_launches(apart: bool) -> None:
     with mock.patch.object(InterpretedFunction, "run", run):
         sslops.dino(crops, teacher, backend="triton")
     assert launched == ["_read", "_join", "_total"]
+
+
+def test_only_from_logits() -> None:
+    x, layer = torch.randn(2, 3, 4), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="dino's triton kernel has no last layer of its own"):
+        sslops.dino(x, x, prototypes=layer, teacher_prototypes=layer, backend="triton")
