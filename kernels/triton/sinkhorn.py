@@ -22,6 +22,7 @@ from .rows import LOG2E, LOWEST
 if TYPE_CHECKING:
     from sslops.ops.sinkhorn import Arguments
 
+LACKS = ("last layer of its own",)
 SIZES = ("B", "V", "height")
 
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors

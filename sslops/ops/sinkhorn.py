@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check, distributed
 from .._check import Of
 from .._library import Out, register
-from .._prototypes import check_prototypes, count, detached, project
+from .._prototypes import check_prototypes, count, detached, form, project
 from ..backend import kernel
 
 STARTS = ("scores", "probabilities")
@@ -84,7 +84,8 @@ def _forward(x: Arguments) -> Tensor:
     return found
 
 
-_run = register("sinkhorn", Arguments, outputs, reference=reference, check=_check_arguments, forward=_forward)
+_run = register("sinkhorn", Arguments, outputs, reference=reference, check=_check_arguments, form=form,
+                forward=_forward)  # fmt: skip
 
 
 @distributed.in_step
@@ -120,7 +121,7 @@ def sinkhorn(
             chunk of at most 256 rows is in memory. They are made again in each iteration, a product each.
         group: None, or "world" or a ProcessGroup over whose ranks the batch lies; ranks may have different numbers of
             rows. K numbers travel in an iteration, and in the first one twice.
-        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
+        backend: "cpu", "triton" (from logits) or "eager"; the fastest that can run if None (see `sslops.explain`).
 
     Returns:
         b, [K] or [V, K] in float32 (float64 for float64 input), up to a constant that cancels in the softmax: its mean

@@ -60,7 +60,8 @@ def call_ibot(rows: int, k: int, operands: str, device: str, *, index: bool = Tr
 
 def call_sinkhorn(views: int, rows: int, k: int, operands: str, device: str, *, on_device: bool = False) -> None:
     scores = torch.ones(views, rows, k, dtype=OPERANDS[operands], device=device)
-    sinkhorn.forward(Sinkhorn(scores, temperatures(on_device, device)[0], 3, True, "", "triton"), potentials)
+    x = Sinkhorn(scores, None, False, temperatures(on_device, device)[0], 3, True, "", backend="triton")
+    sinkhorn.forward(x, potentials)
 
 
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -233,3 +234,5 @@ def test_only_from_logits() -> None:
     x, layer = torch.randn(2, 3, 4), torch.randn(5, 4)
     with pytest.raises(RuntimeError, match="dino's triton kernel has no last layer of its own"):
         sslops.dino(x, x, prototypes=layer, teacher_prototypes=layer, backend="triton")
+    with pytest.raises(RuntimeError, match="sinkhorn's triton kernel has no last layer of its own"):
+        sslops.sinkhorn(x, prototypes=layer, backend="triton")
