@@ -26,6 +26,7 @@
 #include "cpu/siglip.h"
 #include "cpu/sigreg.h"
 #include "cpu/sinkhorn.h"
+#include "cpu/skip_gram.h"
 #include "cpu/supcon.h"
 #include "cpu/vicreg.h"
 #ifdef SSLOPS_CUDA
@@ -248,6 +249,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, siglip::table);
   bind(m, sigreg::table);
   bind(m, sinkhorn::table);
+  bind(m, skip_gram::table);
   bind(m, supcon::table);
   bind(m, vicreg::table);
   bind_ema_update(m);

@@ -3,7 +3,7 @@
     python examples/pretrain.py                    # SimCLR on MNIST, the fused loss beside plain PyTorch
     python examples/pretrain.py --method barlow    # the others are in methods/
     python examples/pretrain.py --data digits      # scikit-learn's 8 x 8 digits
-    python examples/pretrain.py --method bert      # on the King James Bible
+    python examples/pretrain.py --method bert      # or word2vec: on the King James Bible
     torchrun --nproc-per-node 2 examples/pretrain.py --method simclr --loss sslops    # the same curve
 
 With `--loss both` two copies of one network train in turns on the same views, so that everything
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from methods import BERT, MAE, METHODS, Method, TwoViews, king_james, standard
+from methods import BERT, MAE, METHODS, Method, TwoViews, Word2Vec, king_james, standard
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -35,6 +35,7 @@ import sslops
 
 EARLY = 20  # steps over which rounding has had little time to grow
 LABELS, DRAWS = 10, 10  # of the probe: labels per class, and draws of them
+ASKED = ["god", "king", "moses", "jerusalem", "brother", "bread", "gold", "sword", "sea", "night", "heart", "sin"]
 
 
 def load(data: str) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
@@ -63,7 +64,7 @@ class Run:
         if dist.is_initialized():
             self.loss = partial(self.loss, group="world")
             spread.convert(self.network)
-        self.optimizer = torch.optim.AdamW(self.trained, weight_decay=1e-4)
+        self.optimizer = network.optimizer(self.trained)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, network.learning_rate, total_steps=steps)
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
@@ -235,6 +236,27 @@ def fill_in(networks: dict[str, BERT], _: Tensor, test: Tensor, words: list[str]
     return lines
 
 
+@torch.no_grad()
+def neighbours(networks: dict[str, Word2Vec], _: Tensor, test: Tensor, words: list[str]) -> list[str]:
+    """How often words that are near each other in held-out text score above drawn ones; and the nearest of some."""
+    centers, contexts, negatives = next(iter(networks.values())).views(test)
+    lines = ["\nof held-out text, how often a word nearby scores above one that was drawn"]
+    for title, network in networks.items():
+        u, v = network.words.weight[centers], network.around.weight
+        near = (u * v[contexts]).sum(1, keepdim=True)
+        lines.append(
+            f"{title:32}{100 * (near > torch.bmm(v[negatives], u[:, :, None])[:, :, 0]).float().mean():11.1f}%"
+        )
+
+    title, network = list(networks.items())[-1]
+    table = network.words.weight
+    asked = torch.tensor([words.index(word) for word in ASKED])
+    found = sslops.nearest(table[asked], table, k=7, normalize=True).ids[:, 1:]  # without the word itself
+    lines.append(f"\nthe nearest words of {title}")
+    lines += [f"- {word}: {', '.join(words[i] for i in row)}" for word, row in zip(ASKED, found.tolist(), strict=True)]
+    return lines
+
+
 def linear_probes(networks: dict[str, Method], train: Tensor, test: Tensor, *labels: np.ndarray) -> list[str]:
     accuracies = {"raw pixels": probe(train, test, *labels)}
     for title, network in networks.items():
@@ -247,6 +269,9 @@ def linear_probes(networks: dict[str, Method], train: Tensor, test: Tensor, *lab
         verdict = f"gains {gain:.1f} points over" if gain > 0 else f"does NOT gain over ({gain:.1f} points)"
         lines.append(f"{title.replace('pretrained,', 'pretraining with')} {verdict} raw pixels")
     return lines
+
+
+JUDGES = {BERT: fill_in, Word2Vec: neighbours}  # of what is no image
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     batch = min(batch, len(train))
     torch.manual_seed(args.seed)
     network = method(side=train.shape[-1])
+    network.see(train)
     if spread.leads():
         things = "passages" if data == "kjv" else "images"
         print(f"{args.method} on {data}: {len(train)} {things} to pretrain on, {len(test)} held out")
@@ -303,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(f"steps, {apart.max():.1e} in all {steps} (rounding differs, and training makes it grow)")
 
     encoders = {"untrained encoder": network} | {f"pretrained, {name}": run.network for name, run in runs.items()}
-    judge = fill_in if isinstance(network, BERT) else linear_probes
+    judge = JUDGES.get(type(network), linear_probes)
     lines += judge(encoders, train, test, *known)
     folder = args.out / f"{args.method}-{data}"
     folder.mkdir(parents=True, exist_ok=True)

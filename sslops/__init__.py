@@ -5,6 +5,7 @@ from .backend import explain
 from .compat import patch_lightly, patch_open_clip, patch_solo, patch_transformers
 from .ema import EMA, cosine_momentum, ema_avg_fn
 from .masking import denormalize_patches, random_masking, unpatchify
+from .negatives import NegativeSampler
 from .ops.barlow_twins import barlow_twins
 from .ops.clip import clip
 from .ops.cross_correlation import cross_correlation
@@ -26,6 +27,7 @@ from .ops.restore_tokens import restore_tokens
 from .ops.siglip import siglip
 from .ops.sigreg import lejepa, sigreg
 from .ops.sinkhorn import sinkhorn
+from .ops.skip_gram import skip_gram
 from .ops.supcon import supcon
 from .ops.vicreg import vicreg
 from .prototypes import swav
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "NegativeQueue",
+    "NegativeSampler",
     "barlow_twins",
     "block_mask",
     "clip",
@@ -71,6 +74,7 @@ __all__ = [
     "siglip",
     "sigreg",
     "sinkhorn",
+    "skip_gram",
     "supcon",
     "swav",
     "tube_mask",

@@ -32,6 +32,7 @@ from .ops.restore_tokens import restore_tokens
 from .ops.siglip import siglip
 from .ops.sigreg import sigreg
 from .ops.sinkhorn import sinkhorn
+from .ops.skip_gram import skip_gram
 from .ops.supcon import supcon
 from .ops.vicreg import vicreg
 
@@ -86,6 +87,11 @@ def _classes(x: Inputs, n: int, d: int) -> tuple[Callable[..., Any], list[Any]]:
     return supcon, [x.leaf(n, d), torch.arange(n, device=x.device) % max(1, n // 40)]
 
 
+def _words(x: Inputs, v: int, d: int, b: int) -> tuple[Callable[..., Any], list[Any]]:
+    ids = [torch.randint(v, shape, device=x.device) for shape in ((b,), (b,), (b, 5))]
+    return partial(skip_gram, sparse=True), [x.leaf(v, d), x.leaf(v, d), *ids]
+
+
 # fmt: off
 SUBJECTS = {
     "nt_xent": Subject("M x D, M = 2N", "4096x128", lambda x, m, d:
@@ -108,6 +114,7 @@ SUBJECTS = {
     "sigreg": Subject("V x N x D x M, along M directions", "8x128x64x1024", lambda x, v, n, d, m:
         (partial(sigreg, directions=x.data(m, d).float() / d**0.5), [x.leaf(v, n, d)])),
     "sinkhorn": Subject("B x K, three iterations", "512x3000", lambda x, b, k: (sinkhorn, [x.data(b, k).tanh()])),
+    "skip_gram": Subject("V x D x B, five negatives, sparse gradients", "100000x300x8192", _words),
     "random_mask": Subject("B x L, a quarter kept", "4096x196", lambda x, b, length:
         (partial(random_mask, b, length, 0.75, device=x.device), [])),
     "multi_block_mask": Subject("B x H x W", "1024x14x14", lambda x, b, height, width:

@@ -17,6 +17,7 @@ class RandomStream(enum.IntEnum):
     SIGREG = 4
     MASK_BLOCKS = 5
     MULTI_BLOCK_MASK = 6
+    NEGATIVES = 7
 
 
 def philox(key: int | Tensor, stream: RandomStream, first_block: int, blocks: int, device: torch.device) -> Tensor:

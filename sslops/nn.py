@@ -27,6 +27,7 @@ from .ops.nt_xent import nt_xent
 from .ops.relic import relic
 from .ops.siglip import siglip
 from .ops.sigreg import lejepa, sigreg
+from .ops.skip_gram import skip_gram
 from .ops.supcon import supcon
 from .ops.vicreg import vicreg
 from .prototypes import PrototypeCenter, swav
@@ -49,6 +50,7 @@ __all__ = [
     "RELICLoss",
     "SIGReg",
     "SigLIPLoss",
+    "SkipGramLoss",
     "SupConLoss",
     "SwAVLoss",
     "VICRegLoss",
@@ -152,6 +154,12 @@ class SigLIPLoss(_Loss, op=siglip):
 
 class SIGReg(_Loss, op=sigreg):
     """LeJEPA's regulariser, (z [N, D] or [V, N, D]) -> []: see `sslops.sigreg`."""
+
+
+class SkipGramLoss(_Loss, op=skip_gram):
+    """Word2Vec's loss, (input_weight [V, D], output_weight [W, D], centers [B], contexts [B], negatives [B, N]) -> []
+    or [B]: see `sslops.skip_gram`.
+    """
 
 
 class SupConLoss(_Loss, op=supcon):

@@ -85,6 +85,8 @@ _CORRUPTION = {"ids": _ids(4, 10, 50), "mask_token_id": 3, "vocab_size": 50}
 _CROPS = {"student": _random(4, 6, 30), "teacher": _random(2, 6, 30, seed=1)}
 _PATCHES = {"student": _random(9, 30), "teacher": _random(9, 30, seed=1)}
 _LAYERS = {"prototypes": _random(30, 20, seed=2) / 20, "teacher_prototypes": _random(30, 10, seed=3) / 20}
+_EMBEDDINGS = {"input_weight": _random(9, 20), "output_weight": _random(11, 20, seed=1)}
+_PAIRS = {"centers": _ids(1, 7, 9)[0] % 5, "contexts": _ids(1, 7, 11)[0], "negatives": _ids(7, 3, 11)}  # fmt: skip
 _LABELS = torch.tensor([3, -100, 29, -100, -100, 0, -100, 29, -100, 7, 1, -100])
 _WORDS = {"hidden": _random(12, 20), "weight": _random(30, 20, seed=1), "bias": _random(30, seed=2)}
 
@@ -165,6 +167,11 @@ CASES = [
     Case("clip", "frozen", sslops.clip, _IT, {"logit_scale": 0.5, "normalize": False}, ("text",)),
     Case("siglip", "mean", sslops.siglip, _IT, {}, ("image", "text")),
     Case("siglip", "frozen", sslops.siglip, _IT, {"logit_scale": 0.5, "bias": 0.3, "normalize": False}, ("text",)),
+    Case("skip_gram", "mean", sslops.skip_gram, _EMBEDDINGS, _PAIRS, tuple(_EMBEDDINGS), batched=False),
+    Case("skip_gram", "rows", sslops.skip_gram, _EMBEDDINGS,
+         {name: x.int() for name, x in _PAIRS.items()} | {"reduction": "none"}, tuple(_EMBEDDINGS), batched=False),
+    Case("skip_gram", "frozen", sslops.skip_gram, _EMBEDDINGS, _PAIRS | {"reduction": "sum"}, ("output_weight",),
+         batched=False),
     Case("gather_patches", "chw", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},
          {"ids": _ids(3, 4, 6), "patch_size": 4}, ("images",), batched=False),
     Case("gather_patches", "hwc", sslops.gather_patches, {"images": _random(3, 3, 12, 8)},

@@ -679,6 +679,29 @@ def test_masked_token_cross_entropy(ranks, backend, reduction, share):
         torch.testing.assert_close(x, y, equal_nan=True)
 
 
+def words(rank, world, tables, ids, options):
+    leaves, rows = [x.clone().requires_grad_() for x in tables], uneven(len(ids[0]), rank, world)
+    loss = sslops.skip_gram(*leaves, *(x[rows] for x in ids), group="world", **options)
+    return [loss.detach(), *(x.to_dense() for x in torch.autograd.grad(loss.sum() * 0.7, leaves))]
+
+
+@each_backend
+@pytest.mark.parametrize(("reduction", "sparse"), [("mean", True), ("sum", False)])
+def test_skip_gram(ranks, backend, reduction, sparse):
+    """The mean is over the pairs of all ranks, of which each has its own number."""
+    g = torch.Generator().manual_seed(0)
+    tables = [torch.randn(30, 8, generator=g) for _ in range(2)]
+    ids = [torch.randint(30, shape, generator=g) for shape in ((60,), (60,), (60, 5))]
+    options = {"reduction": reduction, "sparse": sparse, "backend": backend}
+    whole = [x.clone().requires_grad_() for x in tables]
+    loss = sslops.skip_gram(*whole, *ids, reduction=reduction)
+    expected = [loss.detach(), *torch.autograd.grad(loss * 0.7, whole)]
+    answers = ranks(words, tables, ids, options)
+    assert all(torch.equal(found[0], answers[0][0]) for found in answers)
+    for found, y in zip(zip(*answers, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.stack(found).mean(0), y)
+
+
 def centered(rank, world, batches):
     center = sslops.nn.PrototypeCenter(batches[0].shape[-1])
     for batch in batches:
@@ -880,6 +903,7 @@ INPUTS = {
     sslops.sinkhorn: lambda: views(4, 6)[:1],
     sslops.supcon: lambda: [views(4, 6)[0], torch.arange(4) % 2],
     sslops.masked_token_cross_entropy: lambda: [*views(4, 6), torch.arange(4)],
+    sslops.skip_gram: lambda: [*views(4, 6), *torch.arange(8).view(2, 4) % 4, torch.zeros(4, 2).long()],
 }
 
 
@@ -914,6 +938,7 @@ WRONG = [
     (sslops.swav, {}, {"assign": 0}),
     (sslops.masked_token_cross_entropy, {}, {"label_smoothing": 2.0}),
     (sslops.masked_token_cross_entropy, {}, {"reduction": "nonsense"}),
+    (sslops.skip_gram, {}, {"reduction": "nonsense"}),
 ]
 OTHER = [
     (sslops.nt_xent, {}, {"reduction": "none"}),
@@ -935,6 +960,7 @@ OTHER = [
     (sslops.ibot, {}, {"prototypes": torch.ones(6, 6)}),
     (sslops.ibot, {}, {"weights": torch.ones(4)}),
     (sslops.masked_token_cross_entropy, {}, {"reduction": "none"}),
+    (sslops.skip_gram, {}, {"reduction": "none"}),
     (sigreg, {}, {"t_max": 2.0}),
 ]
 

@@ -15,6 +15,7 @@ pytest.importorskip("mlxtend", reason="the demo's packages are an extra: pip ins
 STEPS, BATCH = 6, 64
 METHODS = [
     "simclr", "barlow", "vicreg", "lejepa", "moco", "nnclr", "relicv2", "dino", "swav", "mae", "data2vec", "bert",
+    "word2vec",
 ]  # fmt: skip
 
 
@@ -38,8 +39,8 @@ def test_the_methods_are_all_here(pretrain):
 def test_both_losses_train_alike(pretrain, tmp_path, capsys, monkeypatch, method):
     if method != "simclr":  # two new processes, alike for all
         monkeypatch.setattr(pretrain, "peak_memory", lambda *_: "0.0")
-    data = "kjv" if method == "bert" else "digits"
-    if method == "bert":  # enough to be tried on
+    data = "kjv" if method in ("bert", "word2vec") else "digits"
+    if data == "kjv":  # enough to be tried on
         train, test, words = pretrain.king_james()
         monkeypatch.setattr(pretrain, "king_james", lambda: (train[:1000], test[:20], words))
     small = ["--method", method, "--data", data, "--steps", str(STEPS), "--batch", str(BATCH)]
@@ -66,6 +67,11 @@ def test_both_losses_train_alike(pretrain, tmp_path, capsys, monkeypatch, method
         for title in ("always '.*'", "untrained encoder", "pretrained, sslops", "pretrained, eager"):
             assert re.search(rf"^{title} +\d+\.\d%$", report, re.MULTILINE), title
         assert len(re.findall(r"^- .*[\[(]", report, re.MULTILINE)) == 5  # passages, filled in
+        return
+    if method == "word2vec":
+        for title in ("untrained encoder", "pretrained, sslops", "pretrained, eager"):
+            assert re.search(rf"^{title} +\d+\.\d%$", report, re.MULTILINE), title
+        assert len(re.findall(r"^- \w+: \S+(, \S+){5}$", report, re.MULTILINE)) == len(pretrain.ASKED)
         return
     for features in ("raw pixels", "untrained encoder", "pretrained, sslops", "pretrained, eager"):
         assert re.search(rf"^{features} +\d+\.\d% ± \d", report, re.MULTILINE), features

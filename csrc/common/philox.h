@@ -14,7 +14,8 @@ enum class RandomStream : uint32_t {
   random_token_corruption = 3,
   sigreg = 4,
   mask_blocks = 5,
-  multi_block_mask = 6
+  multi_block_mask = 6,
+  negatives = 7
 };
 
 struct Random4 {

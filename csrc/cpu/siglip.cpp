@@ -1,32 +1,10 @@
 #include "siglip.h"
 
 #include "pairs.h"
+#include "softplus.h"
 
 namespace sslops::siglip {
 namespace {
-
-// log(1 + u) for u in [0, 1], relative error below 1e-7: 2 artanh(u / (2 + u)) by a polynomial in its square.
-SSLOPS_INLINE F log1p_of_unit(F u) {
-  const F t = u / (u + 2.f), z = t * t;
-  F p = splat(0.281577796f);
-  p = p * z + 0.279651582f;
-  p = p * z + 0.400245965f;
-  p = p * z + 0.666663229f;
-  p = p * z + 2.f;
-  return t * p;
-}
-
-// log(1 + e^y) and its derivative
-struct Softplus {
-  F value, slope;
-
-  SSLOPS_INLINE explicit Softplus(F y) {
-    const I positive = y > 0.f;
-    const F u = exp_nonpositive(select(positive, -y, y)), share = 1.f / (u + 1.f);
-    value = select(positive, y, F{}) + log1p_of_unit(u);
-    slope = select(positive, share, u * share);
-  }
-};
 
 void forward(Tensor image, Tensor text, double logit_scale, double bias, bool normalize, DType operand, int64_t first,
              Tensor loss, Tensor dimage, Tensor dtext, Tensor dlogit_scale, Tensor dbias) {

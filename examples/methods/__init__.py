@@ -6,9 +6,11 @@ from .contrastive import NNCLR, MoCo, RELICv2, SimCLR
 from .masked import MAE, Data2Vec, standard
 from .prototypes import DINO, SwAV
 from .redundancy import BarlowTwins, LeJEPA, VICReg
+from .word2vec import Word2Vec
 
 __all__ = [
-    "BERT", "MAE", "METHODS", "Method", "TwoViews", "augment", "conv_encoder", "king_james", "mlp", "standard",
+    "BERT", "MAE", "METHODS", "Method", "TwoViews", "Word2Vec", "augment", "conv_encoder", "king_james", "mlp",
+    "standard",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -24,4 +26,5 @@ METHODS: dict[str, type[Method]] = {
     "mae": MAE,
     "data2vec": Data2Vec,
     "bert": BERT,
+    "word2vec": Word2Vec,
 }

@@ -55,6 +55,13 @@ class Method(nn.Module):
     data: tuple[str, ...] = ("mnist", "digits")  # what it can be trained on; the first if nothing is said
     steps, batch, learning_rate = 150, 2048, 5e-3
 
+    def see(self, images: Tensor) -> None:
+        """All that it will be pretrained on, once before."""
+
+    def optimizer(self, trained: list[Tensor]) -> torch.optim.Optimizer:
+        """The learning rate is set by a schedule."""
+        return torch.optim.AdamW(trained, weight_decay=1e-4)
+
     def views(self, images: Tensor) -> tuple[Tensor, ...]:
         """All that is random in a step, from images `[N, 1, S, S]`, or passages `[N, L]`: what forward takes."""
         raise NotImplementedError

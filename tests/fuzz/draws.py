@@ -337,6 +337,17 @@ def masked_token_cross_entropy(draw: Any) -> Case:
     return Case("masked_token_cross_entropy", "", sslops.masked_token_cross_entropy, inputs, options, tuple(inputs))
 
 
+@st.composite
+def skip_gram(draw: Any) -> Case:
+    pairs, words, d, seed = draw(SIZES), draw(SIZES), draw(SIZES), draw(SEEDS)
+    make = MILD[draw(st.sampled_from(sorted(MILD)))]
+    inputs = {"input_weight": make((words, d), seed), "output_weight": make((words, d), seed + 1)}
+    shapes = {"centers": (pairs,), "contexts": (pairs,), "negatives": (pairs, draw(st.integers(0, 17)))}
+    ids = {name: torch.randint(words, shape, generator=_generator(seed)) for name, shape in shapes.items()}
+    options = _options(draw, reduction=["mean", "sum", "none"])
+    return Case("skip_gram", "", sslops.skip_gram, inputs, options | ids, tuple(inputs))
+
+
 CALLS: dict[str, st.SearchStrategy[Case]] = {
     "nt_xent": nt_xent(),
     "supcon": supcon(),
@@ -350,6 +361,7 @@ CALLS: dict[str, st.SearchStrategy[Case]] = {
     "cross_correlation": columns("cross_correlation"),
     "sigreg": sigreg(),
     "sinkhorn": sinkhorn(),
+    "skip_gram": skip_gram(),
     "dino": dino(),
     "ibot": ibot(),
     "gather_patches": gather_patches(),

@@ -26,7 +26,8 @@ from ..test_promises import calls
 REFUSALS = (TypeError, ValueError, RuntimeError)
 MADE_OF = {"swav": ("dino: ", "sinkhorn: "), "NegativeQueue.from_moco": ("NegativeQueue: ",)}  # messages may name these
 FUNCTIONS = {"include", "exclude", "copied"}  # may be, and what a function raises is its own
-AMOUNTS = {"iterations", "batch", "length", "size", "dim"}  # of work or memory: a million is a call that makes sense
+# of work or memory: a million is a call that makes sense
+AMOUNTS = {"iterations", "batch", "length", "size", "dim", "rows", "count"}
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -124,6 +125,9 @@ def wrong_calls() -> Iterator[tuple[str, str, Callable[[], Any], list[Tensor]]]:
         ("NegativeQueue.enqueue", sslops.NegativeQueue(8, 6).enqueue, {"keys": x, "ids": torch.arange(4),
                                                                        "labels": None, "group": None}),
         ("NegativeQueue.from_moco", sslops.NegativeQueue.from_moco, {"queue": x, "queue_ptr": torch.zeros(1).long()}),
+        ("NegativeSampler", sslops.NegativeSampler, {"counts": torch.arange(5), "power": 0.75}),
+        ("NegativeSampler.draw", sslops.NegativeSampler(torch.arange(5)).draw, {"rows": 3, "count": 2,
+                                                                                "generator": None}),
         ("random_masking", sslops.random_masking, {"tokens": torch.randn(2, 4, 3), "mask_ratio": 0.5, "noise": None,
                                                    "generator": None, "backend": None}),
         ("swav", sslops.swav, {"scores": torch.randn(3, 4, 5), "prototypes": torch.randn(6, 5),
