@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from methods import BERT, MAE, METHODS, Method, TwoViews, Word2Vec, king_james, standard
+from methods import BERT, DINO, MAE, METHODS, Method, SwAV, TwoViews, Word2Vec, king_james, standard
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -96,7 +96,8 @@ def pretrain(network: Method, names: list[str], images: Tensor, batch: int, step
     with tqdm(range(steps), desc="pretraining", unit="step", disable=not spread.leads()) as bar:
         for step in bar:
             start = time.perf_counter()
-            views = network.views(images[torch.randperm(len(images))[:batch]])
+            network.chosen = torch.randperm(len(images))[:batch]
+            views = network.views(images[network.chosen])
             if dist.is_initialized():
                 views = tuple(map(spread.own_rows, views))  # all ranks have drawn the same
             views_seconds = time.perf_counter() - start
@@ -213,6 +214,20 @@ def reconstruct(networks: dict[str, MAE], train: Tensor, test: Tensor, path: Pat
 
 
 @torch.no_grad()
+def contact_sheet(network: DINO | SwAV, images: Tensor, path: Path) -> None:
+    """Of the ten prototypes that most held-out images are nearest to, a row each: the dozen that score highest."""
+    scores = network.eval().scores(images)
+    used = scores.argmax(1).bincount(minlength=scores.shape[1])
+    most = used.topk(10).indices
+    rows = images[scores[:, most].topk(12, dim=0).indices.T, 0]  # [10, 12, S, S]
+    figure = Figure(figsize=(7.2, 6.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(rows.transpose(1, 2).flatten(2).flatten(0, 1).numpy(), cmap="gray_r")
+    axes.set(xticks=[], yticks=[], title=f"{int((used > 0).sum())} of {len(used)} prototypes are nearest to an image")
+    figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
 def fill_in(networks: dict[str, BERT], _: Tensor, test: Tensor, words: list[str]) -> list[str]:
     """How many hidden words of held-out text are guessed, and passages: (what was guessed / what was there)."""
     corrupted, labels = next(iter(networks.values())).views(test)
@@ -301,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     batch = min(batch, len(train))
     torch.manual_seed(args.seed)
     network = method(side=train.shape[-1])
-    network.see(train)
+    network.see(train, known[0])
     if spread.leads():
         things = "passages" if data == "kjv" else "images"
         print(f"{args.method} on {data}: {len(train)} {things} to pretrain on, {len(test)} held out")
@@ -348,6 +363,8 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(network, TwoViews):
         networks = {"before training": network} | {f"after, {name}": run.network for name, run in runs.items()}
         plot_correlation(networks, test, folder / "cross_correlation.png")
+    if isinstance(network, DINO | SwAV):
+        contact_sheet(list(encoders.values())[-1], test, folder / "prototypes.png")
     print(f"written to {folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 

@@ -89,7 +89,7 @@ def _classes(x: Inputs, n: int, d: int) -> tuple[Callable[..., Any], list[Any]]:
 
 def _words(x: Inputs, v: int, d: int, b: int) -> tuple[Callable[..., Any], list[Any]]:
     ids = [torch.randint(v, shape, device=x.device) for shape in ((b,), (b,), (b, 5))]
-    return partial(skip_gram, sparse=True), [x.leaf(v, d), x.leaf(v, d), *ids]
+    return skip_gram, [x.leaf(v, d), x.leaf(v, d), *ids]
 
 
 # fmt: off

@@ -237,7 +237,7 @@ def register(
                 torch.is_grad_enabled() and any(in_levels or each.requires_grad for each in tensors_in([value]))
                 for value in values
             ]
-        traced = _is_traced() or not all(type(each) in _PLAIN for each in tensors_in(x))
+        traced = is_traced() or not all(type(each) in _PLAIN for each in tensors_in(x))
         if not traced:
             _check.indices(name, x, declared)
         x = prepared(x)
@@ -299,7 +299,7 @@ def register(
             if getattr(ctx, "transformed", False):
                 results = through_levels(name, backward_op, read, lambda *_: None, refuse)
             else:
-                through = run_back if eager and not _is_traced() else backward_op
+                through = run_back if eager and not is_traced() else backward_op
                 results = through(*read)
         found = dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
         return tuple(
@@ -363,7 +363,7 @@ def _handed(gradient: Tensor, value: Any) -> Any:
 _PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory to read: torch knows what to do with them
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether something looks at the ops that are called: compile, export, dispatch modes, jit.trace, torch.func"""
     return torch.compiler.is_compiling() or _torch.in_modes() or _torch.in_jit_trace() or _torch.in_func()
 

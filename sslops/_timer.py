@@ -66,7 +66,7 @@ def interleave(
     ours: str | None = None,
 ) -> Times:
     """Times the variants in turn, round after round, so that a busy machine hits all of them; each comes after each
-    other equally often, since it pays for the caches and the pages that the one before it leaves.
+    other as often as the rounds allow, since it pays for the caches and the pages that the one before it leaves.
 
     variants: functions, or pairs of which the first makes, untimed, what the second takes.
     rounds: as many as fit into `seconds` if None, at least 3 and at most 101. Returns for each variant the median, the

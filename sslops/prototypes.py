@@ -97,7 +97,7 @@ class PrototypeCenter(nn.Module):
         share, mean = (1 - self.momentum) * (total[k] > 0), total[:k] / total[k].clamp(min=1)
         if prototypes is not None:
             weight = prototypes.float()
-            mean = weight @ mean
+            mean = (weight * mean).sum(1)  # a product would be autocast
             mean = mean / weight.norm(dim=1).clamp(min=1e-12) if unit_prototypes else mean
         self.center.lerp_(mean[None], share)
 

@@ -252,6 +252,13 @@ def test_features_on_every_instruction_set(isa, dtype):
 
 
 @each_target
+def test_a_teacher_without_width(device, backend):
+    """Nothing of [K, 0] is in memory: it is a last layer all the same, and its logits are 0."""
+    student, prototypes, *_ = features(9, 30, 6, device=device)
+    check_features(student, prototypes, student[:, :0], prototypes[:, :0], backend)
+
+
+@each_target
 def test_features_under_autocast(device, backend):
     """The operands are rounded, the logits are not."""
     tensors = [x.to(torch.bfloat16).float() for x in features(40, 70, 24, device=device)]

@@ -408,6 +408,17 @@ def test_a_queue_and_paired_negatives_before_backward():
     assert torch.equal(*torch.autograd.grad(loss.sum(), query), *expected)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_paired_negatives_may_change(backend, normalize):
+    query, key, negatives, paired = with_paired(10, 8, 30, 4).values()
+    options = {"paired_negatives": paired, "normalize": normalize, "backend": backend}
+    expected = torch.autograd.grad(losses(query.requires_grad_(), key, negatives, **options).sum(), query)
+    loss = losses(query, key, negatives, **options)
+    negatives.zero_(), paired.zero_()
+    assert torch.equal(*torch.autograd.grad(loss.sum(), query), *expected)
+
+
 def test_paired_negatives_of_another_dtype():
     query, key, negatives, paired = with_paired(10, 8, 30, 4).values()
     paired = paired.bfloat16().requires_grad_()

@@ -14,8 +14,8 @@ pytest.importorskip("mlxtend", reason="the demo's packages are an extra: pip ins
 
 STEPS, BATCH = 6, 64
 METHODS = [
-    "simclr", "barlow", "vicreg", "lejepa", "moco", "nnclr", "relicv2", "dino", "swav", "mae", "data2vec", "bert",
-    "word2vec",
+    "simclr", "supcon", "barlow", "vicreg", "lejepa", "moco", "nnclr", "byol", "relicv2", "dino", "swav", "mae",
+    "data2vec", "bert", "word2vec",
 ]  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def test_both_losses_train_alike(pretrain, tmp_path, capsys, monkeypatch, method
         assert abs(curves[0, 0] - np.log(2 * BATCH - 1)) < 1  # an untrained network tells no view from another
     pictures = {path.name for path in folder.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")}
     own = dict.fromkeys(("simclr", "barlow", "vicreg"), "cross_correlation.png") | {"mae": "reconstructions.png"}
+    own |= dict.fromkeys(("dino", "swav"), "prototypes.png")
     assert pictures == {"curves.png", own.get(method, "curves.png")}
 
     report = (folder / "report.txt").read_text()

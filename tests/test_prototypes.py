@@ -44,6 +44,18 @@ def test_center_of_lists_and_of_nothing():
     assert torch.equal(one.center, before)
 
 
+@pytest.mark.parametrize("unit", [True, False])
+def test_center_from_features_under_autocast(unit):
+    features, prototypes = torch.randn(40, 6), torch.randn(30, 6)
+    one, other = (sslops.nn.PrototypeCenter(30, momentum=0.5) for _ in range(2))
+    one.update(features, prototypes=prototypes, unit_prototypes=unit)
+    with torch.autocast("cpu", torch.bfloat16):
+        other.update(features, prototypes=prototypes, unit_prototypes=unit)
+    assert torch.equal(one.center, other.center)
+    layer = F.normalize(prototypes) if unit else prototypes
+    torch.testing.assert_close(one.center[0], 0.5 * (features @ layer.t()).mean(0), rtol=1e-5, atol=1e-6)
+
+
 def test_center_in_bfloat16_sums_in_float32():
     teacher = torch.full((4096, 8), 1.0).bfloat16()
     center = sslops.nn.PrototypeCenter(8, momentum=0.0)

@@ -65,7 +65,7 @@ def test_every_instruction_set(isa, dtype, shape):
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unit", [True, False])
-@pytest.mark.parametrize(("shape", "k"), [((1, 3), 1), ((600, 12), 1100), ((2, 300, 7), 50), ((0, 3), 5)])
+@pytest.mark.parametrize(("shape", "k"), [((1, 3), 1), ((600, 12), 1100), ((2, 300, 7), 50), ((0, 3), 5), ((4, 0), 5)])
 def test_of_features(device, backend, dtype, unit, shape, k):
     """In chunks of rows, which may be more than one"""
     g = torch.Generator().manual_seed(k)

@@ -219,7 +219,7 @@ def test_bad_input():
     refused(ValueError, "negatives[0, 0]", negatives=ids["negatives"] - 9)
     refused(ValueError, "reduction", reduction="max")
     refused(TypeError, "sparse", sparse=1)
-    with pytest.raises(Exception, match=r"skip_gram: sparse: wanted False inside torch\.compile"):
+    with pytest.raises(Exception, match=r"skip_gram: sparse: wanted False under torch\.compile"):
         torch.compile(sslops.skip_gram, backend="eager", fullgraph=True)(u, v, **ids, sparse=True)
 
 

@@ -15,7 +15,7 @@ enum class RandomStream : uint32_t {
   sigreg = 4,
   mask_blocks = 5,
   multi_block_mask = 6,
-  negatives = 7
+  negatives = 7  // drawn in Python alone
 };
 
 struct Random4 {

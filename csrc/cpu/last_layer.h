@@ -26,7 +26,11 @@ class LastLayer {
         tiles_(ceil_div(k, side_)),
         most_(rows),
         x_(rows, d, operand, false),
-        logits_(round_up(rows, kGroup) * ld) {}
+        logits_(round_up(rows, kGroup) * ld) {
+    parallel_for(k, kGroup, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) inverse_[j] = weights_.norm_of(j);
+    });
+  }
 
   // logits = features times weights, of rows [0, rows) whose features are at(row, column, lanes).
   template <typename At>
@@ -41,7 +45,6 @@ class LastLayer {
         rows ? tiles_ : 0, [&] { return State(*this, true); },
         [&](int64_t tile, State& state) {
           const int64_t first = tile * side_, n = at_most(side_, k - first);
-          for (int64_t j = first; j < first + n && chunk_ == 0; ++j) inverse_[j] = weights_.norm_of(j);
           fill(state.weights, first, n);
           state.tile.move(logits_ + first);
           state.tile.multiply(x_, 0, rows_, state.weights, 0, n);
@@ -87,8 +90,7 @@ class LastLayer {
   const int64_t k, d, ld;  // ld: from a row of logits to the next
 
  private:
-  static constexpr int64_t kParts =
-      32;  // of the weights at most, each with a sum of its own for the features' gradient
+  static constexpr int64_t kParts = 32;  // of the weights at most, each with a sum for the features' gradient
 
   struct State {
     Operand weights;

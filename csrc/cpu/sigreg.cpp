@@ -176,6 +176,14 @@ SSLOPS_INLINE Turn turn_to(F u, float step, int64_t k) { return turn(u * (step *
 // Adds kCount rows' cos(t u) - phi and sin(t u) to sums [knots, 2] of as many slices as there are lanes.
 template <int kCount>
 SSLOPS_INLINE void add_turns(const float* u, int64_t ld, const Knots& knots, float step, float* sums) {
+  if constexpr (kCount == 1) {
+    for (int64_t k = 0; k < knots.count; ++k, sums += 2 * kLanes) {
+      const Turn t = turn_to(load(u), step, k);
+      store(sums, load(sums) + ((1.f - t.versine) - knots.phi[k]));
+      store(sums + kLanes, load(sums + kLanes) + t.sine);
+    }
+    return;
+  }
   F sine[kCount], versine[kCount], c[kCount], s[kCount];
   for (int r = 0; r < kCount; ++r) {
     const Turn t = turn(load(u + r * ld) * step);
@@ -187,11 +195,6 @@ SSLOPS_INLINE void add_turns(const float* u, int64_t ld, const Knots& knots, flo
     store(sums, load(sums) + (cosines - static_cast<float>(kCount) * knots.phi[k]));
     store(sums + kLanes, load(sums + kLanes) + sines);
     for (int r = 0; r < kCount; ++r) {
-      if constexpr (kCount == 1) {
-        const Turn t = turn_to(load(u), step, k + 1);
-        s[r] = t.sine, c[r] = 1.f - t.versine;
-        continue;
-      }
       const F turned = (c[r] - sine[r] * s[r]) - versine[r] * c[r];
       s[r] = (s[r] + sine[r] * c[r]) - versine[r] * s[r];
       c[r] = turned;

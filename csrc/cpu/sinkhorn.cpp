@@ -45,7 +45,7 @@ struct Scores {
 template <typename Visit>
 void for_each_chunk(const Tensor& x, const Tensor& prototypes, bool unit, DType operand, double temperature,
                     const Visit& visit) {
-  if (!prototypes) return visit(0, Scores(x, temperature));
+  if (!prototypes.dim) return visit(0, Scores(x, temperature));
   const int64_t rows = x.sizes[1], chunks = ceil_div(rows, LastLayer::kChunk),
                 count = chunks ? ceil_div(rows, chunks) : 0;
   LastLayer layer(prototypes, unit, operand, count);

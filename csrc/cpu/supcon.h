@@ -21,8 +21,8 @@ struct Table {
                    DType operand, int64_t first, Tensor inv_norm, Tensor stats, Tensor dz, Tensor dots);
   // The same of candidates that are not z's rows but keys [K, D], of a dtype of their own: classes of all are of 0 ..
   // 2 (N + K) - 1; ids and key_ids: both or neither. dz [V N, D] and dtemperature [V N], float32, unless they have no
-  // elements: of each row's weighted loss, from a second pass, 6 M K D FLOP in all. Scratch: z twice, K + 5 (M + K)
-  // numbers, and D + 5 floats for M + 16384 rows at most.
+  // elements: of each row's weighted loss, from a second pass, 6 M K D FLOP in all. Scratch: z twice, at most
+  // 15 (M + K) numbers, and D + 5 floats for M + 16384 rows at most.
   void (*among_keys)(Tensor z, Tensor classes, Tensor ids, Tensor weights, Tensor keys, Tensor key_classes,
                      Tensor key_ids, double temperature, bool normalize, bool inside, DType operand, Tensor inv_norm,
                      Tensor losses, Tensor positives, Tensor dz, Tensor dtemperature);

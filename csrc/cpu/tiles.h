@@ -9,8 +9,21 @@
 namespace sslops {
 namespace {
 
-constexpr int64_t kFew = 8;
+constexpr int64_t kFewRows = 8;
 constexpr int64_t kGroup = 64;  // rows that are filled at once; tiles begin at multiples of it
+
+// Candidates that pass by the rows of a loss: how many at a time, and how many of those chunks make a part that a
+// thread takes, where the blocks of rows alone do not fill the threads. Fixed by the shapes: results do not depend on
+// threads.
+int64_t chunk_rows(int64_t candidates) { return candidates <= 1024 ? 64 : candidates <= 8192 ? 128 : 256; }
+int64_t chunks_of_part(int64_t candidates, int64_t blocks) {
+  constexpr int64_t kTickets =
+      64;  // to aim at, in parts of 512 candidates at least, if there are 8: they are to be joined
+  const int64_t chunks = ceil_div(candidates, chunk_rows(candidates));
+  const int64_t enough = candidates < 8 * 512 ? 8 : candidates / 512;
+  const int64_t most = blocks ? at_most(ceil_div(kTickets, blocks), enough) : 1;
+  return chunks ? ceil_div(chunks, at_most(chunks, most)) : 1;
+}
 
 // A matrix in float32 whose rows miss each other's cache sets: an odd number of lines apart.
 constexpr int64_t stride_of(int64_t columns) {
@@ -29,7 +42,7 @@ class Operand {
   // right: it will be the right operand of A B^T, not the left one alone.
   Operand(int64_t n, int64_t d, DType operand, bool right = true)
       : bf16(kHasBf16 && operand == DType::bf16),
-        few(!bf16 && n <= kFew),
+        few(!bf16 && n <= kFewRows),
         d(d),
         ld(bf16 ? round_up(d, bf16_gemm::kBlock) : stride_of(d)),
         right_(right),

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,10 @@ class Method(nn.Module):
     data: tuple[str, ...] = ("mnist", "digits")  # what it can be trained on; the first if nothing is said
     steps, batch, learning_rate = 150, 2048, 5e-3
 
-    def see(self, images: Tensor) -> None:
-        """All that it will be pretrained on, once before."""
+    chosen: Tensor  # of what it has seen, the places that this step takes
+
+    def see(self, images: Tensor, known: Any) -> None:
+        """All that it will be pretrained on, once before: images and their labels, or passages and the words."""
 
     def optimizer(self, trained: list[Tensor]) -> torch.optim.Optimizer:
         """The learning rate is set by a schedule."""

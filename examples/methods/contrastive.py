@@ -1,7 +1,7 @@
-"""Each embedding must find its own among others: SimCLR, MoCo, NNCLR, RELICv2."""
+"""Each embedding must find its own among others: SimCLR, SupCon, MoCo, NNCLR, RELICv2."""
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,45 @@ class SimCLR(TwoViews):
         "sslops": partial(sslops.nt_xent, temperature=0.2),
         "eager": partial(eager_nt_xent, temperature=0.2),
     }
+
+
+def fused_supcon(z0: Tensor, z1: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return sslops.supcon(torch.stack([z0, z1]), labels, temperature=temperature)
+
+
+def eager_supcon(z0: Tensor, z1: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """SupCon's loss as it is usually written, with the `[2N, 2N]` matrix of logits and a mask of as many positives."""
+    n = len(labels)
+    classes = torch.where(labels < 0, -1 - torch.arange(n), labels).repeat(2)  # of none: a class of its own
+    z = F.normalize(torch.cat([z0, z1]), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+    positives = (classes[:, None] == classes).fill_diagonal_(False)
+    log_p = logits.log_softmax(dim=1).masked_fill(~positives, 0)
+    return -(log_p.sum(1) / positives.sum(1)).mean()
+
+
+class SupCon(Method):
+    """A tenth of the images have labels: theirs find all of their class, the others their own other view."""
+
+    hidden, projection = 256, 128
+    losses: ClassVar = {
+        "sslops": partial(fused_supcon, temperature=0.2),
+        "eager": partial(eager_supcon, temperature=0.2),
+    }
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.encoder, features = conv_encoder(side)
+        self.head = mlp(features, self.hidden, self.projection)
+
+    def see(self, images: Tensor, known: Any) -> None:
+        self.labels = torch.as_tensor(known).where(torch.arange(len(images)) % 10 == 0, -1)
+
+    def views(self, images: Tensor) -> tuple[Tensor, ...]:
+        return augment(torch.cat([images, images])), self.labels[self.chosen]
+
+    def forward(self, views: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return *self.head(self.encoder(views)).chunk(2), labels
 
 
 def eager_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:

@@ -67,6 +67,9 @@ class DINO(MomentumTarget):
         super().update()
         self.center.update(self.teacher)
 
+    def scores(self, images: Tensor) -> Tensor:
+        return self.online(images)
+
 
 def fused_swav(large: Tensor, small: Tensor) -> Tensor:
     return sslops.swav([large, small])
@@ -102,4 +105,7 @@ class SwAV(Method):
 
     def forward(self, large: Tensor, small: Tensor) -> tuple[Tensor, ...]:
         crops = ((large, LARGE), (small, SMALL))
-        return tuple(self.last(self.head(self.encoder(x))).unflatten(0, (n, -1)) for x, n in crops)
+        return tuple(self.scores(x).unflatten(0, (n, -1)) for x, n in crops)
+
+    def scores(self, images: Tensor) -> Tensor:
+        return self.last(self.head(self.encoder(images)))

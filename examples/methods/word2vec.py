@@ -1,7 +1,7 @@
 """Words that stand near each other in a text: Word2Vec's skip-gram, on the King James Bible."""
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class Word2Vec(Method):
         for table in (self.words, self.around):
             nn.init.normal_(table.weight, std=0.1)
 
-    def see(self, passages: Tensor) -> None:
+    def see(self, passages: Tensor, known: Any) -> None:
         counts = passages.flatten().bincount(minlength=VOCABULARY)
         counts[list(SPECIAL)] = 0
         self.sampler = sslops.NegativeSampler(counts)

@@ -49,7 +49,14 @@ def backward(grad: Tensor, x: Any, problem: Problem, stats: Tensor) -> tuple[lis
     if x.prototypes is not None:  # all over again
         losses = torch.empty(problem.student[0].shape[1], **FLOAT32)
         gradients = _features(x, problem, True, grad if grad.dim() else None, losses, None, None)
-        d_student, d_prototypes = gradients if grad.dim() else (d.mul_(grad) for d in gradients)  # of forward's bits
+        d_student, d_prototypes = (
+            gradients
+            if grad.dim()
+            else (
+                torch.where(d == 0, d, d * grad)
+                for d in gradients  # of forward's bits; what has no part stays 0
+            )
+        )
         crops = d_student.split([len(crop) if x.needs_grad[0] else 0 for crop in problem.student])
         gradients = [d.to(crop.dtype) for d, crop in zip(crops, problem.student, strict=True)]
         return gradients, d_prototypes.to(x.prototypes.dtype)

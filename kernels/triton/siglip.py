@@ -94,7 +94,7 @@ def _weigh(
     at = i // BLOCK_M * tiles + tl.program_id(1)
     add_to(parts, at, loss, column0 > 0)
     add_to(parts + cells, at, slope, column0 > 0)
-    add_to(parts + 2 * tl.cast(cells, tl.int64), at, slope * s, column0 > 0)
+    add_to(parts + 2 * tl.cast(cells, tl.int64), at, tl.where(slope == 0, 0.0, slope * s), column0 > 0)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,4 +1,5 @@
-"""SIGReg in Triton: two sweeps over tiles of projections, of which only the sums over the batch are kept.
+"""SIGReg in Triton: sweeps over tiles of projections, of which only the sums over the batch are kept: one in forward,
+and in backward one for every COLUMNS of dz.
 
 A projection u takes one sine and cosine, of step u; the knots t_k = k step follow by rotations, and the gradient by
 Horner's rule. sine and 1 - cosine: with them small turns lose no digits, however many follow (csrc/cpu/turn.h). Both

@@ -99,8 +99,8 @@ def dino(
     gradient is found in forward, and nothing else of the logits' size is written.
 
     With `prototypes` the last layer is part of it: the student's logits are student @ prototypes.T, which are made in
-    chunks of about 256 rows, in forward, with the gradients of both. In memory are one chunk's logits, and the
-    gradients: no [V, B, K].
+    chunks of about 256 rows, in forward, with the gradients of both. In memory are one chunk's logits of the
+    student, and of the teacher if it has a last layer too, and the gradients: no [V, B, K].
 
     Args:
         student: [V, B, K], or a list of crops [B, K] or [V_i, B, K], of any float dtype. Lists cost no copy. With

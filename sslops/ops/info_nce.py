@@ -97,7 +97,8 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
         similarity = similarity + fault
     similarity, logits = _masked(similarity, x.temperature, left_out + some)
     if x.paired_negatives is not None:
-        paired, left_out = x.paired_negatives.to(wide), []
+        kept = x.normalize or x.paired_negatives.requires_grad or x.paired_mask is not None
+        paired, left_out = x.paired_negatives.to(wide, copy=not kept), []
         if x.paired_mask is not None:
             left_out.append(~x.paired_mask)
             paired = paired.where(x.paired_mask[:, :, None], 0)

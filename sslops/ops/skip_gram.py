@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check, distributed
 from .._check import Of
 from .._contrastive import REDUCTIONS
-from .._library import Out, register
+from .._library import Out, is_traced, register
 
 
 class Arguments(NamedTuple):
@@ -92,7 +92,7 @@ def skip_gram(
         negatives: [B, N] int64 or int32, rows of output_weight; `NegativeSampler.draw` draws them.
         sparse: gradients are sparse tensors, as nn.Embedding(sparse=True) has them and torch.optim.SparseAdam, SGD and
             Adagrad take them, of each id once, in ascending order (coalesced, though .grad does not say so: torch drops
-            the mark). Not for use inside torch.compile.
+            the mark). Not for use under torch.compile and torch.func.
         reduction: "mean" or "sum" over the pairs, or "none": [B].
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies: a mean or a sum is that of all
             ranks' pairs, however many each has, the same on every rank, and so must be what is built on it. Gradients
@@ -113,8 +113,10 @@ def skip_gram(
     """
     op = "skip_gram"
     group = distributed.name(op, group)
-    if sparse is True and torch.compiler.is_compiling():
-        _check.bad_value(op, "sparse", "False inside torch.compile, which knows no sparse gradients", sparse)
+    if sparse is True and is_traced():
+        _check.bad_value(
+            op, "sparse", "False under torch.compile and torch.func: they know no sparse gradients", sparse
+        )
     centers, contexts, negatives = map(_check.ids64, (centers, contexts, negatives))
     x = Arguments(input_weight, output_weight, centers, contexts, negatives, sparse, reduction)
     of_ranks = bool(group) and reduction == "mean"

@@ -124,8 +124,9 @@ void nt_xent_of(int64_t n, int64_t d, double tau) {
 void info_nce_of(int64_t b, int64_t candidates, int64_t d, double tau) {
   Array query = noise({b, d}), key = noise({b, d}), negatives = noise({candidates, d});
   Array losses({b}), logged({2, b}), dquery({b, d}), dtemperature({b}), stats({3, b});
-  info_nce::table().forward(query.tensor(), key.tensor(), negatives.tensor(), {}, {}, tau, true, DType::f32, 0, false,
-                            losses.tensor(), logged.tensor(), dquery.tensor(), dtemperature.tensor(), stats.tensor());
+  info_nce::table().forward(query.tensor(), key.tensor(), negatives.tensor(), {}, {}, {}, {}, {}, {}, tau, true,
+                            DType::f32, 0, false, losses.tensor(), logged.tensor(), dquery.tensor(),
+                            dtemperature.tensor(), stats.tensor());
   const std::vector<double> q = unit_rows(query), positive = unit_rows(key), c = unit_rows(negatives);
   const size_t width = static_cast<size_t>(d);
   std::vector<double> truth, dq(q.size());

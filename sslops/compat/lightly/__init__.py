@@ -17,23 +17,25 @@ DenseCLLoss, which is `info_nce(out0, out1, negatives.t())`; DINOv2's DINOLoss a
 teacher's probabilities, where `dino` and `ibot` make them from the logits; the distillations; and update_momentum.
 """
 
-from .losses import (
-    BarlowTwinsLoss,
+from .contrastive import (
     DCLLoss,
     DCLWLoss,
     DetConBLoss,
     DetConSLoss,
+    NTXentLoss,
+    negative_mises_fisher_weights,
+)
+from .losses import (
+    BarlowTwinsLoss,
     DINOLoss,
     IBOTPatchLoss,
     KoLeoLoss,
     LeJEPALoss,
     MSNLoss,
     NegativeCosineSimilarity,
-    NTXentLoss,
     SIGReg,
     SwaVLoss,
     VICRegLoss,
-    negative_mises_fisher_weights,
 )
 from .state import Center, MemoryBankModule, NNMemoryBankModule, update_momentum
 from .tokens import get_at_index, patchify, random_token_mask, repeat_token, set_at_index
