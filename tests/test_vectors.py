@@ -19,7 +19,7 @@ from sslops import _C
 ROOT = Path(__file__).parents[1]
 # All innermost loops of an object together. Not 0: some are for the last few elements.
 BOUND = 15
-MORE_ON_AARCH64 = {"prototypes": 40}
+MORE_ON_AARCH64 = {"prototypes": 40, "supcon": 20}  # the latter compares rows' maxima, in code for each kind of tile
 MORE = {"prototypes": 30}  # joins tiles of 256 logits in double: once a tile, once a pair of crops
 INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\t(\S+)[ \t]*([^\n]*)", re.MULTILINE)
 
