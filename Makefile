@@ -74,7 +74,7 @@ PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 sanitize: build .venv-sanitize/installed
 	.venv-sanitize/bin/python -m tests.triton_kernels.sanitize
-	.venv-sanitize/bin/python -m tests.triton_kernels.offline sm_80 sm_90
+	.venv-sanitize/bin/python -m tests.triton_kernels.offline sm_90
 
 demo: build
 	$(PY) examples/pretrain.py

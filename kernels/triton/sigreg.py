@@ -35,7 +35,7 @@ SIZES = ("N", "M", "knots", "blocks", "tiles", "span", "views")
 STREAM = 4  # RandomStream.SIGREG
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors
 PARTS = 8
-TILE: dict[str, Any] = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 16, "num_warps": 8, **launch.FUSED}
+TILE: dict[str, Any] = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1, **launch.FUSED}
 COLUMNS = 64  # of dz that a program of _gradients has
 
 FAR = tl.constexpr(12800.0)  # from there on a number of quarter turns times a part of pi / 2 is not exact
