@@ -80,6 +80,12 @@ def nearest(op: str, device: torch.device, dtype: torch.dtype, width: int) -> di
     return {kernel: config | FUSED for kernel, config in kernels.items()}
 
 
+def spans(n: int, step: int, wanted: int) -> tuple[int, int]:
+    """n in `wanted` spans, or fewer: how long each is, in whole steps, and how many there are"""
+    span = triton.cdiv(triton.cdiv(n, max(1, wanted)), step) * step
+    return span, triton.cdiv(n, span)
+
+
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
     """out = beta out + alpha a b, float32 whatever the operands; out is not read where beta is 0"""
     if a.dtype == torch.float32:

@@ -87,10 +87,8 @@ def forward(x: Arguments) -> Tensor:
     if b == 0:
         return out
     config = launch.nearest("pairs", query.device, operand_dtype, d)["nearest"]
-    blocks, step = triton.cdiv(b, config["BLOCK_M"]), config["BLOCK_N"]
-    splits = max(1, min(PROGRAMS // blocks, PARTS))
-    span = triton.cdiv(triton.cdiv(candidates, splits), step) * step
-    splits = triton.cdiv(candidates, span)
+    blocks = triton.cdiv(b, config["BLOCK_M"])
+    span, splits = launch.spans(candidates, config["BLOCK_N"], min(PROGRAMS // blocks, PARTS))
     with launch.on(query.device):
         z, _ = operand(query, x.normalize, operand_dtype, config["BLOCK_K"])
         inv_norm = inverse(support, x.normalize)

@@ -312,9 +312,7 @@ def backward(grad: Tensor, x: Arguments, sums: Tensor, drawn: Tensor, part: Part
     with launch.on(x.z.device):
         table, step = _table(x)
         rows, columns = triton.cdiv(n, TILE["BLOCK_N"]), triton.cdiv(d, block_d)
-        splits = min(max(1, PROGRAMS // (rows * columns * views)), PARTS)
-        span = triton.cdiv(triton.cdiv(m, splits), TILE["BLOCK_M"]) * TILE["BLOCK_M"]
-        splits = triton.cdiv(m, span)
+        span, splits = launch.spans(m, TILE["BLOCK_M"], min(PROGRAMS // (rows * columns * views), PARTS))
         dz = x.z.new_empty(splits, views, n, d, dtype=torch.float32)
         _gradients[rows, splits, views * columns](
             x.z, directions, table, step, sums, dz, n, m, d, knots, span, views,

@@ -223,9 +223,7 @@ def _common(x: Arguments, part: Part | None, step: int) -> tuple[int, int, int, 
 def _spans(rows: int, m: int, config: dict[str, int]) -> tuple[int, int, int]:
     """Blocks of rows, how long spans of columns are, and how many"""
     blocks = triton.cdiv(rows, config["BLOCK_M"])
-    splits = max(1, min(PROGRAMS // blocks, PARTS))
-    span = triton.cdiv(triton.cdiv(m, splits), config["BLOCK_N"]) * config["BLOCK_N"]
-    return blocks, span, triton.cdiv(m, span)
+    return blocks, *launch.spans(m, config["BLOCK_N"], min(PROGRAMS // blocks, PARTS))
 
 
 def _kind(x: Arguments) -> tuple[bool, bool, str]:

@@ -1,12 +1,17 @@
 """What the modules of several ops share."""
 
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from sslops import backend
+
+TARGET = "cpu", "triton"
 OPERANDS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 
 
@@ -25,3 +30,14 @@ def launched(call: Callable[[], object]) -> list[str]:
     with mock.patch.object(InterpretedFunction, "run", run):
         call()
     return found
+
+
+def take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triton backend on CPU tensors"""
+    monkeypatch.setitem(backend._ORDER, "cpu", TARGET)
+    backend.refusal.cache_clear()
+    backend._choose.cache_clear()
+
+
+def case(test: Callable, *arguments: object) -> object:
+    return pytest.param(partial(test, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))

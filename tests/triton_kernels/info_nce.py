@@ -11,14 +11,13 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 import sslops
-from sslops import backend
 from sslops.distributed import Part
 from sslops.kernels.triton import info_nce, launch, rows
 from sslops.ops.info_nce import Arguments
 
 from .. import oracle
 from .. import test_info_nce as of_info_nce
-from .common import OPERANDS
+from .common import OPERANDS, TARGET, case, take_triton
 
 on_cpu = contextlib.nullcontext
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,15 +111,9 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend on CPU tensors; what is read before it was written shows"""
-    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
-    backend.refusal.cache_clear()
-    backend._choose.cache_clear()
+    take_triton(monkeypatch)
     with oracle.poisoned_memory():
         yield
-
-
-def case(test: Callable, *arguments: object) -> object:
-    return pytest.param(partial(test, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))
 
 
 def accuracy(b: int, k: int, d: int, temperature: float, dtype: torch.dtype, kind: str, **options: object) -> None:
@@ -168,7 +161,6 @@ def queue_of_another_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, eager, rtol=error, atol=error)
 
 
-TARGET = "cpu", "triton"
 KINDS = ("queue", "trainable", "in-batch")
 SHAPES = (  # on a chip without configs, whose blocks have 64 or 32 columns
     (67, 100, 33, 0.02),  # several blocks of rows, several spans; the fixed maximum with its bias

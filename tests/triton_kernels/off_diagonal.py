@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import sslops
-from sslops import backend
 from sslops.kernels.triton import barlow_twins, cross_correlation, launch, off_diagonal, vicreg
 from sslops.ops.barlow_twins import Arguments as BarlowTwins
 from sslops.ops.cross_correlation import Arguments as CrossCorrelation
@@ -22,7 +21,7 @@ from .. import test_columns as of_columns
 from .. import test_cross_correlation as of_cross_correlation
 from .. import test_vicreg as of_vicreg
 from ..oracle import check, evaluate, poisoned_memory
-from .common import OPERANDS, multiply
+from .common import OPERANDS, TARGET, multiply, take_triton
 
 
 @contextlib.contextmanager
@@ -93,16 +92,13 @@ def small() -> Iterator[Callable[[], None]]:
 
 # ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
 
-TARGET = ("cpu", "triton")
 ROUTES = ("gram", "panels")
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend on CPU tensors; what is read before it was written shows"""
-    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
-    backend.refusal.cache_clear()
-    backend._choose.cache_clear()
+    take_triton(monkeypatch)
     with on_cpu(), poisoned_memory():
         yield
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import sslops
-from sslops import backend
 from sslops.distributed import Part
 from sslops.kernels.triton import clip, launch, nearest, pairs, rows, siglip
 from sslops.ops.clip import Arguments as CLIP
@@ -21,7 +20,7 @@ from .. import oracle
 from .. import test_clip as of_clip
 from .. import test_nearest as of_nearest
 from .. import test_siglip as of_siglip
-from .common import OPERANDS, launched, multiply
+from .common import OPERANDS, TARGET, case, launched, multiply, take_triton
 
 
 @contextlib.contextmanager
@@ -115,19 +114,12 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend on CPU tensors; what is read before it was written shows"""
-    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
-    backend.refusal.cache_clear()
-    backend._choose.cache_clear()
+    take_triton(monkeypatch)
     with oracle.poisoned_memory(), on_cpu(64):
         yield
 
 
 HALF = (torch.float16, torch.bfloat16)
-TARGET = "cpu", "triton"
-
-
-def case(test: Callable, *arguments: object) -> object:
-    return pytest.param(partial(test, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))
 
 
 def of_both(n: int, d: int, dtype: torch.dtype, scale: float, noise: float = 1.0) -> None:

@@ -10,10 +10,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 import sslops
-from sslops import backend
 from sslops.kernels.triton import dino, ibot, prototypes, sinkhorn
 from sslops.ops.dino import Arguments as DINO
 from sslops.ops.ibot import Arguments as IBOT
@@ -24,7 +22,7 @@ from .. import oracle
 from .. import test_dino as of_dino
 from .. import test_ibot as of_ibot
 from .. import test_sinkhorn as of_sinkhorn
-from .common import OPERANDS
+from .common import OPERANDS, TARGET, case, launched, take_triton
 
 on_cpu = contextlib.nullcontext
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -98,19 +96,12 @@ def small() -> Iterator[Callable[[], None]]:
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend on CPU tensors; what is read before it was written shows. Rows have several chunks"""
-    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
+    take_triton(monkeypatch)
     monkeypatch.setattr(prototypes, "CHUNK", 256)
-    backend.refusal.cache_clear()
-    backend._choose.cache_clear()
     with oracle.poisoned_memory():
         yield
 
 
-def case(test: Callable, *arguments: object) -> object:
-    return pytest.param(partial(test, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))
-
-
-TARGET = "cpu", "triton"
 CASES = [
     *(
         case(of_dino.test_accuracy, *TARGET, dtype, *arguments)
@@ -218,16 +209,10 @@ def test_no_row_is_read_that_there_is_not() -> None:
 @pytest.mark.parametrize("apart", [False, True])
 def test_launches(apart: bool) -> None:
     """One a sweep for the crops of one tensor, however they are listed; one for two crops that lie anywhere"""
-    launched = []
-
-    def run(kernel: InterpretedFunction, *args: object, **kwargs: object) -> None:
-        launched.append(kernel.fn.__name__)
-
     student, teacher = torch.randn(8, 2, 20), torch.randn(2, 2, 20)
     crops = [x.clone() for x in student[:2]] if apart else [student[:2], *student[2:].unbind()]
-    with mock.patch.object(InterpretedFunction, "run", run):
-        sslops.dino(crops, teacher, backend="triton")
-    assert launched == ["_read", "_join", "_total"]
+    found = launched(lambda: sslops.dino(crops, teacher, backend="triton"))
+    assert found == ["_read", "_join", "_total"]
 
 
 def test_only_from_logits() -> None:

@@ -11,14 +11,13 @@ import triton
 import triton.language as tl
 
 import sslops
-from sslops import backend
 from sslops.kernels.triton import sigreg
 from sslops.ops import sigreg as of_op
 from sslops.ops.sigreg import Arguments
 
 from .. import oracle
 from .. import test_sigreg as of_sigreg
-from .common import OPERANDS
+from .common import OPERANDS, TARGET, case, take_triton
 
 on_cpu = contextlib.nullcontext
 
@@ -52,18 +51,11 @@ def small() -> Iterator[Callable[[], None]]:
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend on CPU tensors; what is read before it was written shows"""
-    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
-    backend.refusal.cache_clear()
-    backend._choose.cache_clear()
+    take_triton(monkeypatch)
     with oracle.poisoned_memory():
         yield
 
 
-def case(test: Callable, *arguments: object) -> object:
-    return pytest.param(partial(test, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))
-
-
-TARGET = "cpu", "triton"
 CASES = [
     *(
         case(of_sigreg.test_accuracy, *TARGET, dtype, shape, m)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 import sslops
-from sslops import backend
 from sslops.distributed import Part
 from sslops.kernels.triton import launch, pairs, rows, supcon
 from sslops.ops.supcon import Arguments
 
 from .. import oracle
 from .. import test_supcon as of_supcon
-from .common import OPERANDS, launched
+from .common import OPERANDS, TARGET, case, launched, take_triton
 
 
 def on_cpu() -> contextlib.AbstractContextManager[object]:
@@ -95,19 +94,12 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend on CPU tensors; what is read before it was written shows"""
-    monkeypatch.setitem(backend._ORDER, "cpu", ("cpu", "triton"))
-    backend.refusal.cache_clear()
-    backend._choose.cache_clear()
+    take_triton(monkeypatch)
     with oracle.poisoned_memory(), on_cpu():
         yield
 
 
 HALF = (torch.float16, torch.bfloat16)
-TARGET = "cpu", "triton"
-
-
-def case(test: Callable, *arguments: object) -> object:
-    return pytest.param(partial(test, *arguments), id=" ".join(map(str, [test.__name__, *arguments])))
 
 
 def accuracy(where: str, dtype: torch.dtype, shape: tuple[int, ...], temperature: float, noise: float = 1.0) -> None:
