@@ -13,11 +13,17 @@ from pathlib import Path
 from . import render
 
 ROUNDS = 5
+# What makes torch's libraries use no more than an instruction set: its own loops and Inductor's, oneDNN's and MKL's.
+LIBRARIES = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+}
 
 
 def pytest(tree: Path, *options: str) -> int:
     """A run of pytest in `tree`, with the sslops that is there; its exit status"""
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    isa = next((option.removeprefix("--isa=") for option in options if option.startswith("--isa=")), "")
+    environment = {**os.environ, **LIBRARIES.get(isa, {}), "PYTHONPATH": str(tree)}
     return subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=tree, env=environment).returncode
 
 

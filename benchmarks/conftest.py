@@ -36,6 +36,7 @@ PACKAGES = ("torch", "triton", "lightly", "solo-learn", "timm")
 def pytest_addoption(parser):
     group = parser.getgroup("sslops")
     group.addoption("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--isa", help="of our kernels; benchmarks/compare.py has what torch's libraries are told")
     group.addoption("--parts", help="of 'forward backward both memory'; these four are lists in quotes")
     group.addoption("--shapes", help="such as '4096x128 8192x512'; the op's file says of what")
     group.addoption("--dtypes", help="such as 'float32 bfloat16'")
@@ -50,6 +51,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("--isa"):
+        _C.set_isa(config.getoption("--isa"))
     settings.seconds, settings.only_ours = config.getoption("--seconds"), config.getoption("--only-ours")
     if config.getoption("--beside") is not None:
         settings.beside = config.getoption("--beside").split()
