@@ -15,6 +15,7 @@ def main() -> int:
     for name, example in (("shapes", "4096x128 8192x512"), ("dtypes", "float32 bfloat16"), ("parts", "forward both")):
         parser.add_argument(f"--{name}", nargs="+", help=f"such as {example}; the op's file says more")
     parser.add_argument("--isa", choices=list(compare.LIBRARIES), help="as on a CPU that has no more, torch's too")
+    parser.add_argument("--busy", help="so many processes spin meanwhile, as data loaders do")
     parser.add_argument("--threads", nargs="+", help="on a CPU; default: 1 and all cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--seconds", help="spent on timing a row; each variant runs at least three times")
@@ -27,7 +28,7 @@ def main() -> int:
     for name in ("shapes", "dtypes", "parts", "threads"):
         if getattr(arguments, name):
             options.append(f"--{name}={' '.join(getattr(arguments, name))}")
-    for name in ("isa", "device", "seconds", "minutes"):
+    for name in ("isa", "busy", "device", "seconds", "minutes"):
         if getattr(arguments, name):
             options.append(f"--{name}={getattr(arguments, name)}")
     if arguments.compare:

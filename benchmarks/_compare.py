@@ -31,8 +31,9 @@ def cases(shapes: str, dtypes: str, parts: str) -> list[Case]:
     ]
 
 
-# From the command line, by conftest.py. beside: of the variants that are not ours these only, and the limit.
-settings = SimpleNamespace(seconds=6.0, only_ours=False, beside=None)
+# From the command line, by conftest.py. beside: of the variants that are not ours these only, and the limit. busy: how
+# many other processes spin.
+settings = SimpleNamespace(seconds=6.0, only_ours=False, beside=None, busy=0)
 
 
 def record(
@@ -52,6 +53,8 @@ def record(
     if benchmark.disabled:
         benchmark.pedantic(run, setup=setup)
         return {}
+    if settings.busy:
+        facts["busy"] = settings.busy
     failed: dict[str, str] = {}
     times = interleave(variants, seconds=settings.seconds, failed=failed, ours=ours)
     medians = {name: value["median"] for name, value in times.items() if value}

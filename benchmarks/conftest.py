@@ -13,6 +13,8 @@ import os
 import platform
 import re
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from pytest_benchmark.utils import get_commit_info
 from sslops import _C
 
 from ._compare import cases, settings
+from ._process import die_with_parent
 
 try:
     from tqdm import tqdm
@@ -37,6 +40,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("sslops")
     group.addoption("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--isa", help="of our kernels; benchmarks/compare.py has what torch's libraries are told")
+    group.addoption("--busy", type=int, default=0, help="so many processes spin meanwhile, as data loaders do")
     group.addoption("--parts", help="of 'forward backward both memory'; these four are lists in quotes")
     group.addoption("--shapes", help="such as '4096x128 8192x512'; the op's file says of what")
     group.addoption("--dtypes", help="such as 'float32 bfloat16'")
@@ -54,6 +58,10 @@ def pytest_configure(config):
     if config.getoption("--isa"):
         _C.set_isa(config.getoption("--isa"))
     settings.seconds, settings.only_ours = config.getoption("--seconds"), config.getoption("--only-ours")
+    settings.busy = config.getoption("--busy")
+    for _ in range(settings.busy):
+        spin = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=die_with_parent)
+        config.add_cleanup(spin.kill)
     if config.getoption("--beside") is not None:
         settings.beside = config.getoption("--beside").split()
     if config.getoption("--device") == "cpu":
@@ -132,6 +140,17 @@ def machine(device: str) -> dict:
     }
 
 
+def commit() -> dict:
+    """pytest-benchmark's facts of the commit; what `--save` writes is no change"""
+    info = get_commit_info()
+    if info["dirty"]:
+        stored = (":!benchmarks/results", ":!RESULTS.md", ":!README.md")
+        changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *stored]
+        root = Path(__file__).parents[1]
+        info["dirty"] = bool(subprocess.run(changed, cwd=root, capture_output=True, check=True).stdout)
+    return info
+
+
 def _write(config: pytest.Config, line: dict) -> None:
     if config.getoption("--rows"):
         with config.getoption("--rows").open("a") as file:
@@ -173,7 +192,7 @@ class Progress:
 
 def pytest_sessionstart(session):
     now = datetime.datetime.now(datetime.timezone.utc).isoformat()
-    about = {"machine_info": machine(session.config.getoption("--device")), "commit_info": get_commit_info()}
+    about = {"machine_info": machine(session.config.getoption("--device")), "commit_info": commit()}
     _write(session.config, about | {"datetime": now})
     with contextlib.suppress(OSError):  # no terminal
         terminal = Path("/dev/tty").open("w")  # noqa: SIM115, for the session; pytest captures stderr
