@@ -14,17 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import cores, kernel_report
+from . import cores, kernel_report, summary
 from .kernel_report import markdown
+from .summary import Row, facts, panels
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 OPS = sorted(file.stem for file in (ROOT / "sslops/ops").glob("[a-z]*.py"))
-# What is not a fact that tells a row from others.
-MEASURED = ("run", "ours", "limit", "flop", "bytes", "times_ms", "ratios", "peak_mb", "failed")
 UNITS = {"flop": "GFLOP/s", "bytes": "GB/s"}
-
-Row = dict[str, Any]
 
 INTRO = """# Results
 
@@ -38,10 +35,6 @@ Each table names the commit that it was measured at. Those of cpu-xeon-amx-2core
 2026-11-22, before the CPU's loops over tiles moved into C++ with products of their own (2026-11-29): that machine has
 not been measured since.
 """
-
-
-def facts(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in MEASURED}
 
 
 def _rounded(value: Any) -> Any:
@@ -180,31 +173,6 @@ def _megabytes(peak: dict[str, float | None], name: str) -> str:
     return "out of memory" if peak[name] is None else f"{peak[name]:.0f}"
 
 
-def _ratios(rows: list[Row]) -> dict[str, list[float]]:
-    """variant -> how many times our time it takes, in each row that has it; without the limits"""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        times = row.get("times_ms", {})
-        for name, value in times.items():
-            if value and name not in (row["ours"], row["limit"]):
-                found.setdefault(name, []).append(value["median"] / times[row["ours"]]["median"])
-    return found
-
-
-def summary(results: dict[str, dict[str, dict]]) -> str:
-    """Of each op on each device: by how much we are faster than each variant, from the worst row to the best"""
-    lines = []
-    for op in OPS:
-        measured = {device: contents[op]["rows"] for device, contents in results.items() if op in contents}
-        for device, rows in measured.items():
-            ratios = _ratios(rows).items()
-            lines.append([op, device, ", ".join(f"{name} {min(r):.1f} to {max(r):.1f}x" for name, r in ratios)])
-        for kind in ("CPU", "GPU"):
-            if not any(device.startswith("cpu") == (kind == "CPU") for device in measured):
-                lines.append([op, kind, "not measured yet"])
-    return markdown(["op", "device", "how many times our time the others take"], lines)
-
-
 def _versions(contents: dict) -> str:
     machine = contents["machine"]
     text = f"{machine['device']}: {machine['cores']} cores, {machine['memory_gb']} GB, {machine['isa']}"
@@ -216,7 +184,14 @@ def _versions(contents: dict) -> str:
 
 def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str:
     """RESULTS.md. Remarks on the numbers are written by hand, in results/<device>/<op>.md."""
-    text = [INTRO, summary(results)]
+    text = [INTRO]
+    for device, contents in results.items():
+        if {*contents} & {*summary.USUAL}:
+            text += [f"**{device}**, float32, forward and backward, all cores:", summary.table(contents)]
+            if summary.pictures_both(contents):
+                text.append(f"![nt_xent on {device}](benchmarks/results/{device}/nt_xent.svg)")
+    if all(device.startswith("cpu") for device in results):
+        text.append("No GPU has been measured yet.")
     for op in ["limits", *OPS, "routes"]:
         if any(op in contents for contents in results.values()):
             text.append(f"## {op}")
@@ -232,60 +207,6 @@ def document(results: dict[str, dict[str, dict]], folder: Path = RESULTS) -> str
                 text.append(f"![time and memory of {op} on {device}]({picture})")
     text += [cores.section(results), kernel_report.section(), (ROOT / "benchmarks/trust.md").read_text()]
     return "\n\n".join(part.strip() for part in text) + "\n"
-
-
-# README's rows, of each machine on all its cores
-HEADLINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "SimCLR, 4,096 embeddings of 128": ("nt_xent", {"m": 4096, "d": 128}),
-    "MoCo, 256 queries against 65,536 of 128": ("info_nce", {"b": 256, "k": 65536, "d": 128}),
-    "RELIC, 4,096 pairs of 128, all negatives": ("relic", {"b": 4096, "d": 128, "k": 4095}),
-}
-
-
-def headlines(results: dict[str, dict[str, dict]]) -> str:
-    """Markdown, with the picture: our time, and the fastest of the eager forms and of the compiled ones"""
-    text = []
-    for device, contents in results.items():
-        lines = []
-        for name, (op, wanted) in HEADLINES.items():
-            wanted = {"bench": "time", "dtype": "float32", "part": "both", **wanted}
-            for row in contents.get(op, {"rows": []})["rows"]:
-                if wanted.items() <= row.items() and row["threads"] == contents[op]["machine"]["cores"]:
-                    times = {variant: t["median"] for variant, t in row["times_ms"].items() if t}
-                    ours = times[row["ours"]]
-                    others = [min(t for v, t in times.items() if kind in v) for kind in ("eager", "compile")]
-                    lines.append([name, f"{ours:,.1f} ms", *(f"{t:,.1f} ms, {t / ours:.1f}x" for t in others)])
-        if not lines:
-            continue
-        text.append(markdown([f"forward and backward, float32, {device}", "sslops", "eager", "torch.compile"], lines))
-        pictured = any(part.startswith("!") for part in text)
-        if not pictured and "nt_xent" in contents and panels(contents["nt_xent"]["rows"]):
-            picture = f"benchmarks/results/{device}/nt_xent.svg"
-            text.append(f"![time and memory of SimCLR's loss against the batch size on {device}]({picture})")
-    return "\n\n".join(text)
-
-
-def with_headlines(readme: str, results: dict[str, dict[str, dict]]) -> str:
-    """README's text, its lines between the two marks replaced"""
-    begin, end = "<!-- by benchmarks/render.py -->\n\n", "\n<!-- end -->\n"
-    before, rest = readme.split(begin)
-    return before + begin + headlines(results) + "\n" + end + rest.split(end)[1]
-
-
-def panels(rows: list[Row]) -> list[tuple[str, str, list[Row]]]:
-    """(times_ms or peak_mb, the fact that varies, the rows along it): the longest series of each, from 3 points on"""
-    found = []
-    for measure in ("times_ms", "peak_mb"):
-        for x in ("m", "n", "d", "k"):
-            series: dict[str, list[Row]] = {}
-            for row in rows:
-                if measure in row and x in row:
-                    rest = {name: value for name, value in facts(row).items() if name != x}
-                    series.setdefault(json.dumps(rest), []).append(row)
-            longest = max(series.values(), key=len, default=[])
-            if len(longest) >= 3:
-                found.append((measure, x, sorted(longest, key=lambda row: row[x])))
-    return found
 
 
 def plot(rows: list[Row], file: Path) -> None:
@@ -328,7 +249,7 @@ def main(added: Iterable[Path] = ()) -> None:
     results = load(RESULTS)
     (ROOT / "RESULTS.md").write_text(document(results))
     readme = ROOT / "README.md"
-    readme.write_text(with_headlines(readme.read_text(), results))
+    readme.write_text(summary.with_headlines(readme.read_text(), results))
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed")
         return

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _compare, compare, gpu, kernel_report, peers, render, smoke
+from benchmarks import _compare, compare, gpu, kernel_report, peers, render, smoke, summary
 from sslops import backend
 
 from .triton_kernels import resources
@@ -31,14 +31,22 @@ def test_results_md_is_what_the_data_say():
     assert (ROOT / "RESULTS.md").read_text() == text, "run python -m benchmarks.render"
 
 
+def test_every_measured_op_has_its_row_in_the_first_table():
+    stored = [(op, found) for contents in render.load(render.RESULTS).values() for op, found in contents.items()]
+    for op in render.OPS:
+        assert not any(op == name for name, _ in stored) or any(
+            op == name and summary.usual(op, found) for name, found in stored
+        ), op
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("bench_*.py")), ids=lambda file: file.stem)
 def test_every_benchmark_has_cases_for_every_device(file):
     """One without is an error of the whole collection"""
     cases = getattr(importlib.import_module(f"benchmarks.{file.stem}"), "CASES", None)
     assert cases is None or {"cpu", "cuda", "small"} <= cases.keys()
     readme = (ROOT / "README.md").read_text()
-    assert readme == render.with_headlines(readme, render.load(render.RESULTS)), "run python -m benchmarks.render"
-    assert all(name in readme for name in render.HEADLINES)
+    assert readme == summary.with_headlines(readme, render.load(render.RESULTS)), "run python -m benchmarks.render"
+    assert all(f"{name}, {summary.USUAL[op][0]}" in readme for op, name in summary.HEADLINES.items())
 
 
 class TestInterleave:
