@@ -2,6 +2,11 @@
 
 #include <sched.h>
 #include <time.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "torch_symbol.h"
 
@@ -37,20 +42,118 @@ TorchParallelFor torch_pool() {
 
 const char* parallel_backend() { return torch_pool() ? "torch" : "serial"; }
 
+namespace {
+
+void pool_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* ctx) {
+#ifdef __SANITIZE_THREAD__
+  Seen seen{fn, ctx};
+  __tsan_release(&seen);
+  torch_pool()(begin, end, grain, Seen::run, &seen);
+  __tsan_acquire(&seen);
+#else
+  torch_pool()(begin, end, grain, fn, ctx);
+#endif
+}
+
+// Threads that stand by, and the loop that is theirs.
+struct Team {
+  void (*body)(void* ctx);
+  void* body_ctx;
+  int64_t threads = 1;
+  RangeFn fn = nullptr;
+  void* ctx = nullptr;
+  int64_t begin = 0, end = 0, part = 0;
+  uint64_t parts = 0;  // how many, << 32, and the next one that nobody has
+  int32_t loops = 0;   // that there were, and one for the end
+  int32_t done = 0;    // parts, of all loops
+  int32_t gone = 0;    // threads that no longer stand by
+  bool over = false;
+};
+thread_local Team* team = nullptr;  // of the thread that runs the body
+thread_local bool alone = false;
+
+// Takes parts of the loop as long as there are any. A part that was taken holds the loop open: what is read after that
+// is of the same one.
+void work(Team& t) {
+  for (uint64_t seen = __atomic_load_n(&t.parts, __ATOMIC_ACQUIRE);;) {
+    const uint64_t next = seen & 0xffffffff;
+    if (next >= seen >> 32) return;
+    if (!__atomic_compare_exchange_n(&t.parts, &seen, seen + 1, false, __ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)) continue;
+    const int64_t begin = t.begin + static_cast<int64_t>(next) * t.part;
+    t.fn(begin, t.end - begin < t.part ? t.end : begin + t.part, t.ctx);
+    advance(&t.done);
+    seen = __atomic_load_n(&t.parts, __ATOMIC_ACQUIRE);
+  }
+}
+
+void stand_by(Team& t) {
+  for (int32_t seen = 0;;) {
+    wait_for(&t.loops, seen + 1);
+    seen = __atomic_load_n(&t.loops, __ATOMIC_ACQUIRE);
+    if (__atomic_load_n(&t.over, __ATOMIC_ACQUIRE)) return;
+    work(t);
+  }
+}
+
+void lead(Team& t, int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* ctx) {
+  const int64_t most = (end - begin + grain - 1) / grain, parts = most < t.threads ? most : t.threads;
+  t.fn = fn, t.ctx = ctx, t.begin = begin, t.end = end, t.part = (end - begin + parts - 1) / parts;
+  const int64_t filled = (end - begin + t.part - 1) / t.part;
+  const int32_t wanted = __atomic_load_n(&t.done, __ATOMIC_RELAXED) + static_cast<int32_t>(filled);
+  __atomic_store_n(&t.parts, static_cast<uint64_t>(filled) << 32, __ATOMIC_RELEASE);
+  advance(&t.loops);
+  team = nullptr;  // loops in a loop are its thread's own
+  work(t);
+  team = &t;
+  wait_for(&t.done, wanted);
+}
+
+constexpr int64_t kMany = 1 << 20;  // more than a pool has threads
+
+}  // namespace
+
 void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* ctx) {
   if (begin >= end) return;
-  if (TorchParallelFor pool = torch_pool(); pool && end - begin > grain) {
-#ifdef __SANITIZE_THREAD__
-    Seen seen{fn, ctx};
-    __tsan_release(&seen);
-    pool(begin, end, grain, Seen::run, &seen);
-    __tsan_acquire(&seen);
-#else
-    pool(begin, end, grain, fn, ctx);
-#endif
-  } else {
-    fn(begin, end, ctx);
+  if (end - begin <= grain || alone || !torch_pool()) return fn(begin, end, ctx);
+  if (team) return lead(*team, begin, end, grain, fn, ctx);
+  pool_range(begin, end, grain, fn, ctx);
+}
+
+// A loss of N rows has at most N x N logits.
+bool is_small(const Tensor& x) {
+  constexpr int64_t kSmall = 8192;
+  return x.numel <= kSmall && (x.dim == 0 || x.sizes[0] * x.sizes[0] <= kSmall);
+}
+bool is_small(const Tensors& x) {
+  for (int64_t k = 0; k < x.count; ++k)
+    if (!is_small(x.data[k])) return false;
+  return true;
+}
+
+void run_together(bool small, void (*body)(void* ctx), void* ctx) {
+  if (small || !torch_pool()) {
+    alone = true;
+    body(ctx);
+    alone = false;
+    return;
   }
+  Team t{body, ctx};
+  const RangeFn each = [](int64_t begin, int64_t end, void* ctx) {
+    Team& t = *static_cast<Team*>(ctx);
+    if (begin) {  // the first part is that of the thread that asks
+      stand_by(t);
+      return advance(&t.gone);
+    }
+    t.threads = (kMany + end - 1) / end;
+    if (t.threads > 1) team = &t;
+    t.body(t.body_ctx);
+    team = nullptr;
+    __atomic_store_n(&t.over, true, __ATOMIC_RELEASE);
+    advance(&t.loops);
+    // The pool would wait for them awake, on the core that one of them may need.
+    wait_for(&t.gone, static_cast<int32_t>(t.threads - 1));
+  };
+  pool_range(0, kMany, 1, each, &t);
 }
 
 namespace {
@@ -78,11 +181,49 @@ bool give_up() {
   return call->interrupted_ = call->interrupt_();
 }
 
-void wait_for(const int32_t* progress, int32_t wanted) {
-  for (int spins = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) < wanted;)
-    if (++spins > 256) sched_yield();
+namespace {
+
+int sleepers = 0;  // threads that wait_for() may have put to sleep
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
-void advance(int32_t* progress) { __atomic_fetch_add(progress, 1, __ATOMIC_RELEASE); }
+void sleep_while(const int32_t* word, int32_t value) {
+#ifdef __linux__
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+#else
+  sched_yield();
+#endif
+}
+
+void wake(const int32_t* word) {
+#ifdef __linux__
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#endif
+}
+
+}  // namespace
+
+void wait_for(const int32_t* progress, int32_t wanted) {
+  constexpr int kSpins = 10000;  // some 200 microseconds
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (__atomic_load_n(progress, __ATOMIC_ACQUIRE) >= wanted) return;
+    relax();
+  }
+  __atomic_fetch_add(&sleepers, 1, __ATOMIC_SEQ_CST);
+  for (int32_t seen; (seen = __atomic_load_n(progress, __ATOMIC_SEQ_CST)) < wanted;) sleep_while(progress, seen);
+  __atomic_fetch_sub(&sleepers, 1, __ATOMIC_SEQ_CST);
+}
+
+// Either this sees the sleeper, or the sleeper this progress.
+void advance(int32_t* progress) {
+  __atomic_fetch_add(progress, 1, __ATOMIC_SEQ_CST);
+  if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST)) wake(progress);
+}
 
 }  // namespace sslops

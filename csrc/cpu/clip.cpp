@@ -68,7 +68,7 @@ void backward(Tensor grad, Tensor image, Tensor text, double logit_scale, bool n
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{sums, close, backward};
+extern const Table table{together<sums>, close, together<backward>};
 }
 
 }  // namespace sslops::clip

@@ -5,8 +5,8 @@
 namespace sslops {
 namespace {
 
-constexpr int64_t kSide = 128;  // of a tile
-constexpr int64_t kDeep = 256;  // rows at a time: what a tile meets of them is in the second-level cache
+constexpr int64_t kSide = 256;  // of a tile: the larger, the less of the matrices passes by for each product
+constexpr int64_t kDeep = 128;  // rows at a time: what a tile meets of them is in the second-level cache
 
 // [N, D] in float32, panels of kSide columns one after another: what a tile meets is on few pages, its rows an odd
 // number of lines apart.
@@ -55,12 +55,16 @@ inline void multiply(const Matrix& a, int64_t i, const Matrix& b, int64_t j, flo
          {b.panel(j) + k * b.ld, b.ld, kPanel}, s, ld, k > 0);
 }
 
-// out's panel j (+)= a's panel i times w [panel's width, q]
+// out [count, q] (+)= rows from `first` of a's panel i times w [panel's width, q]
+inline void multiply_back(const Matrix& a, int64_t i, int64_t first, int64_t count, const float* w, int64_t ld,
+                          int64_t q, float* out, int64_t ld_out, bool add) {
+  for (int64_t k = 0; k < count; k += kDeep)
+    gemm(at_most(count - k, kDeep), q, a.width(i), {a.panel(i) + (first + k) * a.ld, a.ld, 1}, {w, ld, kPanel},
+         out + k * ld_out, ld_out, add);
+}
 inline void multiply_back(const Matrix& a, int64_t i, const float* w, int64_t ld, int64_t q, Matrix& out, int64_t j,
                           bool add) {
-  for (int64_t k = 0; k < a.n; k += kDeep)
-    gemm(a.n - k < kDeep ? a.n - k : kDeep, q, a.width(i), {a.panel(i) + k * a.ld, a.ld, 1}, {w, ld, kPanel},
-         out.panel(j) + k * out.ld, out.ld, add);
+  multiply_back(a, i, 0, a.n, w, ld, q, out.panel(j), out.ld, add);
 }
 
 // to [q, p] = w^T, w [p, q]

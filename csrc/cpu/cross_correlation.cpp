@@ -26,31 +26,30 @@ void forward(Tensor z_a, Tensor z_b, double eps, Tensor moments_a, Tensor moment
 void product(Tensor z, double eps, Tensor moments, DType operand, Tensor dc, bool transposed, Tensor g) {
   const Matrix a(View(z, true, eps, operand, 1, moments));
   constexpr int64_t ld = stride_of(kSide);
-  struct State {
-    Buffer<float> w;
-    Matrix out;
-  };
+  const int64_t d = a.d, blocks = ceil_div(16, a.panels), rows = round_up(ceil_div(a.n, blocks), kDeep);
   parallel_tickets(
-      a.panels, [&] { return State{Buffer<float>(kSide * ld), Matrix(a.n, kSide)}; },
-      [&](int64_t j, State& state) {
-        const int64_t d = a.d, q = a.width(j);
-        for (int64_t i = 0; i < a.panels; ++i) {
+      a.panels * blocks, [&] { return Buffer<float>((kSide + rows) * ld); },
+      [&](int64_t ticket, Buffer<float>& w) {
+        const int64_t j = ticket / blocks, first = ticket % blocks * rows, count = at_most(a.n - first, rows);
+        const int64_t q = a.width(j);
+        float* const out = w + kSide * ld;
+        for (int64_t i = 0; i < a.panels && count > 0; ++i) {
           const float* const from = dc.as<float>() + (transposed ? i * d + j : j * d + i) * kSide;
           if (transposed)
-            for (int64_t k = 0; k < a.width(i); ++k) std::memcpy(state.w + k * ld, from + k * d, q * sizeof(float));
+            for (int64_t k = 0; k < a.width(i); ++k) std::memcpy(w + k * ld, from + k * d, q * sizeof(float));
           else
-            transpose(from, q, a.width(i), d, state.w, ld);
-          multiply_back(a, i, state.w, ld, q, state.out, 0, i > 0);
+            transpose(from, q, a.width(i), d, w, ld);
+          multiply_back(a, i, first, count, w, ld, q, out, ld, i > 0);
         }
-        for (int64_t i = 0; i < a.n; ++i)
-          std::memcpy(g.as<float>() + i * d + j * kSide, state.out.data + i * state.out.ld, q * sizeof(float));
+        for (int64_t i = 0; i < count; ++i)
+          std::memcpy(g.as<float>() + (first + i) * d + j * kSide, out + i * ld, q * sizeof(float));
       });
 }
 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, product};
+extern const Table table{together<forward>, together<product>};
 }
 
 }  // namespace sslops::cross_correlation

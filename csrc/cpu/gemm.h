@@ -10,6 +10,7 @@ namespace {
 constexpr int kVectors = 2, kPanel = kVectors * kLanes;  // columns of C that stay in registers
 constexpr int kRows = kLanes == 16 ? 8 : 6;              // ... and rows: as many as there are registers for
 constexpr int64_t kDepth = 4096 / kPanel;                // of B at a time: 16 KiB, half of a first-level cache
+constexpr int64_t kAhead = 16;                           // steps of a sum that operands are fetched before
 
 // a(i, k) = data[i * row + k * column]
 struct Left {
@@ -32,6 +33,10 @@ SSLOPS_INLINE void micro(int64_t depth, Left a, const float* b, int64_t b_row, f
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) sums[i][j] = F{};
   for (int64_t k = 0; k < depth; ++k, a.data += a.column, b += b_row) {
+    if constexpr (kM == kRows) {  // rows of a matrix, that the processor does not foresee
+      __builtin_prefetch(a.data + kAhead * a.column);
+      __builtin_prefetch(b + kAhead * b_row);
+    }
     F right[kN];
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) right[j] = load(b + j * kLanes);

@@ -270,7 +270,7 @@ void backward(Tensor grad, Tensor query, Tensor key, Tensor negatives, Tensor qu
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, backward};
+extern const Table table{together<forward>, together<backward>};
 }
 
 }  // namespace sslops::info_nce

@@ -145,7 +145,7 @@ void forward(Tensor query, Tensor support, bool normalize, DType operand, int64_
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward};
+extern const Table table{together<forward>};
 }
 
 }  // namespace sslops::nearest

@@ -128,7 +128,7 @@ void backward(Tensor grad, Tensor z0, Tensor z1, Tensor classes, double temperat
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, backward};
+extern const Table table{together<forward>, together<backward>};
 }
 
 }  // namespace sslops::nt_xent

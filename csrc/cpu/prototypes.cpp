@@ -319,7 +319,7 @@ void features(Tensors student, Tensors teacher, Tensor prototypes, Tensor teache
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, backward, features};
+extern const Table table{together<forward>, together<backward>, together<features>};
 }
 
 }  // namespace sslops::prototypes

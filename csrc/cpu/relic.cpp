@@ -289,7 +289,7 @@ void backward(Tensor grad, Tensor online, Tensor target, double temperature, dou
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, backward};
+extern const Table table{together<forward>, together<backward>};
 }
 
 }  // namespace sslops::relic

@@ -49,7 +49,7 @@ void forward(Tensor image, Tensor text, double logit_scale, double bias, bool no
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward};
+extern const Table table{together<forward>};
 }
 
 }  // namespace sslops::siglip

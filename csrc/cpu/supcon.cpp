@@ -230,7 +230,7 @@ void among_keys(Tensor z, Tensor classes, Tensor ids, Tensor row_weights, Tensor
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{forward, backward, among_keys};
+extern const Table table{together<forward>, together<backward>, together<among_keys>};
 }
 
 }  // namespace sslops::supcon
