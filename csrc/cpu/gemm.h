@@ -29,9 +29,11 @@ template <int kM, int kN>
 SSLOPS_INLINE void micro(int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t ldc, bool add) {
   F sums[kM][kN];
 #pragma GCC unroll 16
-  for (int i = 0; i < kM; ++i)
+  for (int i = 0; i < kM; ++i) {
+    for (int j = 0; j < kN * kLanes && add; j += 16) __builtin_prefetch(c + i * ldc + j, 1);  // wanted in the end
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) sums[i][j] = F{};
+  }
   for (int64_t k = 0; k < depth; ++k, a.data += a.column, b += b_row) {
     if constexpr (kM == kRows) {  // rows of a matrix, that the processor does not foresee
       __builtin_prefetch(a.data + kAhead * a.column);
