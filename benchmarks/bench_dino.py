@@ -21,7 +21,7 @@ CASES = {
         *cases("10x32x65536", "bfloat16", "both"),
         *cases("10x32x65536 10x32x65536x256", "float32", "memory"),
     ],
-    "cuda": cases("10x64x65536 10x128x4096", "bfloat16", "both"),
+    "cuda": cases("10x64x65536 10x128x4096 10x64x65536x256", "bfloat16", "both"),
     "small": cases("3x2x40 10x5x3000 10x5x300x16", "float32 bfloat16", "both"),
 }
 Crops = list[torch.Tensor]

@@ -19,7 +19,7 @@ CASES = {
         *cases("256x65536 1024x8192x256", "bfloat16", "both"),
         *cases("256x65536 1024x65536x256", "float32", "memory"),
     ],
-    "cuda": cases("2048x8192 2048x65536", "bfloat16", "both"),
+    "cuda": cases("2048x8192 2048x65536 3763x65536x256", "bfloat16", "both"),
     "small": cases("3x40 70x3000 70x300x16", "float32 bfloat16", "both"),
 }
 

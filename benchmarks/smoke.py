@@ -87,6 +87,15 @@ def ibot(student: Tensor, backend: str) -> Tensor:
     return sslops.ibot(student, 2 * student.flip(1), index=index, weights=index / 9, backend=backend)
 
 
+def ibot_of_features(student: Tensor, prototypes: Tensor, backend: str) -> Tensor:
+    layers = {"prototypes": prototypes, "teacher_prototypes": prototypes.flip(0), "unit_prototypes": True}
+    return sslops.ibot(student, 2 * student.flip(1), student_temp=0.3, backend=backend, **layers)
+
+
+def swav_of_embeddings(scores: Tensor, prototypes: Tensor, backend: str) -> Tensor:
+    return sslops.swav(F.normalize(scores, dim=2), prototypes=prototypes, unit_prototypes=True, backend=backend)
+
+
 def update(target: Tensor, source: Tensor, backend: str) -> tuple[Tensor, ...]:
     target = target.clone()
     sslops.ema_update_([target], [source], 0.99, backend=backend)
@@ -159,7 +168,9 @@ CASES = [
         for shape in ((300, 64), (70, 200))
     ),
     Case("ibot", ibot, normal((64, 5000))),
+    Case("ibot", ibot_of_features, normal((600, 70), (30000, 70))),
     Case("sinkhorn", partial(sslops.swav, epsilon=0.2), normal((4, 40, 300))),
+    Case("dino", swav_of_embeddings, normal((2, 300, 70), (60000, 70))),
     Case("gather_patches", lambda x, backend: sslops.gather_patches(x, ids(x, 5), 8, backend=backend),
          normal((4, 3, 32, 32))),
     Case("gather_tokens", lambda x, backend: sslops.gather_tokens(x, ids(x, 5), backend=backend), normal((4, 16, 100))),

@@ -118,11 +118,6 @@ def is_ready(student: Any, prototypes: Any) -> bool:
     return prototypes is not None or not (half or torch.compiler.is_compiling())
 
 
-def form(x: Any) -> str:
-    """What not every kernel has"""
-    return "" if x.prototypes is None else "last layer of its own"
-
-
 def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 

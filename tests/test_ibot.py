@@ -266,24 +266,29 @@ def test_features_under_autocast(device, backend):
     with torch.autocast(device, torch.bfloat16):
         found = oracle.evaluate(lambda *x, **y: from_features(*x, *tensors[2:], **y), tensors[:2], backend)
     assert [x.dtype for x in found] == [torch.float32] * 3
-    if sslops._C.isa() != "amx":  # which rounds the weights of the way back
+    if backend == "cpu" and sslops._C.isa() != "amx":  # others round what they multiply on the way back
         assert all(map(torch.equal, found, expected))
+    else:
+        off = [max(oracle.errors(x, y.double())) for x, y in zip(found, expected, strict=True)]
+        assert max(off) < torch.finfo(torch.bfloat16).eps
 
 
 @each_target
-def test_features_are_a_linear_layer(device, backend):
+@pytest.mark.parametrize("rows", [300])
+def test_features_are_a_linear_layer(device, backend, rows):
     """with an index of the teacher's rows, and the metrics of the logits"""
-    student, prototypes, teacher, of_teacher = features(300, 70, 24, device=device)
-    weights, index = spread(300, 40, device)
+    student, prototypes, teacher, of_teacher = features(rows, 70, 24, device=device)
+    size = min(rows, 40)
+    weights, index = spread(rows, size, device)
     options = {"index": index, "weights": weights, "return_metrics": True, "backend": backend}
     answers = []
     for fused in (True, False):
         leaves = [x.clone().requires_grad_() for x in (student, prototypes)]
         if fused:
             layers = {"prototypes": leaves[1], "teacher_prototypes": of_teacher}
-            loss, metrics = sslops.ibot(leaves[0], teacher[:40], **layers, **options)
+            loss, metrics = sslops.ibot(leaves[0], teacher[:size], **layers, **options)
         else:
-            loss, metrics = sslops.ibot(leaves[0] @ leaves[1].t(), teacher[:40] @ of_teacher.t(), **options)
+            loss, metrics = sslops.ibot(leaves[0] @ leaves[1].t(), teacher[:size] @ of_teacher.t(), **options)
         answers.append([loss.detach(), *metrics, *torch.autograd.grad(loss, leaves)])
     for ours, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -291,9 +296,10 @@ def test_features_are_a_linear_layer(device, backend):
 
 @each_target
 @pytest.mark.parametrize("unit", [True, False])
-def test_a_frozen_last_layer_changes_no_bit(device, backend, unit):
+@pytest.mark.parametrize("rows", [300])
+def test_a_frozen_last_layer_changes_no_bit(device, backend, unit, rows):
     """of the student's gradient, nor does frozen features those of the prototypes; forward's are backward's"""
-    student, prototypes, *rest = features(300, 70, 24, device=device)
+    student, prototypes, *rest = features(rows, 70, 24, device=device)
     found = []
     for wanted in ((True, True), (True, False), (False, True)):
         leaves = [x.clone().requires_grad_(each) for x, each in zip((student, prototypes), wanted, strict=True)]

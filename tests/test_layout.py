@@ -27,6 +27,7 @@ SHARED = {
     "kernels/native/call.py",
     "kernels/native/patches.py",
     "kernels/triton/columns.py",
+    "kernels/triton/last_layer.py",
     "kernels/triton/launch.py",
     "kernels/triton/off_diagonal.json",
     "kernels/triton/off_diagonal.py",

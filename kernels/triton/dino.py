@@ -1,4 +1,4 @@
-"""DINO in Triton: see kernels/triton/prototypes.py."""
+"""DINO in Triton: see kernels/triton/prototypes.py and last_layer.py."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import prototypes
+from . import last_layer, prototypes
 from .launch import refuses  # noqa: F401
 from .prototypes import Problem
 
 if TYPE_CHECKING:
     from sslops.ops.dino import Arguments
-
-
-LACKS = ("last layer of its own",)
 
 
 def _problem(x: Arguments) -> Problem:
@@ -25,8 +22,10 @@ def _problem(x: Arguments) -> Problem:
 
 
 def forward(x: Arguments) -> tuple[Tensor, ...]:
-    return prototypes.forward(x, _problem(x))
+    return (prototypes if x.prototypes is None else last_layer).forward(x, _problem(x))
 
 
 def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> tuple[list[Tensor], Tensor]:
+    if x.prototypes is not None:
+        return last_layer.backward(grad, x, _problem(x))
     return prototypes.backward(grad, _problem(x), stats), grad.new_empty(0)

@@ -1,4 +1,4 @@
-"""iBOT in Triton: one pair of views of each example; see kernels/triton/prototypes.py."""
+"""iBOT in Triton: one pair of views of each example; see kernels/triton/prototypes.py and last_layer.py."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import prototypes
+from . import last_layer, prototypes
 from .launch import refuses  # noqa: F401
 from .prototypes import Problem
 
 if TYPE_CHECKING:
     from sslops.ops.ibot import Arguments
-
-
-LACKS = ("last layer of its own",)
 
 
 def _problem(x: Arguments) -> Problem:
@@ -26,9 +23,12 @@ def _problem(x: Arguments) -> Problem:
 
 
 def forward(x: Arguments) -> tuple[Tensor, ...]:
-    result, entropy, stats, *gradients = prototypes.forward(x, _problem(x))
-    return result, entropy, stats, *(gradient[0] for gradient in gradients)
+    result, entropy, stats, *gradients = (prototypes if x.prototypes is None else last_layer).forward(x, _problem(x))
+    return result, entropy, stats, *(d_student.squeeze(0) for d_student in gradients[:1]), *gradients[1:]
 
 
 def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    return prototypes.backward(grad, _problem(x), stats)[0][0], grad.new_empty(0)
+    if x.prototypes is None:
+        return prototypes.backward(grad, _problem(x), stats)[0].squeeze(0), grad.new_empty(0)
+    (d_student,), d_prototypes = last_layer.backward(grad, x, _problem(x))
+    return d_student.squeeze(0), d_prototypes

@@ -296,7 +296,7 @@ def rows_of(teacher: Sequence[Tensor], temperature: float | Tensor, bias: Tensor
 def read(
     rows: Rows, entropy: Tensor | None = None, student: Sequence[Tensor] = (), temperature: float | Tensor = 1.0,
     stats: Tensor | None = None, same_view: bool = True,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Any]:  # fmt: skip
     """The teachers' maxima and 1 over their sums [2, T, B], and the students' losses [V, B]; fills entropy and stats"""
     (b, _, _, teachers), chunks = rows.sizes, rows.chunks
     views = 0 if stats is None else stats.shape[1]
@@ -321,11 +321,11 @@ def read(
     return teacher_stats, losses
 
 
-def _write_gradients(
+def write_gradients(
     problem: Problem, rows: Rows, teacher_stats: Tensor, stats: Tensor, grad: Tensor | None, gradients: list[Tensor]
 ) -> None:
-    b, _, _, teachers = rows.sizes
-    share = 1 / (_pairs(problem, stats, teachers) * (b if problem.mean else 1))
+    b = rows.sizes[0]
+    share = 1 / (pairs_of(problem) * (b if problem.mean else 1))
     for run in runs(problem.student, gradients):
         _write[b, rows.chunks](
             rows.teacher, rows.bias, rows.index, teacher_stats, run.first[0], stats, run.first[1], problem.weights,
@@ -334,48 +334,61 @@ def _write_gradients(
         )  # fmt: skip
 
 
-def _pairs(problem: Problem, stats: Tensor, teachers: int) -> int:
-    views = stats.shape[1]
+def views_of(problem: Problem) -> tuple[int, int]:
+    """Of the student and of the teacher"""
+    return sum(map(len, problem.student)), sum(map(len, problem.teacher))
+
+
+def pairs_of(problem: Problem) -> int:
+    views, teachers = views_of(problem)
     return views * teachers - (0 if problem.same_view else min(views, teachers))
 
 
-def _rows(problem: Problem) -> Rows:
+def rows_of_problem(problem: Problem) -> Rows:
     return rows_of(problem.teacher, problem.teacher_temp, problem.bias, problem.index)
+
+
+def reduced(problem: Problem, of_views: Tensor, reduction: str) -> Tensor:
+    """The op's result, from the losses [V, B]"""
+    (views, b), new = of_views.shape, of_views.new_empty
+    losses, loss = (new(b), None) if reduction == "none" else (None, new(()))
+    if b:
+        share, mean = 1 / pairs_of(problem), 1 / b if problem.mean else 1.0
+        _total[1,](
+            of_views, problem.weights, share, mean, losses, loss, b, views, EXAMPLES, num_warps=8, **launch.FUSED
+        )
+    elif loss is not None:
+        loss.fill_(float("nan") if problem.mean else 0.0)
+    result = losses if loss is None else loss
+    assert result is not None
+    return result
 
 
 def forward(x: Any, problem: Problem) -> tuple[Tensor, ...]:
     """The op's outputs, the gradient as [V, B, K]"""
     first = problem.student[0]
     b, k = first.shape[1:]
-    views, teachers = (sum(map(len, crops)) for crops in (problem.student, problem.teacher))
+    views, teachers = views_of(problem)
     new = first.new_empty
-    losses, loss = (new(b, **FLOAT32), None) if x.reduction == "none" else (None, new((), **FLOAT32))
     entropy, stats = new(teachers, b, **FLOAT32), new(2, views, b, **FLOAT32)
-    gradients = [new(views, b, k)] if x.ready and x.needs_grad[0] and loss is not None else []
+    gradients = [new(views, b, k)] if x.ready and x.needs_grad[0] and x.reduction != "none" else []
+    of_views = stats[0]  # where there is no row
     with launch.on(first.device):
         if b:
-            rows = _rows(problem)
+            rows = rows_of_problem(problem)
             teacher_stats, of_views = read(
                 rows, entropy, problem.student, problem.student_temp, stats, problem.same_view
             )
-            share, mean = 1 / _pairs(problem, stats, teachers), 1 / b if problem.mean else 1.0
-            _total[1,](
-                of_views, problem.weights, share, mean, losses, loss, b, views, EXAMPLES, num_warps=8, **launch.FUSED
-            )
             if gradients:
-                _write_gradients(problem, rows, teacher_stats, stats, None, gradients)
-        elif loss is not None:
-            loss.fill_(float("nan") if problem.mean else 0.0)
-    result = losses if loss is None else loss
-    assert result is not None
-    return result, entropy, stats, *gradients
+                write_gradients(problem, rows, teacher_stats, stats, None, gradients)
+        return reduced(problem, of_views, x.reduction), entropy, stats, *gradients
 
 
 def backward(grad: Tensor, problem: Problem, stats: Tensor) -> list[Tensor]:
     gradients = [torch.empty_like(crop) for crop in problem.student]
     if stats.numel():
         with launch.on(grad.device):
-            rows = _rows(problem)
+            rows = rows_of_problem(problem)
             teacher_stats, _ = read(rows)
-            _write_gradients(problem, rows, teacher_stats, stats, grad, gradients)
+            write_gradients(problem, rows, teacher_stats, stats, grad, gradients)
     return gradients

@@ -59,7 +59,7 @@ def _check_arguments(x: Arguments) -> None:
         _check.bad_value("dino", "bias", f"shape [K] or [{teachers}, K]", list(x.bias.shape))
 
 
-_run = register("dino", Arguments, outputs, reference=reference, check=_check_arguments, form=_prototypes.form,
+_run = register("dino", Arguments, outputs, reference=reference, check=_check_arguments,
                 gradients=("student", "prototypes"), unit=("gradient", "d_prototypes"))  # fmt: skip
 
 
@@ -99,8 +99,9 @@ def dino(
     gradient is found in forward, and nothing else of the logits' size is written.
 
     With `prototypes` the last layer is part of it: the student's logits are student @ prototypes.T, which are made in
-    chunks of about 256 rows, in forward, with the gradients of both. In memory are one chunk's logits of the
-    student, and of the teacher if it has a last layer too, and the gradients: no [V, B, K].
+    chunks of about 256 rows (512 on a GPU, more where they are short), in forward, with the gradients of both. In
+    memory are one chunk's logits of the student, and of the teacher if it has a last layer too, and the gradients: no
+    [V, B, K].
 
     Args:
         student: [V, B, K], or a list of crops [B, K] or [V_i, B, K], of any float dtype. Lists cost no copy. With
@@ -124,7 +125,7 @@ def dino(
         group: None, or "world" or a ProcessGroup over whose ranks the images lie, also if they are not as many on each:
             a mean or a sum is that of all, the same on every rank; "none" gives the rank's own. Gradients are those of
             the whole batch after DDP's averaging.
-        backend: "cpu", "triton" (from logits) or "eager"; the fastest that can run if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no

@@ -46,7 +46,7 @@ def _check_arguments(x: Arguments) -> None:
         _check.bad_value("ibot", "teacher", f"{len(x.student)} rows, as the student has", list(x.teacher.shape))
 
 
-_run = register("ibot", Arguments, outputs, reference=reference, check=_check_arguments, form=_prototypes.form,
+_run = register("ibot", Arguments, outputs, reference=reference, check=_check_arguments,
                 gradients=("student", "prototypes"), unit=("gradient", "d_prototypes"))  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def ibot(
         index: [R] int64, the teacher's row for each of the student's: on the CPU its range is checked.
         student_temp, teacher_temp, bias [K], return_metrics, backend: as `dino` has them.
         prototypes [K, D], teacher_prototypes [K, E], unit_prototypes: as `dino` has them: the last layer is part of the
-            loss, in chunks of at most 256 rows, and no [R, K] is in memory. Of ReSSL, the queue, detached, twice.
+            loss, in chunks of rows, and no [R, K] is in memory. Of ReSSL, the queue, detached, twice.
         reduction: "mean": sum w_i loss_i / sum w_i; "sum", or "none": w_i loss_i, [R].
         group: as `dino` has it: ranks may have different numbers of rows, and weigh as these do.
 

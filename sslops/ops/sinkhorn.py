@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check, distributed
 from .._check import Of
 from .._library import Out, register
-from .._prototypes import check_prototypes, count, detached, form, project
+from .._prototypes import check_prototypes, count, detached, project
 from ..backend import kernel
 
 STARTS = ("scores", "probabilities")
@@ -84,8 +84,7 @@ def _forward(x: Arguments) -> Tensor:
     return found
 
 
-_run = register("sinkhorn", Arguments, outputs, reference=reference, check=_check_arguments, form=form,
-                forward=_forward)  # fmt: skip
+_run = register("sinkhorn", Arguments, outputs, reference=reference, check=_check_arguments, forward=_forward)
 
 
 @distributed.in_step
@@ -118,10 +117,10 @@ def sinkhorn(
             softmax, as MSN does. There a prototype without mass keeps its b, and the mass that all rows give it counts
             as none if it is below e^-87, float32's smallest normal number (e^-103 in the reference).
         prototypes [K, D], unit_prototypes: as `dino` has them: the scores are scores @ prototypes.T, of which only a
-            chunk of at most 256 rows is in memory. They are made again in each iteration, a product each.
+            chunk of rows is in memory. They are made again in each iteration, a product each.
         group: None, or "world" or a ProcessGroup over whose ranks the batch lies; ranks may have different numbers of
             rows. K numbers travel in an iteration, and in the first one twice.
-        backend: "cpu", "triton" (from logits) or "eager"; the fastest that can run if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run if None (see `sslops.explain`).
 
     Returns:
         b, [K] or [V, K] in float32 (float64 for float64 input), up to a constant that cancels in the softmax: its mean

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sslops
-from sslops.kernels.triton import dino, ibot, prototypes, sinkhorn
+from sslops.kernels.triton import dino, ibot, last_layer, launch, prototypes, sinkhorn
 from sslops.ops.dino import Arguments as DINO
 from sslops.ops.ibot import Arguments as IBOT
 from sslops.ops.sinkhorn import Arguments as Sinkhorn
@@ -22,10 +22,16 @@ from .. import oracle
 from .. import test_dino as of_dino
 from .. import test_ibot as of_ibot
 from .. import test_sinkhorn as of_sinkhorn
-from .common import OPERANDS, TARGET, case, launched, take_triton
+from .common import OPERANDS, TARGET, case, launched, multiply, take_triton
 
-on_cpu = contextlib.nullcontext
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """In chunks of rows that small inputs have more than one of"""
+    with mock.patch.object(launch, "multiply", multiply), mock.patch.multiple(last_layer, ROWS=4, LOGITS=1):
+        yield
 
 
 def temperatures(on_device: bool, device: str) -> tuple[float | Tensor, float | Tensor]:
@@ -56,9 +62,24 @@ def call_ibot(rows: int, k: int, operands: str, device: str, *, index: bool = Tr
     ibot.backward(result, x, entropy, stats)
 
 
-def call_sinkhorn(views: int, rows: int, k: int, operands: str, device: str, *, on_device: bool = False) -> None:
-    scores = torch.ones(views, rows, k, dtype=OPERANDS[operands], device=device)
-    x = Sinkhorn(scores, None, False, temperatures(on_device, device)[0], 3, True, "", backend="triton")
+def call_features(rows: int, k: int, d: int, operands: str, device: str, *, unit: bool = True) -> None:
+    """ibot with a last layer, with an index where it is of unit rows"""
+    dtype = OPERANDS[operands]
+    new = partial(torch.ones, dtype=dtype, device=device)
+    at = torch.zeros(rows, dtype=torch.int64, device=device) if unit else None
+    x = IBOT(new(rows, d), new(rows, d), new(k, d), new(k, d), unit, 0.1, 0.04, None, None, at, "mean", True, dtype,
+             "triton", [True, True])  # fmt: skip
+    ibot.forward(x)
+
+
+def call_sinkhorn(
+    views: int, rows: int, k: int, operands: str, device: str, *, on_device: bool = False, d: int | None = None
+) -> None:
+    """of scores, or of features [V, B, d]"""
+    new = partial(torch.ones, dtype=OPERANDS[operands], device=device)
+    layer = None if d is None else new(k, d)
+    x = Sinkhorn(new(views, rows, d or k), layer, False, temperatures(on_device, device)[0], 3, True, "",
+                 OPERANDS[operands], "triton")  # fmt: skip
     sinkhorn.forward(x, potentials)
 
 
@@ -71,6 +92,7 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "ieee ibot", partial(call_ibot, 2458, 8192, "ieee", "meta", bias=False)
     yield "bf16 dino K=3000", partial(call_dino, 10, 2, 64, 3000, "bf16", "meta", bias=False, on_device=True)
     yield "ieee dino 8 teachers", partial(call_dino, 8, 8, 64, 65536, "ieee", "meta", same=True, reduction="none")
+    yield "bf16 features", partial(call_features, 2458, 65536, 256, "bf16", "meta")
     yield "bf16 sinkhorn", partial(call_sinkhorn, 1, 128, 65536, "bf16", "meta")
     yield "ieee sinkhorn K=3000", partial(call_sinkhorn, 2, 512, 3000, "ieee", "meta", on_device=True)
 
@@ -88,6 +110,9 @@ def small() -> Iterator[Callable[[], None]]:
         yield partial(call_ibot, 7, 5000, "f16", "cpu", index=index, bias=not index)
     yield partial(call_sinkhorn, 2, 37, 300, "f16", "cpu", on_device=True)
     yield partial(call_sinkhorn, 1, 5, 1, "ieee", "cpu")
+    yield partial(call_sinkhorn, 2, 20, 70, "f16", "cpu", d=9)
+    for unit in (True, False):
+        yield partial(call_features, 20, 300, 21, "f16", "cpu", unit=unit)
 
 
 # ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
@@ -98,7 +123,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend on CPU tensors; what is read before it was written shows. Rows have several chunks"""
     take_triton(monkeypatch)
     monkeypatch.setattr(prototypes, "CHUNK", 256)
-    with oracle.poisoned_memory():
+    with on_cpu(), oracle.poisoned_memory():
         yield
 
 
@@ -139,6 +164,40 @@ CASES = [
             (F32, "probabilities", (2, 18, 260)),
             (BF16, "scores", (17, 33)),
             (F16, "probabilities", (3, 130)),
+        )
+    ),
+    *(
+        case(of_ibot.test_accuracy_from_features, *TARGET, dtype, *arguments)
+        for dtype, *arguments in (
+            # unit, shape: rows, in chunks of 4, prototypes and columns
+            (F32, True, (1, 1, 1)),
+            (F32, False, (5, 300, 24)),
+            (BF16, True, (9, 130, 21)),
+            (F16, True, (6, 33, 300)),
+        )
+    ),
+    *(
+        case(of_dino.test_accuracy_from_features, *TARGET, dtype, *arguments)
+        for dtype, *arguments in (
+            # reduction, views, teachers, images, prototypes, columns
+            (F32, "none", 3, 2, 3, 70, 17),
+            (F16, "mean", 3, 3, 2, 40, 8),
+        )
+    ),
+    case(of_dino.test_features_of_lists_and_of_some, *TARGET, 2),
+    case(of_ibot.test_a_teacher_without_width, *TARGET),
+    case(of_ibot.test_features_are_a_linear_layer, *TARGET, 6),
+    case(of_ibot.test_a_frozen_last_layer_changes_no_bit, *TARGET, True, 5),
+    case(of_ibot.test_features_of_no_rows, "triton"),
+    *(
+        case(of_sinkhorn.test_of_features, *TARGET, dtype, unit, *shapes)
+        for dtype, unit, *shapes in (
+            # rows, in chunks of 4, and columns; prototypes
+            (F32, True, (9, 12), 300),
+            (BF16, False, (5, 2, 9), 50),
+            (F16, True, (2, 5, 5), 20),
+            (F32, False, (0, 3), 5),
+            (F32, True, (4, 0), 5),
         )
     ),
 ]
@@ -191,18 +250,21 @@ def test_sinkhorn_without_rows_and_without_a_temperature() -> None:
     assert sslops.sinkhorn(x, backend="triton").isnan().all()
 
 
-def test_no_row_is_read_that_there_is_not() -> None:
+@pytest.mark.parametrize("layer", [False, True])
+def test_no_row_is_read_that_there_is_not(layer: bool) -> None:
     """On a GPU no index is checked: NaN, and of the others what is right."""
     student, teacher = of_ibot.logits(6, 40)
     student.requires_grad_()
+    weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)) if layer else None
+    options = {"reduction": "none", "backend": "triton", "prototypes": weight, "teacher_prototypes": weight}
     with mock.patch("sslops._check.indices"):
         index = torch.tensor([0, 6, 2, -1, 2**40, 5])
-        losses = sslops.ibot(student, teacher, index=index, reduction="none", backend="triton")
+        losses = sslops.ibot(student, teacher, index=index, **options)
     wrong = torch.tensor([False, True, False, True, True, False])
     assert torch.equal(losses.isnan(), wrong)
     (grad,) = torch.autograd.grad(losses.sum(), student)
     assert torch.equal(grad.isnan().all(1), wrong)
-    right = sslops.ibot(student[~wrong], teacher, index=index[~wrong], reduction="none", backend="triton")
+    right = sslops.ibot(student[~wrong], teacher, index=index[~wrong], **options)
     assert torch.equal(losses[~wrong], right)
 
 
@@ -215,9 +277,50 @@ def test_launches(apart: bool) -> None:
     assert found == ["_read", "_join", "_total"]
 
 
-def test_only_from_logits() -> None:
-    x, layer = torch.randn(2, 3, 4), torch.randn(5, 4)
-    with pytest.raises(RuntimeError, match="dino's triton kernel has no last layer of its own"):
-        sslops.dino(x, x, prototypes=layer, teacher_prototypes=layer, backend="triton")
-    with pytest.raises(RuntimeError, match="sinkhorn's triton kernel has no last layer of its own"):
-        sslops.sinkhorn(x, prototypes=layer, backend="triton")
+@pytest.mark.parametrize("tau", [0.3, torch.tensor(0.3)])
+def test_float16s_range(tau: float | Tensor) -> None:
+    """Rows of which a loss over a million is the mean: float16 has nothing of them, if they are not scaled"""
+    student, prototypes, *rest = (x.half().float() for x in of_ibot.features(6, 70, 12))
+    options = {"weights": torch.logspace(-9, -6, 6), "reduction": "sum", "student_temp": tau}
+    op = partial(of_ibot.from_features, teacher=rest[0], teacher_prototypes=rest[1], **options)
+    _, *exact = oracle.evaluate(op, [student, prototypes], "eager", torch.float64)
+    with torch.autocast("cpu", F16):
+        _, *found = oracle.evaluate(op, [student, prototypes], "triton")
+    for x, y in zip(found, exact, strict=True):
+        scale = options["weights"][:, None] if len(x) == 6 else 1.0
+        assert max(oracle.errors(x / scale, y / scale)) < torch.finfo(F16).eps
+
+
+def test_swav_of_embeddings() -> None:
+    """Sinkhorn's logits made in every pass, with a queue, or once: all is as from scores"""
+    x, queue, prototypes, _ = of_dino.features(3, 2, 5, 30, 12)
+    leaves = [x.requires_grad_(), prototypes.requires_grad_()]
+    options = {"epsilon": 0.5, "assign": 2}
+    found = [
+        sslops.swav(x, queue=queue, prototypes=prototypes, backend="triton", **options),
+        sslops.swav(x @ prototypes.t(), queue=queue @ prototypes.t(), backend="eager", **options),
+    ]
+    torch.testing.assert_close(*found)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, leaves) for loss in found), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_not_wanted_is_not_made() -> None:
+    """No gradient of a frozen layer, nor any without gradients; Sinkhorn's logits once, if a chunk is all"""
+    student, prototypes, teacher, of_teacher = of_ibot.features(6, 70, 16)
+    made: list[tuple[int, ...]] = []
+    first, second = [(4, 70)] * 2, [(2, 70)] * 2  # the student's and the teacher's logits of either chunk
+    with mock.patch.object(launch, "multiply", lambda out, *_, **__: made.append(tuple(out.shape))):
+        for grads, expected in (
+            ((False, False), [*first, *second]),
+            ((True, False), [*first, (4, 16), *second, (2, 16)]),
+            ((False, True), [*first, (70, 16), *second, (70, 16)]),
+        ):
+            made.clear()
+            leaves = [x.detach().requires_grad_(each) for x, each in zip((student, prototypes), grads, strict=True)]
+            launched(partial(of_ibot.from_features, *leaves, teacher, of_teacher, "triton"))
+            assert made == expected
+        for rows, expected in ((4, [(4, 70)]), (6, [(4, 70), (2, 70)] * 3)):
+            made.clear()
+            launched(partial(sslops.sinkhorn, student[:rows], prototypes=prototypes, backend="triton"))
+            assert made == expected
