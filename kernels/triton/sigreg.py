@@ -1,17 +1,18 @@
-"""SIGReg in Triton: sweeps over tiles of projections, of which only the sums over the batch are kept: one in forward,
-and in backward one for every COLUMNS of dz.
+"""SIGReg in Triton: a sweep over tiles of projections in either direction. Forward keeps their sums over the batch,
+backward the gradients of a chunk's, whose product with the directions is the library's.
 
 A projection u takes one sine and cosine, of step u; the knots t_k = k step follow by rotations, and the gradient by
-Horner's rule. sine and 1 - cosine: with them small turns lose no digits, however many follow (csrc/cpu/turn.h). Both
-products are float32's own, on no matrix unit: rounded phases would be other phases. With a process group the sums are
-summed over the ranks, and each has its own rows' gradient.
+Horner's rule. sine and 1 - cosine: with them small turns lose no digits, however many follow (csrc/cpu/turn.h). The
+projections are float32's own, on no matrix unit: rounded phases would be other phases. With a process group the sums
+are summed over the ranks, and each has its own rows' gradient.
 
-Order of every sum is fixed. Scratch: the sums in float64 for at most PARTS blocks of rows, dz in float32 for at most
-PARTS ranges of directions.
+Order of every sum is fixed, if the matmul's is. Scratch: the sums in float64 for at most PARTS blocks of rows; dz in
+float32, and max(PANEL, ROWS M) projections' gradients, which an H100's second cache holds.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 
 DISTRIBUTED = True
 
-SIZES = ("N", "M", "knots", "blocks", "tiles", "span", "views")
+SIZES = ("N", "M", "knots", "blocks", "tiles", "views", "rows")
 
 STREAM = 4  # RandomStream.SIGREG
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors
 PARTS = 8
 TILE: dict[str, Any] = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1, **launch.FUSED}
-COLUMNS = 64  # of dz that a program of _gradients has
+ROWS, PANEL = 256, 2**22
 
 FAR = tl.constexpr(12800.0)  # from there on a number of quarter turns times a part of pi / 2 is not exact
 
@@ -219,37 +220,31 @@ def _statistic(sums, table, found, M, knots, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _gradients(
-    z, directions, table, step, sums, dz, N, M, D, knots, span, views,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    z, directions, table, step, sums, du, N, M, D, knots, rows,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz [splits, V, N, D], BLOCK_D of COLUMNS blocks of columns: over a span of directions, less a factor"""
-    i, split, view = tl.program_id(0) * BLOCK_N, tl.program_id(1), (tl.program_id(2) // COLUMNS).to(tl.int64)
-    first = tl.program_id(2) % COLUMNS * BLOCK_D
-    z += view * N * D
+    """du [views, rows, M] of the rows from z on, in views of N: the projections' gradients, less a factor"""
+    i, j, view = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M, tl.program_id(2).to(tl.int64)
     step = tl.load(step).to(tl.float32)
     size = tl.cast(knots, tl.int64) * M
-    sums += view * 2 * size
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for j in range(split * span, tl.minimum(split * span + span, M), BLOCK_M):
-        u = _projections(z, directions, i, j, N, M, D, BLOCK_N, BLOCK_M, BLOCK_K)
-        sine, versine = _turn(u * step)
-        m = j + tl.arange(0, BLOCK_M)
-        p = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        q = p
-        for back in range(0, knots):
-            k = knots - 1 - back
-            factor = tl.load(table + 2 * knots + k)
-            at = sums + tl.cast(k, tl.int64) * M + m
-            a = (tl.load(at + size, mask=m < M, other=0.0) * factor)[None, :]
-            b = (tl.load(at, mask=m < M, other=0.0) * factor)[None, :]
-            real = (a - q * sine) + (p - p * versine)
-            q = (b + p * sine) + (q - q * versine)
-            p = real
-        du = (p - p * versine) - q * sine
-        acc = tl.dot(du, ragged_tile(directions, j, first, M, D, BLOCK_M, BLOCK_D), acc, input_precision="ieee")
-    rows, columns = i + tl.arange(0, BLOCK_N)[:, None], first + tl.arange(0, BLOCK_D)[None, :]
-    to = dz + ((tl.cast(split, tl.int64) * views + view) * N + rows) * D + columns
-    tl.store(to, acc, mask=(rows < N) & (columns < D))
+    m = j + tl.arange(0, BLOCK_M)
+    sums += view * 2 * size + m
+    u = _projections(z + view * N * D, directions, i, j, rows, M, D, BLOCK_N, BLOCK_M, BLOCK_K)
+    sine, versine = _turn(u * step)
+    p = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    q = p
+    for back in range(0, knots):
+        k = knots - 1 - back
+        factor = tl.load(table + 2 * knots + k)
+        at = sums + tl.cast(k, tl.int64) * M
+        a = (tl.load(at + size, mask=m < M, other=0.0) * factor)[None, :]
+        b = (tl.load(at, mask=m < M, other=0.0) * factor)[None, :]
+        real = (a - q * sine) + (p - p * versine)
+        q = (b + p * sine) + (q - q * versine)
+        p = real
+    row = i + tl.arange(0, BLOCK_N)[:, None]
+    to = du + (view * rows + row) * M + m[None, :]
+    tl.store(to, (p - p * versine) - q * sine, mask=(row < rows) & (m < M)[None, :])
 
 
 def _table(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -307,15 +302,17 @@ def backward(grad: Tensor, x: Arguments, sums: Tensor, drawn: Tensor, part: Part
     if not x.z.numel():
         return torch.empty_like(x.z)
     directions = drawn if x.directions is None else x.directions
-    m, knots = len(directions), x.knots - 1
-    block_d = max(16, min(triton.next_power_of_2(d), COLUMNS))
+    m, knots, new = len(directions), x.knots - 1, partial(x.z.new_empty, dtype=torch.float32)
+    most = max(ROWS, PANEL // m)
+    together = max(1, most // n)  # views
     with launch.on(x.z.device):
-        table, step = _table(x)
-        rows, columns = triton.cdiv(n, TILE["BLOCK_N"]), triton.cdiv(d, block_d)
-        span, splits = launch.spans(m, TILE["BLOCK_M"], min(PROGRAMS // (rows * columns * views), PARTS))
-        dz = x.z.new_empty(splits, views, n, d, dtype=torch.float32)
-        _gradients[rows, splits, views * columns](
-            x.z, directions, table, step, sums, dz, n, m, d, knots, span, views,
-            BLOCK_D=block_d, COLUMNS=columns, **TILE,
-        )  # fmt: skip
-        return (dz.sum(0) * (grad * (2 * _scale(x, sums, part)))).to(x.z.dtype)
+        (table, step), dz = _table(x), new(views, n, d)
+        for view in range(0, views, together):
+            for first in range(0, n, most):
+                z, to = (each[view : view + together, first : first + most] for each in (x.z, dz))
+                du = new(*z.shape[:2], m)
+                _gradients[triton.cdiv(du.shape[1], TILE["BLOCK_N"]), triton.cdiv(m, TILE["BLOCK_M"]), len(du)](
+                    z, directions, table, step, sums[view:], du, n, m, d, knots, du.shape[1], **TILE
+                )
+                launch.multiply(to.view(-1, d), du.flatten(0, 1), directions)
+        return (dz * (grad * (2 * _scale(x, sums, part)))).to(x.z.dtype)

@@ -83,8 +83,8 @@ def test_as_on_the_cpu(test: Callable[[], None]) -> None:
 
 def test_several_tiles_and_parts() -> None:
     """Of rows, of directions and of columns; and the same bits again"""
-    z = of_sigreg.embeddings(70, 70)
-    with mock.patch.multiple(sigreg, PARTS=2, TILE=sigreg.TILE | {"BLOCK_N": 32}):
+    z = of_sigreg.embeddings(2, 40, 70)
+    with mock.patch.multiple(sigreg, PARTS=2, ROWS=33, PANEL=1, TILE=sigreg.TILE | {"BLOCK_N": 32}):
         of_sigreg.check(z, "triton", 40, knots=4)
         options = {"directions": of_sigreg.units(33, 70), "knots": 3}
         once, again = (oracle.evaluate(sslops.sigreg, [z], "triton", **options) for _ in range(2))
