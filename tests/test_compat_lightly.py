@@ -417,12 +417,27 @@ def prototype_inputs(name, k=30):
         mask[1] = False
         student, teacher = torch.randn(2, int(mask.sum()), k) * 0.2
         return [student], lambda student: (teacher.to(student), student, mask)
+    if name == "IBOTPlusPlusPatchLoss":
+        mask = torch.rand(4, 3, 3) < 0.4
+        mask[1], mask[2] = False, True
+        student, teacher = torch.randn(2, 4, 9, k) * 0.2
+        return [student], lambda student: (teacher.to(student), student, mask)
+    if name == "CAPILoss":
+        student, teacher = torch.randn(2, 6, 5, k) * 0.3
+        return [student], lambda student: (teacher.to(student), student)
     prototypes = units(k, 8)
     if name == "SwaVLoss":
         crops, queue = units(5, 6, 8) @ prototypes.t(), units(2, 9, 8) @ prototypes.t()
         return [crops], lambda crops: (list(crops[:2]), list(crops[2:]), [x.to(crops) for x in queue])
     anchors, targets = units(12, 8) * 3, units(6, 8)
     return [anchors, prototypes * 2], lambda anchors, prototypes: (anchors, targets.to(anchors), prototypes)
+
+
+INDEX = torch.tensor([[4, 0, 0, 2, 1]]).repeat(6, 1)
+
+
+def uneven(mean):
+    return torch.arange(len(mean), 0, -1) / (len(mean) * (len(mean) + 1) / 2)
 
 
 PROTOTYPES = [
@@ -437,6 +452,12 @@ PROTOTYPES = [
     ("MSNLoss", {}, {}),
     ("MSNLoss", {"temperature": 0.2, "sinkhorn_iterations": 0, "regularization_weight": 0.0}, {}),
     ("MSNLoss", {"sinkhorn_iterations": 1}, {"target_sharpen_temperature": 0.5}),
+    ("PMSNLoss", {"power_law_exponent": 0.5}, {}),
+    ("PMSNCustomLoss", {"target_distribution": uneven}, {}),
+    ("IBOTPlusPlusPatchLoss", {"output_dim": 30}, {}),
+    ("IBOTPlusPlusPatchLoss", {"output_dim": 30}, {"teacher_temp": 0.06, "visible_loss_weight": 0.3}),
+    ("CAPILoss", {}, {}),
+    ("CAPILoss", {"student_temperature": 0.2, "sinkhorn_iterations": 5}, {"teacher_index": INDEX}),
 ]
 
 
@@ -472,13 +493,41 @@ def test_dino_of_one_crop_is_refused():
             module([torch.randn(2, 30)], [torch.randn(2, 30)])
 
 
-@pytest.mark.parametrize("name", ["DINOLoss", "IBOTPatchLoss", "SwaVLoss", "MSNLoss"])
+def test_ibot_plus_plus_takes_tokens_of_any_shape():
+    """Without a mask the mean over them; what is wrong is said as lightly says it."""
+    student, teacher = torch.randn(2, 3, 8, 30)
+    mask = torch.rand(3, 8) < 0.4
+    calls = [
+        (teacher, student), (teacher, student, mask.view(3, 2, 4)),
+        (teacher.flatten(0, 1), student.flatten(0, 1), mask), (teacher, student[:2]), (teacher[None], student[None]),
+        (teacher[0], student[0]), (teacher[0, :7], student[0, :7], mask),
+    ]  # fmt: skip
+    for number, call in enumerate(calls):
+        theirs, mine = both("IBOTPlusPlusPatchLoss", {"output_dim": 30})
+        if number < 3:
+            torch.testing.assert_close(mine(*call), theirs(*call))
+            continue
+        said = ("have the same shape", "rank 2 or 3", "mask is required", "not divisible by batch size")[number - 3]
+        for module in (theirs, mine):
+            with pytest.raises(ValueError, match=said):
+                module(*call)
+
+
+def test_co2_is_lightlys_own_without_a_gradient():
+    """As the package's text says; the bank in it is ours"""
+    with sslops.patch_lightly():
+        regularizer = importlib.import_module("lightly.loss.regularizer").CO2Regularizer(memory_bank_size=(16, 8))
+    assert type(regularizer.memory_bank) is ours.MemoryBankModule
+    with pytest.warns(UserWarning, match="clone"):
+        assert not regularizer(*(x.requires_grad_() for x in views((4, 8)))).requires_grad
+
+
+@pytest.mark.parametrize("name", ["DINOLoss", "SwaVLoss", "MSNLoss", "IBOTPlusPlusPatchLoss", "CAPILoss"])
 def test_prototypes_compile(name):
-    module = getattr(ours, name)(**({"output_dim": 30} if name in ("DINOLoss", "IBOTPatchLoss") else {}))
+    """IBOTPatchLoss' mask selects on the host"""
+    module = getattr(ours, name)(**({"output_dim": 30} if name in ("DINOLoss", "IBOTPlusPlusPatchLoss") else {}))
     inputs, arguments = prototype_inputs(name)
     torch._dynamo.reset()
-    if name == "IBOTPatchLoss":  # its mask selects on the host
-        return
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
     for plain, other in zip(*(run(lambda *x, m=m: m(*arguments(*x)), inputs) for m in (module, compiled)), strict=True):
         torch.testing.assert_close(other, plain)

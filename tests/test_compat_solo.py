@@ -248,6 +248,18 @@ def test_swav():
     assert_same(of(ours.swav_loss_func), of(func), crops)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature_q": 0.2, "temperature_k": 0.07}])
+def test_ressl(options):
+    mine, their = ours.ressl_loss_func, theirs("losses/ressl", "ressl_loss_func")
+    assert sslops.compat.parameters(mine) == sslops.compat.parameters(their)
+    q, k, queue = (F.normalize(torch.randn(n, 16)) for n in (24, 24, 300))
+    assert_same(mine, their, [q], k, queue, **options)
+    k, queue = k.requires_grad_(), queue.requires_grad_()  # the queue has one, the key none
+    found = [torch.autograd.grad(loss(q, k, queue), [k, queue], allow_unused=True) for loss in (mine, their)]
+    assert found[0][0] is None
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def test_momentum_updater():
     updaters = [make(0.9, 1.0) for make in (theirs("utils/momentum", "MomentumUpdater"), ours.MomentumUpdater)]
     online = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))

@@ -79,7 +79,7 @@ def test_index_is_a_gather(device, backend):
 
 @each_target
 def test_ressl_is_this_with_a_queue(device, backend):
-    """and CO2 and distillation: prototypes are the queue's rows"""
+    """and distillation: prototypes are the queue's rows"""
     z, k, queue = (torch.nn.functional.normalize(torch.randn(n, 16, device=device)) for n in (12, 12, 50))
     expected = -((k @ queue.t() / 0.04).softmax(1) * (z @ queue.t() / 0.1).log_softmax(1)).sum(1).mean()
     ours = sslops.ibot(z @ queue.t(), k @ queue.t(), teacher_temp=0.04, backend=backend)

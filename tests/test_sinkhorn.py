@@ -32,10 +32,13 @@ def accurate(x, backend, **options):
     oracle.assert_promise(["b"], answers, [x], torch.float32)
 
 
-def test_against_the_matrix():
-    """Bounded scores, where exp does not overflow: b says the same, at every number of iterations."""
+@pytest.mark.parametrize("scale", [0.0, 6.0])
+def test_against_the_matrix(scale):
+    """Bounded scores, and wide ones, whose exp float64 just holds: b says the same, at every number of iterations."""
+    x = scores(70, 33, scale=scale).double()
+    assert (x / 0.05).exp().isfinite().all()
+    assert (x / 0.05).float().exp().isfinite().all() == (scale == 0)
     for iterations in (1, 2, 3, 10):
-        x = scores(70, 33).double()
         b = sslops.sinkhorn(x, iterations=iterations)
         torch.testing.assert_close((x / 0.05 + b).softmax(1), matrix(x, iterations=iterations), rtol=1e-12, atol=1e-14)
 

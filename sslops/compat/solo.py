@@ -19,6 +19,7 @@ from .. import _check, distributed
 from ..ops.barlow_twins import barlow_twins
 from ..ops.dino import dino
 from ..ops.ema_update import ema_update_
+from ..ops.ibot import ibot
 from ..ops.info_nce import info_nce
 from ..ops.masked_prediction import masked_patch_mse
 from ..ops.nearest import nearest
@@ -200,6 +201,16 @@ def swav_loss_func(preds: list[Tensor], assignments: list[Tensor], temperature: 
     return loss
 
 
+def ressl_loss_func(
+    q: Tensor, k: Tensor, queue: Tensor, temperature_q: float = 0.1, temperature_k: float = 0.04
+) -> Tensor:
+    """q, k: [N, D], of unit length as they should be; queue: [K, D]. No similarities with it are in memory whole."""
+    loss: Tensor = ibot(
+        q, k, prototypes=queue, teacher_prototypes=queue, student_temp=temperature_q, teacher_temp=temperature_k
+    )
+    return loss
+
+
 class MomentumUpdater:
     def __init__(self, base_tau: float = 0.996, final_tau: float = 1.0) -> None:
         assert 0 <= base_tau <= 1
@@ -228,6 +239,7 @@ REPLACED = {
     "solo.losses.mae": (mae_loss_func,),
     "solo.losses.dino": (DINOLoss,),
     "solo.losses.swav": (swav_loss_func,),
+    "solo.losses.ressl": (ressl_loss_func,),
     "solo.losses.nnclr": (nnclr_loss_func,),
     "solo.methods.nnclr:NNCLR": (_find_nn(),),
     "solo.methods.nnbyol:NNBYOL": (_find_nn(),),

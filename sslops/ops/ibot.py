@@ -73,7 +73,7 @@ def ibot(
 
     The weighted mean over the rows of -sum_k q_ik log softmax(student_i / student_temp)_k, with
     q_i = softmax(teacher_i / teacher_temp + bias). The student's gradient is found in forward, and nothing else of the
-    logits' size is written. With a queue's similarities as logits it is ReSSL's and CO2's loss, and distillation's.
+    logits' size is written. With a queue's similarities as logits it is ReSSL's loss, and distillation's.
 
     Args:
         student: [R, K], any float dtype: of the masked tokens, say. With prototypes features, [R, D].

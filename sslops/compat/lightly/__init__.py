@@ -2,14 +2,18 @@
 
 What differs: losses are float32 for bf16 and float16 inputs and under autocast, where lightly's may be bf16; types,
 shapes and values that no loss is meant for (a negative temperature, a momentum above 1, views of different dtypes,
-SwaVLoss without Sinkhorn iterations) raise ValueError or TypeError. NTXentLoss has no attribute cross_entropy.
-DINOLoss, IBOTPatchLoss and MSNLoss give the teacher no gradient, and DetConBLoss refuses targets that want one.
+SwaVLoss or CAPILoss without Sinkhorn iterations) raise ValueError or TypeError. NTXentLoss has no attribute
+cross_entropy. DINOLoss, IBOTPatchLoss, IBOTPlusPlusPatchLoss and MSNLoss, and what derives from it, give the teacher no
+gradient, and DetConBLoss refuses targets that want one. CAPILoss adds no 1e-8 to the sums that it divides by.
 KoLeoLoss refuses a batch of one row. SIGReg's batches are of one size on all ranks.
 update_momentum takes no DTensors and no two models that share memory: for fully_shard there is `sslops.EMA`.
 
 gather_distributed=True gives lightly's values and gradients, which DDP's averaging makes right: a rank's loss is of its
 own rows (NTXentLoss) or has its own invariance (VICRegLoss), and BarlowTwinsLoss averages [D, D] matrices whose columns
 each rank normalised by itself. The ops' `group=` takes one batch that is spread over the ranks.
+
+CO2Regularizer stays lightly's: each row's softmax has its own positive beside the bank's rows, which no op takes as
+prototypes; and its gradient is to reach the targets, too (in 1.6 there is none: it ends in `torch.tensor(loss)`).
 
 lightly-train 0.18's SimCLR, DINO and DenseCL's global loss are lightly's, as is its DINOv2's KoLeo: patch before it is
 imported (its DenseCL does not start beside lightly 1.6, whose memory bank wants a width). Not replaced are its own:
@@ -25,17 +29,16 @@ from .contrastive import (
     NTXentLoss,
     negative_mises_fisher_weights,
 )
-from .losses import (
-    BarlowTwinsLoss,
+from .losses import BarlowTwinsLoss, KoLeoLoss, LeJEPALoss, NegativeCosineSimilarity, SIGReg, VICRegLoss
+from .prototypes import (
+    CAPILoss,
     DINOLoss,
     IBOTPatchLoss,
-    KoLeoLoss,
-    LeJEPALoss,
+    IBOTPlusPlusPatchLoss,
     MSNLoss,
-    NegativeCosineSimilarity,
-    SIGReg,
+    PMSNCustomLoss,
+    PMSNLoss,
     SwaVLoss,
-    VICRegLoss,
 )
 from .state import Center, MemoryBankModule, NNMemoryBankModule, update_momentum
 from .tokens import get_at_index, patchify, random_token_mask, repeat_token, set_at_index
@@ -47,9 +50,11 @@ REPLACED = {
     "lightly.loss.barlow_twins_loss": (BarlowTwinsLoss,),
     "lightly.loss.vicreg_loss": (VICRegLoss,),
     "lightly.loss.dino_loss": (DINOLoss,),
-    "lightly.loss.ibot_loss": (IBOTPatchLoss,),
+    "lightly.loss.ibot_loss": (IBOTPatchLoss, IBOTPlusPlusPatchLoss),
     "lightly.loss.swav_loss": (SwaVLoss,),
     "lightly.loss.msn_loss": (MSNLoss,),
+    "lightly.loss.pmsn_loss": (PMSNLoss, PMSNCustomLoss),
+    "lightly.loss.capi_loss": (CAPILoss,),
     "lightly.loss.koleo_loss": (KoLeoLoss,),
     "lightly.loss.lejepa_loss": (SIGReg, LeJEPALoss),
     "lightly.models.modules.center": (Center,),
