@@ -98,16 +98,16 @@ class MoCo(MomentumTarget):
         self.queue.enqueue(self.keys)  # after the loss: a key is no negative of its own query
 
 
-def fused_nnclr(z: Tensor, p0: Tensor, p1: Tensor, bank: Tensor, temperature: float) -> Tensor:
-    """The nearest row of the bank stands for each view of z `[2N, D]`; the other view's prediction must find it."""
-    near0, near1 = bank[sslops.nearest(z, bank).ids].chunk(2)
+def fused_nnclr(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """The nearest row of the bank stands for each view; the other view's prediction must find it."""
+    near0, near1 = bank[sslops.nearest(torch.cat([z0, z1]), bank).ids].chunk(2)
     losses = (sslops.info_nce(near, p, temperature=temperature) for near, p in ((near0, p1), (near1, p0)))
     return sum(losses) / 2
 
 
-def eager_nnclr(z: Tensor, p0: Tensor, p1: Tensor, bank: Tensor, temperature: float) -> Tensor:
+def eager_nnclr(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, bank: Tensor, temperature: float) -> Tensor:
     """NNCLR's loss as it is usually written, with the `[2N, K]` matrix of all similarities."""
-    near0, near1 = bank[(z @ bank.T).argmax(dim=1)].chunk(2)
+    near0, near1 = bank[(torch.cat([z0, z1]) @ bank.T).argmax(dim=1)].chunk(2)
     own = torch.arange(len(p0))
     logits = [near @ F.normalize(p).T / temperature for near, p in ((near0, p1), (near1, p0))]
     return sum(F.cross_entropy(each, own) for each in logits) / 2
@@ -136,7 +136,7 @@ class NNCLR(Method):
     def forward(self, views: Tensor) -> tuple[Tensor, ...]:
         z = self.head(self.encoder(views))
         self.keys = z.detach()
-        return F.normalize(self.keys), *self.predictor(z).chunk(2), self.queue.negatives
+        return *F.normalize(self.keys).chunk(2), *self.predictor(z).chunk(2), self.queue.negatives
 
     def update(self) -> None:
         self.queue.enqueue(self.keys.chunk(2)[0])  # of one view

@@ -57,7 +57,7 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def update_center(self, teacher_out: Tensor | Sequence[Tensor]) -> None:
         """teacher_out: [T, B, K] or a list, as forward has it"""
-        mean = torch.stack([x.flatten(0, -2).mean(0, dtype=torch.float32) for x in teacher_out]).mean(0)
+        mean = torch.stack([x.mean(0, dtype=torch.float32) for x in teacher_out]).mean(0)
         self.center.data = moved(self.center, mean.to(self.center).expand_as(self.center), self.center_momentum)
 
 
