@@ -1,4 +1,6 @@
-"""SupCon beside eager PyTorch, torch.compile and the unavoidable matmuls. Shapes: M x D, two views, 10 classes."""
+"""SupCon beside eager PyTorch, torch.compile and the unavoidable matmuls. Shapes: M x D, two views, 10 classes; or
+M x D x K, against K keys of a queue, unit rows with labels, without a gradient.
+"""
 
 from collections.abc import Callable
 
@@ -15,10 +17,11 @@ CASES = {
     "cpu": [
         *cases("512x128 4096x128 8192x128", "float32", "both"),
         *cases("4096x128", "bfloat16", "both"),
+        *cases("256x128x65536", "float32", "both memory"),
         *cases("4096x128 65536x128", "float32", "memory"),
     ],
     "cuda": cases("4096x128", "bfloat16", "both"),
-    "small": cases("66x7 202x100", "float32 bfloat16", "both"),
+    "small": cases("66x7 202x100 66x7x130", "float32 bfloat16", "both"),
 }
 
 
@@ -45,6 +48,32 @@ def lean_eager(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (logits.logsumexp(1) - positives).mean()
 
 
+def eager_keys(z: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, key_labels: torch.Tensor) -> torch.Tensor:
+    logits = (F.normalize(z) @ keys.t() / TEMPERATURE).float()
+    mask = (labels[:, None] == key_labels).float()
+    log_p = F.log_softmax(logits, 1)
+    return -((mask * log_p).sum(1) / mask.sum(1)).mean()
+
+
+def lean_eager_keys(
+    z: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, key_labels: torch.Tensor
+) -> torch.Tensor:
+    """The sum over the positives by the sums of the classes, as above"""
+    z = F.normalize(z) / TEMPERATURE
+    sums = keys.new_zeros(10, keys.shape[1], dtype=torch.float32).index_add(0, key_labels, keys.float())
+    means = sums / torch.bincount(key_labels, minlength=10)[:, None]
+    return ((z @ keys.t()).float().logsumexp(1) - (z.float() * means[labels]).sum(1)).mean()
+
+
+def fused_keys(z: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, key_labels: torch.Tensor) -> torch.Tensor:
+    return sslops.supcon(z, labels, keys=keys, key_labels=key_labels, temperature=TEMPERATURE)
+
+
+def info_nce(z: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, key_labels: torch.Tensor) -> torch.Tensor:
+    """Not the same either, with the query as its positive"""
+    return sslops.info_nce(z, z.detach(), keys, temperature=TEMPERATURE)
+
+
 def fused(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return sslops.supcon(z, labels, temperature=TEMPERATURE)
 
@@ -54,46 +83,54 @@ def nt_xent(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return sslops.nt_xent(z, temperature=TEMPERATURE)
 
 
-def losses() -> dict[str, Callable]:
+def losses(keys: bool = False) -> dict[str, Callable]:
+    ours, usual, lean = (fused_keys, eager_keys, lean_eager_keys) if keys else (fused, eager, lean_eager)
     return {
-        "sslops": fused,
-        "eager": eager,
-        "lean eager": lean_eager,
-        "compile": torch.compile(eager, dynamic=False),
-        "lean compile": torch.compile(lean_eager, dynamic=False),
-        "sslops nt_xent": nt_xent,
+        "sslops": ours,
+        "eager": usual,
+        "lean eager": lean,
+        "compile": torch.compile(usual, dynamic=False),
+        "lean compile": torch.compile(lean, dynamic=False),
+        **({"sslops info_nce": info_nce} if keys else {"sslops nt_xent": nt_xent}),
     }
 
 
-def inputs(m: int, d: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    z = torch.randn(2, m // 2, d, device=device).to(dtype).requires_grad_()
-    return z, torch.randint(10, (m // 2,), device=device)
+def inputs(m: int, d: int, *k: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    if not k:
+        z = torch.randn(2, m // 2, d, device=device).to(dtype).requires_grad_()
+        return z, torch.randint(10, (m // 2,), device=device)
+    z, keys = torch.randn(m, d, device=device).to(dtype), F.normalize(torch.randn(*k, d, device=device)).to(dtype)
+    labels, key_labels = (torch.randint(10, (n,), device=device) for n in (m, *k))
+    return z.requires_grad_(), labels, keys, key_labels
 
 
-def step(loss: Callable, z: torch.Tensor, labels: torch.Tensor) -> None:
+def step(loss: Callable, z: torch.Tensor, *rest: torch.Tensor) -> None:
     z.grad = None
-    loss(z, labels).backward()
+    loss(z, *rest).backward()
 
 
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
-    (m, d), dtype, part = case
-    flop = 4 * m * m * d  # half the tiles of S; in backward them again, and W z
-    z, labels = inputs(m, d, dtype, device)
+    (m, d, *k), dtype, part = case
+    # Half the tiles of S; in backward them again, and W z. Of keys all tiles, both in forward.
+    flop = 6 * m * k[0] * d if k else 4 * m * m * d
+    tensors = inputs(m, d, *k, dtype=dtype, device=device)
     torch._dynamo.reset()
-    variants = {name: lambda loss=loss: step(loss, z, labels) for name, loss in losses().items()}
+    variants = {name: lambda loss=loss: step(loss, *tensors) for name, loss in losses(bool(k)).items()}
     variants["matmuls"] = matmul(flop, dtype, device)
-    record(benchmark, variants, limit="matmuls", m=m, d=d, dtype=dtype, part=part, flop=flop)
+    facts = {"k": k[0]} if k else {}
+    record(benchmark, variants, limit="matmuls", m=m, d=d, **facts, dtype=dtype, part=part, flop=flop)
 
 
 def test_memory(benchmark, device, case):
-    (m, d), dtype, _ = case
+    shape, dtype, _ = case
     setup = f"""
 import torch
 from benchmarks.bench_supcon import inputs, losses, step
-z, labels = inputs({m}, {d}, {dtype}, "cpu")
-loss = losses()[{{!r}}]
+tensors = inputs(*{shape}, dtype={dtype}, device="cpu")
+loss = losses({len(shape) > 2})[{{!r}}]
 """
-    names = ("sslops",) if settings.only_ours or m > 8192 else ("sslops", "eager", "lean eager", "compile")
-    peak_mb = {name: peak_memory(setup.format(name), "step(loss, z, labels)") for name in names}
-    record_memory(benchmark, peak_mb, m=m, d=d, dtype=dtype)
+    ours_only = settings.only_ours or shape[0] > 8192
+    names = ("sslops",) if ours_only else ("sslops", "eager", "lean eager", "compile")
+    peak_mb = {name: peak_memory(setup.format(name), "step(loss, *tensors)") for name in names}
+    record_memory(benchmark, peak_mb, **dict(zip("mdk", shape, strict=False)), dtype=dtype)

@@ -237,7 +237,7 @@ class TestPlantedFaults:
 
     def test_a_run_that_ends_early(self, monkeypatch):
         run = _C.skip_gram_sum
-        monkeypatch.setattr(_C, "skip_gram_sum", lambda *x: run(*x[:5], x[5] - 1, *x[6:]))
+        monkeypatch.setattr(_C, "skip_gram_sum", lambda *x: run(*x[:8], x[8] - 1, *x[9:]))
         self.refuse()
 
     def test_places_out_of_order(self, monkeypatch):

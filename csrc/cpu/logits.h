@@ -17,10 +17,7 @@ SSLOPS_INLINE void prefetch(const char* next, int64_t j, int k, int64_t item) {
 
 // v, and behind its lanes `fill`.
 SSLOPS_INLINE F filled(F v, int lanes, float fill) {
-  if (lanes == kLanes) return v;
-  F found = splat(fill);
-  std::memcpy(&found, &v, lanes * sizeof(float));
-  return found;
+  return lanes == kLanes ? v : select(below(lanes), v, splat(fill));
 }
 
 // The maximum of at(j, lanes) over n elements.

@@ -39,7 +39,7 @@ Sums sums_of(const char* x, int64_t item, int64_t first, int64_t n, float invers
     prefetch(next, j, k, item);
     const F d = filled((load_as_float(x, kType, first + j, lanes) - top) * inverse, lanes, kNothing);
     const F v = exp_nonpositive(d);
-    if (kKeep) store_lanes(e + j, lanes, v);
+    if (kKeep) __builtin_prefetch(e + j + kTile, 1), store_lanes(e + j, lanes, v);
     z[k] += v;
     cross[k] += load(q + j) * d;
   });

@@ -1,7 +1,7 @@
 #include "prototypes.h"
 
-#include "../common/parallel.h"
 #include "last_layer.h"
+#include "parts.h"
 #include "prototype_rows.h"
 
 namespace sslops::prototypes {
@@ -67,6 +67,8 @@ struct Batch {
   int64_t length(int64_t tile) const { return k - tile * kTile < kTile ? k - tile * kTile : kTile; }
   const char* teacher_row(int64_t t, int64_t b) const { return teacher.row(t, index ? index.as<int64_t>()[b] : b); }
   const float* bias_of(int64_t t) const { return bias ? bias.as<float>() + (bias.sizes[0] > 1 ? t * k : 0) : nullptr; }
+  // The views of example b, step by step: those of distant examples do not begin with the same one.
+  int64_t view(int64_t step, int64_t b) const { return (step + b * student.views / n) % student.views; }
   // Of example b, for each of its pairs.
   float weight(int64_t b) const { return (weights ? weights.as<float>()[b] : 1.f) / static_cast<float>(pairs); }
 };
@@ -125,7 +127,8 @@ class Example {
     for (int64_t i = 0; i < batch_.tiles; ++i) {
       const int64_t first = i * kTile, n = batch_.length(i);
       fill_q(i, true);
-      for (int64_t v = 0; v < views; ++v) {
+      for (int64_t step = 0; step < views; ++step) {
+        const int64_t v = batch_.view(step, b);
         const char* const row = batch_.student.row(v, b);
         float mass;
         const float* const q = q_of(v, n, &mass);
@@ -156,7 +159,8 @@ class Example {
     for (int64_t i = 0; i < batch_.tiles; ++i) {
       const int64_t first = i * kTile, n = batch_.length(i);
       fill_q(i, false);
-      for (int64_t v = 0; v < views; ++v) {
+      for (int64_t step = 0; step < views; ++step) {
+        const int64_t v = batch_.view(step, b);
         char* const to = gradients.row(v, b);
         const int64_t teachers = batch_.teachers_of(v);
         if (!teachers) {
@@ -244,7 +248,7 @@ void forward(Tensors student, Tensors teacher, double student_temp, double teach
   const Crops to(gradients);
   const bool keeps = to.views && to.dtype == DType::f32;
   float* const out = losses.as<float>();
-  parallel_tickets(
+  parallel_parts(
       batch.n, [&] { return Example(batch); },
       [&](int64_t b, Example& example) {
         const float weight = batch.weight(b);
@@ -263,7 +267,7 @@ void backward(Tensors student, Tensors teacher, double student_temp, double teac
                     index, same_view, mean);
   const Crops to(gradients);
   const float* const g = grad.as<float>();
-  parallel_tickets(
+  parallel_parts(
       batch.n, [&] { return Example(batch); },
       [&](int64_t b, Example& example) {
         example.read_teachers(b, nullptr);

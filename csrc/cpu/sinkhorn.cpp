@@ -61,43 +61,40 @@ void for_each_chunk(const Tensor& x, const Tensor& prototypes, bool unit, DType 
 
 // ---- columns: the tickets are ranges of them ----
 
-constexpr int64_t kColumns = 1024, kRows = 64;
+constexpr int64_t kColumns = 1024;  // a ticket's
+constexpr int64_t kAtOnce = 8;      // rows, in registers between their maximum and their exponentials
+constexpr int64_t kSummed = 64;     // rows whose sum is one term: long sums do not gather the roundings of all rows
 
-// kCount rows at once: e^((x - top) / temperature) to the sums.
+// kCount rows join the maxima and the sums.
 template <DType kType, int kCount>
-SSLOPS_INLINE void add_rows(const Scores& x, int64_t view, int64_t i, int64_t first, int64_t n, const float* top,
+SSLOPS_INLINE void add_rows(const Scores& x, int64_t view, int64_t i, int64_t first, int64_t n, float* top,
                             float* sums) {
+  const char* rows[kCount];
+  for (int r = 0; r < kCount; ++r) rows[r] = x.row(view, i + r).data;
   for_each_vector(n, [&](int64_t j, int lanes) {
-    const F t = load(top + j);
-    F total = load(sums + j);
-    for (int r = 0; r < kCount; ++r) __builtin_prefetch(x.row(view, i + r + kRows).data + (first + j) * x.item);
-    for (int r = 0; r < kCount; ++r)
-      total += exp_nonpositive((load_as_float(x.row(view, i + r).data, kType, first + j, lanes) - t) * x.inverse);
+    const F old = load(top + j);
+    F v[kCount], to = old;
+    for (int r = 0; r < kCount; ++r) to = max(v[r] = load_as_float(rows[r], kType, first + j, lanes), to);
+    F total = load(sums + j) * exp_nonpositive((old - to) * x.inverse);
+    for (int r = 0; r < kCount; ++r) total += exp_nonpositive((v[r] - to) * x.inverse);
+    store(top + j, to);
     store(sums + j, total);
   });
 }
 
 template <DType kType>
 void column_range(const Scores& x, int64_t view, int64_t first, int64_t n, float* to_top, float* to_sums) {
-  float top[kColumns], sums[kColumns], raised[kColumns], block[kColumns];
+  float top[kColumns], sums[kColumns], before[kColumns], block[kColumns];
   for (int64_t j = 0; j < round_up(n, kLanes); ++j)
     top[j] = j < n ? to_top[j] : kLowest, sums[j] = j < n ? to_sums[j] : 0.f;
-  for (int64_t begin = 0; begin < x.rows; begin += kRows) {
-    const int64_t end = at_most(begin + kRows, x.rows);
-    for (int64_t j = 0; j < round_up(n, kLanes); ++j) raised[j] = top[j], block[j] = 0.f;
-    for (int64_t i = begin; i < end; ++i) {
-      const char* const row = x.row(view, i).data;
-      for_each_vector(n, [&](int64_t j, int lanes) {
-        store(raised + j, max(load_as_float(row, kType, first + j, lanes), load(raised + j)));
-      });
-    }
-    int64_t i = begin;
-    for (; i + 4 <= end; i += 4) add_rows<kType, 4>(x, view, i, first, n, raised, block);
-    for (; i < end; ++i) add_rows<kType, 1>(x, view, i, first, n, raised, block);
+  for (int64_t i = 0; i < x.rows;) {
+    const int64_t end = at_most(i + kSummed, x.rows);
+    for (int64_t j = 0; j < round_up(n, kLanes); ++j) before[j] = top[j], block[j] = 0.f;
+    for (; i + kAtOnce <= end; i += kAtOnce) add_rows<kType, kAtOnce>(x, view, i, first, n, top, block);
+    for (; i < end; ++i) add_rows<kType, 1>(x, view, i, first, n, top, block);
     for (int64_t j = 0; j < n; j += kLanes) {
-      const F to = load(raised + j), old = load(top + j);
-      store(sums + j, load(sums + j) * exp_nonpositive((old - to) * x.inverse) + load(block + j));
-      store(top + j, to);
+      const F fall = exp_nonpositive((load(before + j) - load(top + j)) * x.inverse);
+      store(sums + j, load(sums + j) * fall + load(block + j));
     }
   }
   std::memcpy(to_top, top, n * sizeof(float));
@@ -226,11 +223,15 @@ void add_mass(const Scores& x, const float* b, float* mass) {
           }
         }
       });
-  parallel_for(x.views * x.k, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      float total = 0.f;
-      for (int64_t block = 0; block < blocks; ++block) total += parts[(j / x.k * blocks + block) * ld + j % x.k];
-      mass[j] += total;
+  const int64_t vectors = ceil_div(x.k, kLanes);
+  parallel_for(x.views * vectors, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t view = k / vectors, j = k % vectors * kLanes;
+      const int lanes = static_cast<int>(at_most(x.k - j, kLanes));
+      F total{};
+      for (int64_t block = 0; block < blocks; ++block) total += load(parts + (view * blocks + block) * ld + j);
+      float* const to = mass + view * x.k + j;
+      store_lanes(to, lanes, load_lanes(to, lanes, 0.f) + total);
     }
   });
 }

@@ -1,14 +1,14 @@
 #include "skip_gram.h"
 
-#include "../common/parallel.h"
-#include "buffer.h"
+#include "parts.h"
 #include "softplus.h"
 
 namespace sslops::skip_gram {
 namespace {
 
 constexpr int64_t kPairs = 64, kRows = 64;  // a ticket's
-constexpr int64_t kFetched = 8;             // rows of the next sum that are fetched ahead, at most
+constexpr int64_t kAhead = 8;               // rows that are fetched before a sum needs them
+constexpr int kWide = 8;                    // vectors of a sum at once
 constexpr int kDigit = 11;                  // bits that a pass sorts by
 
 SSLOPS_INLINE F at(const Tensor& x, int64_t row, int64_t j, int lanes) {
@@ -22,22 +22,38 @@ void fetch(const Tensor& x, int64_t row) {
   for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(from + k);
 }
 
-// Row r of out becomes the sum of weights[p] rows[source[p]], p < n, in this order.
-void combine(const Tensor& rows, const int64_t* source, const float* weights, int64_t n, const Tensor& out, int64_t r) {
-  constexpr int kWide = 8;  // vectors at once
-  const int64_t d = out.sizes[1];
-  int64_t j = 0;
-  for (; j + kWide * kLanes <= d; j += kWide * kLanes) {
-    F total[kWide]{};
-    for (int64_t p = 0; p < n; ++p)
-      for (int c = 0; c < kWide; ++c) total[c] += weights[p] * at(rows, source[p], j + c * kLanes, kLanes);
-    for (int c = 0; c < kWide; ++c) store_from_float(out.data, out.dtype, r * d + j + c * kLanes, kLanes, total[c]);
-  }
-  for_each_vector(d - j, [&](int64_t i, int lanes) {
-    F total{};
-    for (int64_t p = 0; p < n; ++p) total += weights[p] * at(rows, source[p], j + i, lanes);
-    store_from_float(out.data, out.dtype, r * d + j + i, lanes, total);
-  });
+// Rows and what each weighs; those before `fetched` are fetched ahead.
+struct Terms {
+  const Tensor& rows;
+  const int64_t* source;
+  const float* weights;
+  int64_t n, fetched;
+};
+
+// kCount vectors of row r of out from column j on, or fewer if so few are left.
+template <int kCount>
+SSLOPS_INLINE void combine_columns(const Terms& x, const Tensor& out, int64_t r, int64_t j) {
+  const int64_t d = out.sizes[1], left = d - j;
+  if constexpr (kCount > 1)
+    if (left <= (kCount - 1) * kLanes) return combine_columns<kCount - 1>(x, out, r, j);
+  const auto add = [&](int lanes) {
+    constexpr int kLast = kCount - 1;
+    F total[kCount]{};
+    for (int64_t p = 0; p < x.n; ++p) {
+      if (j == 0 && p + kAhead < x.fetched) fetch(x.rows, x.source[p + kAhead]);
+      for (int c = 0; c < kLast; ++c) total[c] += x.weights[p] * at(x.rows, x.source[p], j + c * kLanes, kLanes);
+      total[kLast] += x.weights[p] * at(x.rows, x.source[p], j + kLast * kLanes, lanes);
+    }
+    for (int c = 0; c < kLast; ++c) store_from_float(out.data, out.dtype, r * d + j + c * kLanes, kLanes, total[c]);
+    store_from_float(out.data, out.dtype, r * d + j + kLast * kLanes, lanes, total[kLast]);
+  };
+  if (left >= kCount * kLanes) return add(kLanes);
+  add(static_cast<int>(left - (kCount - 1) * kLanes));
+}
+
+// Row r of out becomes the sum of the weighted rows, in their order.
+void combine(const Terms& x, const Tensor& out, int64_t r) {
+  for (int64_t j = 0; j < out.sizes[1]; j += kWide * kLanes) combine_columns<kWide>(x, out, r, j);
 }
 
 // The products of kAtOnce rows of the output table with one of the input's
@@ -64,7 +80,7 @@ void forward(Tensor input, Tensor output, Tensor centers, Tensor contexts, Tenso
     Buffer<float> y;
     Buffer<int64_t> ids;  // of the pair's rows of the output table, the context's first
   };
-  parallel_tickets(
+  parallel_parts(
       ceil_div(b, kPairs), [&] { return State{Buffer<float>(padded), Buffer<int64_t>(2 * terms)}; },
       [&](int64_t ticket, State& state) {
         float* const y = state.y;
@@ -100,7 +116,7 @@ void forward(Tensor input, Tensor output, Tensor centers, Tensor contexts, Tenso
           losses[i] = sum(total);
           y[0] = -y[0];
           if (slopes.numel) std::memcpy(slopes.as<float>() + i * terms, y, terms * sizeof(float));
-          if (dcenter.numel) combine(output, ids, y, terms, dcenter, i);
+          if (dcenter.numel) combine({output, ids, y, terms, 0}, dcenter, i);
           int64_t* const other = ids;
           ids = next, next = other;
         }
@@ -140,36 +156,25 @@ int64_t sort(Tensor ids, int64_t highest, Tensor order, Tensor begin, Tensor uni
   return count;
 }
 
-// The first of ascending ids that is not below `id`
-int64_t lower_bound(const int64_t* ids, int64_t count, int64_t id) {
-  int64_t first = 0;
-  while (count) {
-    const int64_t half = count / 2;
-    if (ids[first + half] < id)
-      first += half + 1, count -= half + 1;
-    else
-      count = half;
-  }
-  return first;
-}
-
-void sum(Tensor rows, Tensor source, Tensor weights, Tensor begin, Tensor unique, int64_t count, bool whole,
-         Tensor out) {
-  const int64_t bytes = out.sizes[1] * out.item_size;
-  const int64_t *const ids = unique.as<int64_t>(), *const from = source.as<int64_t>(),
-                       *const starts = begin.as<int64_t>();
-  parallel_tickets(ceil_div(out.sizes[0], kRows), [&](int64_t ticket) {
-    const int64_t r0 = ticket * kRows, r1 = at_most(r0 + kRows, out.sizes[0]);
-    int64_t k = whole ? lower_bound(ids, count, r0) : r0;
-    for (int64_t r = r0; r < r1; ++r) {
-      if (whole && !(k < count && ids[k] == r)) {
-        std::memset(out.data + r * bytes, 0, bytes);
-        continue;
-      }
-      const int64_t first = starts[k], end = starts[++k];
-      if (k < count)
-        for (int64_t p = end; p < at_most(end + kFetched, starts[k + 1]); ++p) fetch(rows, from[p]);
-      combine(rows, from + first, weights.as<float>() + first, end - first, out, r);
+void sum(Tensor rows, Tensor centers, Tensor slopes, Tensor grad, bool mean, Tensor order, Tensor begin, Tensor unique,
+         int64_t count, Tensor out) {
+  const int64_t pairs = centers ? centers.numel : rows.sizes[0], terms = slopes ? slopes.sizes[1] : 1;
+  const int64_t *const places = order.as<int64_t>(), *const starts = begin.as<int64_t>();
+  const float over = mean ? static_cast<float>(pairs) : 1.f, *const g = grad.as<float>();
+  Buffer<int64_t> source(order.numel);
+  Buffer<float> weights(order.numel);
+  parallel_parts(ceil_div(count, kRows), [&](int64_t ticket) {
+    const int64_t first = ticket * kRows, last = at_most(first + kRows, count), end = starts[last];
+    for (int64_t p = starts[first]; p < end; ++p) {
+      const int64_t pair = places[p] / terms;
+      source[p] = centers ? centers.as<int64_t>()[pair] : pair;
+      weights[p] = (slopes ? slopes.as<float>()[places[p]] : 1.f) * (g[grad.dim ? pair : 0] / over);
+      if (p < starts[first] + kAhead) fetch(rows, source[p]);
+    }
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t p = starts[k];
+      combine({rows, source + p, weights + p, starts[k + 1] - p, end - p}, out,
+              count < out.sizes[0] ? unique.as<int64_t>()[k] : k);
     }
   });
 }

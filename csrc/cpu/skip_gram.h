@@ -18,10 +18,11 @@ struct Table {
   // ascending, are order[begin[k]] .. order[begin[k + 1] - 1]; order [n], begin [n + 1]. Returns how many there are.
   int64_t (*sort)(Tensor ids, int64_t highest, Tensor order, Tensor begin, Tensor unique);
 
-  // For the k-th of `count` ids the sum of weights[p] rows[source[p]], p from begin[k] on, in this order; source and
-  // weights [n]. In row k of out, or if it is `whole` in row unique[k], where all other rows are 0.
-  void (*sum)(Tensor rows, Tensor source, Tensor weights, Tensor begin, Tensor unique, int64_t count, bool whole,
-              Tensor out);
+  // For the k-th of `count` ids the sum over its places q of grad slopes[q] rows[i]: of pair q / (1 + N) the gradient,
+  // i its center; or, without both slopes and centers, of grad rows[q]. grad [B], or [] for all, over B if mean. In row
+  // unique[k] of out, or, if it has no more rows than are found, in row k.
+  void (*sum)(Tensor rows, Tensor centers, Tensor slopes, Tensor grad, bool mean, Tensor order, Tensor begin,
+              Tensor unique, int64_t count, Tensor out);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"skip_gram_forward", &Table::forward}, Bound{"skip_gram_sort", &Table::sort},

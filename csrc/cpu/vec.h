@@ -60,13 +60,35 @@ SSLOPS_INLINE F load(const float* p) {
 }
 SSLOPS_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 
-// The first n < kLanes lanes; the rest of a loaded vector is `fill`.
+SSLOPS_INLINE I below(int n) {  // the lanes k < n
+  I lane;
+  for (int k = 0; k < kLanes; ++k) lane[k] = k;
+  return lane < n;
+}
+
+// The first n < kLanes lanes; the rest of a loaded vector is `fill`. By a mask where there is one: a copy would be a
+// call, and what it writes piece by piece could not be forwarded to the load of a vector.
 SSLOPS_INLINE F load(const float* p, int n, float fill) {
+#if defined(__AVX512F__)
+  return (F)_mm512_mask_loadu_ps((__m512)splat(fill), static_cast<__mmask16>((1u << n) - 1u), p);
+#elif defined(__AVX2__)
+  const I mask = below(n);
+  return select(mask, (F)_mm256_maskload_ps(p, (__m256i)mask), splat(fill));
+#else
   F v = splat(fill);
   std::memcpy(&v, p, n * sizeof(float));
   return v;
+#endif
 }
-SSLOPS_INLINE void store(float* p, int n, F v) { std::memcpy(p, &v, n * sizeof(float)); }
+SSLOPS_INLINE void store(float* p, int n, F v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)below(n), (__m256)v);
+#else
+  std::memcpy(p, &v, n * sizeof(float));
+#endif
+}
 
 SSLOPS_INLINE float sum(F v) {
   float lane[kLanes];

@@ -2,6 +2,9 @@
 what it does on 4 KB pages.
 """
 
+import math
+import mmap
+import sys
 from typing import Any
 
 import torch
@@ -33,3 +36,12 @@ def on_huge_pages(x: Tensor) -> Tensor:
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A contiguous CPU tensor, not initialised"""
     return on_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A contiguous CPU tensor; a large one from the system, which has cleared its pages: no second time"""
+    size = math.prod(shape) * dtype.itemsize
+    if size < WORTH_IT or sys.platform != "linux":
+        return torch.zeros(shape, dtype=dtype, device="cpu")
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return on_huge_pages(torch.frombuffer(memory, dtype=dtype).view(shape))

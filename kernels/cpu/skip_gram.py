@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sslops import _C
 
-from .memory import FLOAT32, empty, refuses  # noqa: F401
+from .memory import FLOAT32, empty, refuses, zeros  # noqa: F401
 
 if TYPE_CHECKING:
     from sslops.ops.skip_gram import Arguments
@@ -26,36 +26,23 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
 
 
 def backward(grad: Tensor, x: Arguments, slopes: Tensor, d_center: Tensor) -> tuple[Tensor, Tensor]:
-    pairs, terms = slopes.shape
-    weights = (grad / pairs if x.reduction == "mean" else grad).expand(pairs)
-    d_input, d_output = x.input_weight.new_empty(0), x.input_weight.new_empty(0)
+    d_input, d_output = x.input_weight.new_empty(0), x.output_weight.new_empty(0)
+    mean = x.reduction == "mean"
     if x.needs_grad[0]:
-        runs = _runs(x.centers, x.input_weight)
-        d_input = _summed(x.input_weight, d_center, runs.order, weights[runs.order], runs, x.sparse)
+        d_input = _summed(x.input_weight, x.centers, x.sparse, d_center, None, None, grad, mean)
     if x.needs_grad[1]:
-        runs = _runs(torch.cat([x.contexts[:, None], x.negatives], 1).view(-1), x.output_weight)
-        source, factors = x.centers[runs.order // terms], (slopes * weights[:, None]).view(-1)[runs.order]
-        d_output = _summed(x.output_weight, x.input_weight, source, factors, runs, x.sparse)
+        ids = torch.cat([x.contexts[:, None], x.negatives], 1).view(-1)
+        d_output = _summed(x.output_weight, ids, x.sparse, x.input_weight, x.centers, slopes, grad, mean)
     return d_input, d_output
 
 
-class _Runs(NamedTuple):
-    order: Tensor  # [n], the places of ids in ascending order of these
-    begin: Tensor  # [n + 1], where each run of equal ones begins in it
-    unique: Tensor  # [n], their ids
-    found: int  # how many runs there are
-
-
-def _runs(ids: Tensor, table: Tensor) -> _Runs:
+def _summed(table: Tensor, ids: Tensor, sparse: bool, *terms: object) -> Tensor:
+    """The table's gradient: for each of the ids the sum of its terms"""
     order, begin, unique = (torch.empty(len(ids) + more, dtype=torch.int64, device="cpu") for more in (0, 1, 0))
-    return _Runs(order, begin, unique, _C.skip_gram_sort(ids, len(table), order, begin, unique))
-
-
-def _summed(table: Tensor, rows: Tensor, source: Tensor, weights: Tensor, runs: _Runs, sparse: bool) -> Tensor:
-    """The table's gradient: for each run the sum of its weighted rows"""
-    count, shape = runs.found, tuple(table.shape)
-    out = empty(count if sparse else shape[0], shape[1], dtype=table.dtype)
-    _C.skip_gram_sum(rows, source, weights, runs.begin, runs.unique, count, not sparse, out)
+    count = _C.skip_gram_sort(ids, len(table), order, begin, unique)
+    out = (empty if sparse else zeros)(count if sparse else len(table), table.shape[1], dtype=table.dtype)
+    _C.skip_gram_sum(*terms, order, begin, unique, count, out)
     if not sparse:
         return out
-    return torch.sparse_coo_tensor(runs.unique[None, :count], out, shape, is_coalesced=True, check_invariants=False)
+    found = unique[None, :count]
+    return torch.sparse_coo_tensor(found, out, tuple(table.shape), is_coalesced=True, check_invariants=False)

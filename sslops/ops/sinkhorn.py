@@ -50,7 +50,8 @@ def potentials(
     if x.balanced:
         own, sums = columns(x)
         top = of_all(own, "max", first=True)
-        sums = of_all(sums * (own - top).exp(), "sum")
+        if x.ranks:
+            sums = of_all(sums * (own - top).exp(), "sum")
         b = torch.where(sums == 0, 0.0, -top - sums.log())  # 0: no rows
     else:
         b = x.scores.new_zeros(outputs(x).shape, dtype=torch.promote_types(x.scores.dtype, torch.float32))
