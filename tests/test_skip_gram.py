@@ -70,6 +70,14 @@ def test_accuracy(device, backend, dtype, shape):
             oracle.check(sslops.skip_gram, inputs, backend, reduction=reduction, **pairs(v, b, n, device))
 
 
+def test_large_tables():
+    """Their dense gradients lie in memory that the system has cleared, and that a kernel need not"""
+    inputs = tables(20000, 60)
+    assert inputs["input_weight"].nbytes > _C.WORTH_HUGE_PAGES
+    with oracle.poisoned_memory():
+        oracle.check(sslops.skip_gram, inputs, "cpu", **pairs(20000, 50, 3))
+
+
 def test_every_instruction_set(isa):
     with oracle.poisoned_memory():
         oracle.check(sslops.skip_gram, tables(90, 301), "cpu", **pairs(90, 200, 19))

@@ -56,7 +56,8 @@ class Grid {
     Buffer<int32_t> progress(rows_ + columns_);
     for (int64_t i = 0; i < rows_ + columns_; ++i) progress[i] = 0;
     parallel_tickets(rows_ * columns_, make, [&](int64_t ticket, auto& state) {
-      const int64_t round = ticket / rows_, i = ticket % rows_, j = (i + round) % columns_;
+      const auto [round, i] = turn(ticket);
+      const int64_t j = (i + round) % columns_;
       wait_for(progress + i, static_cast<int32_t>(round));
       wait_for(progress + rows_ + j, played(j, round));
       play(i, j, state);
@@ -66,6 +67,21 @@ class Grid {
   }
 
  private:
+  struct Turn {
+    int64_t round, i;
+  };
+
+  // Two rounds at a time, the second kLag rows behind the first: of a tile's row and column one or the other has just
+  // been in the caches, and none of the few tiles that other threads are at is waited for.
+  Turn turn(int64_t ticket) const {
+    constexpr int64_t kLag = 4;
+    const int64_t round = ticket / (2 * rows_) * 2, k = ticket % (2 * rows_), lag = at_most(kLag, rows_);
+    const int64_t mixed = k - lag, end = 2 * (rows_ - lag);
+    if (mixed < 0 || round + 1 == columns_) return {round, k};
+    if (mixed < end) return {round + mixed % 2, mixed / 2 + (mixed % 2 ? 0 : lag)};
+    return {round + 1, rows_ - lag + mixed - end};
+  }
+
   // How many rows column j has met before a round: j, j - 1, .. 0, and after a pause columns - 1, ..
   int32_t played(int64_t j, int64_t round) const {
     const auto within = [&](int64_t from, int64_t to) { return round > from ? at_most(round, to) - from : 0; };
