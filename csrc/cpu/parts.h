@@ -12,14 +12,16 @@ template <typename Make, typename Body>
 void parallel_parts(int64_t n, const Make& make, const Body& body) {
   Buffer<bool> begun(n);
   for (int64_t k = 0; k < n; ++k) begun[k] = false;
+  int64_t left = n;
   parallel_for(n, 1, [&](int64_t first, int64_t) {
+    if (__atomic_load_n(&left, __ATOMIC_RELAXED) <= 0) return;
     auto&& state = make();
-    for (int64_t step = 0; step < n; ++step) {
+    for (int64_t step = 0; step < n && __atomic_load_n(&left, __ATOMIC_RELAXED) > 0; ++step) {
       const int64_t k = first + step < n ? first + step : first + step - n;
       if (__atomic_exchange_n(begun + k, true, __ATOMIC_RELAXED)) continue;
+      __atomic_fetch_sub(&left, 1, __ATOMIC_RELAXED);
       body(k, state);
-      for (int64_t other = give_up() ? 0 : n; other < n; ++other)
-        __atomic_store_n(begun + other, true, __ATOMIC_RELAXED);
+      if (give_up()) __atomic_store_n(&left, 0, __ATOMIC_RELAXED);
     }
   });
 }
