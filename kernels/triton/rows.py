@@ -224,6 +224,20 @@ def load_scale(scale):
     return guarded(tl.load(scale))
 
 
+@triton.jit
+def close_decoupled(rest, above):
+    """close of a sum over negatives only: all of it, infinite where there is none, and the loss; above: by how much the
+    top's logit exceeds the positive's, which may be weighted.
+    """
+    return tl.where(rest == 0.0, float("inf"), rest), tl.log(rest) + above
+
+
+@triton.jit
+def own_rows(k, N, count, first):
+    """Which of all rows the own rows k are: examples first .. first + count of each view"""
+    return k // count * N + first + k % count
+
+
 def logits_range(temperature: float | Tensor, normalize: bool) -> float:
     """How far s / tau may be from the largest: |s| <= 1.01, whatever rounding did to unit rows; inf where unknown"""
     return float("inf") if isinstance(temperature, Tensor) or not normalize else 2.02 / temperature
@@ -273,15 +287,16 @@ def input_gradients(
     scale: Tensor,
     normalize: bool,
     z: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Of the first `count` views [N, D], and dots [count * N] of unit rows and their gradients.
+    """Of the first `count` views [N, D], in their dtype or another; dots [count * N] of unit rows and their gradients.
 
     dz [splits, count * N, stride]: what adds up to the unit rows' gradients, times tau and w_scale, but for the
     positives' share: pull [N] times the other view's row, as the operand z has it, or not rounded.
     """
     n, d = views[0].shape
     blocks, dots = row_blocks(d), pull.new_empty(count * n)
-    found = [torch.empty_like(x) for x in views[:count]]
+    found = [torch.empty_like(x, dtype=dtype) for x in views[:count]]
     for k, dx in enumerate(found):
         _gradient[triton.cdiv(n, blocks["BLOCK_R"]),](
             views[k], views[1 - k], z, dz, inv_norm, pull, w_scale, scale, dx, dots, k * n, n, count * n, d,

@@ -148,12 +148,6 @@ def _check_pairs(x: Arguments) -> None:
             _check.bad_type("info_nce", name, "an int64 or int32 tensor, beside the other ids", "None")
 
 
-def _form(x: Arguments) -> str:
-    if x.paired_negatives is not None:
-        return "paired negatives"
-    return "mask of negatives" if x.negative_mask is not None else "decoupled form" if x.decoupled else ""
-
-
 def _to_kernel(x: Arguments) -> tuple[Any, ...]:
     """The arguments of a kernel: in-batch with all ranks' keys and their ids, ids in int64; the Part that is the rank's
 
@@ -221,7 +215,6 @@ _run = register(
     outputs,
     reference=reference,
     check=_check_pairs,
-    form=_form,
     gradients=("query", "key", "negatives", "temperature", "paired_negatives"),
     forward=_forward,
     backward=_backward,
@@ -286,8 +279,7 @@ def info_nce(
             that of all rows, and so are the metrics, the same on every rank, and so must be what is built on it; "none"
             gives the rank's own losses. Gradients are W times the rank's share, which DDP's averaging makes those of
             the whole batch. Backward communicates only for in-batch keys that require a gradient.
-        backend: "cpu", "triton" (not decoupled, without mask or paired negatives) or "eager"; the fastest that can run
-            here if None (`sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (`sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no rows.

@@ -25,8 +25,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def call(
     b: int, k: int, d: int, operands: str, temperature: float | None, device: str, *, ids: bool = False,
-    normalize: bool = True, queue: torch.dtype | None = None, needs_grad: bool = True,
-    key_grad: bool = False,
+    normalize: bool = True, queue: torch.dtype | None = None, needs_grad: bool = True, key_grad: bool = False,
+    mask: bool = False, own: int = 0, decoupled: bool = False,
 ) -> None:  # fmt: skip
     """Forward and backward, in-batch for k = 0; without a temperature it is a tensor: the maximum is searched for"""
     compute = OPERANDS[operands]
@@ -36,6 +36,14 @@ def call(
     tau = torch.ones((), device=device) if temperature is None else temperature
     learn = [needs_grad, k == 0 or key_grad, k > 0, False]
     x = arguments(keys[:b], keys if k == 0 else keys[:b], negatives, tau, compute, learn, normalize, names)
+    if mask:
+        x = x._replace(negative_mask=torch.ones(b, k or b + 2, dtype=torch.bool, device=device))
+    if own:
+        paired = torch.ones(b, own, d, dtype=compute, device=device)
+        x = x._replace(paired_negatives=paired, needs_grad=[*learn, True])
+        x = x._replace(paired_mask=torch.ones(b, own, dtype=torch.bool, device=device) if mask else None)
+    if decoupled:
+        x = x._replace(decoupled=True, positive_weights=torch.ones(b, device=device))
     part = (Part(1, b, None),) if k == 0 else ()
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
         losses, *_, stats = info_nce.forward(x, *part)
@@ -48,8 +56,7 @@ def arguments(
     needs_grad: list[bool], normalize: bool = True, ids: Sequence[Tensor | None] = (None, None),
 ) -> Arguments:  # fmt: skip
     options = temperature, normalize, False, 0, "", False, operand, "triton"
-    beside: list[None] = [None] * 4  # see LACKS
-    return Arguments(query, key, negatives, *ids, *beside, *options, [*needs_grad, False])
+    return Arguments(query, key, negatives, *ids, None, None, None, None, *options, [*needs_grad, False])
 
 
 def matmuls(call: Callable[[], None]) -> None:
@@ -75,6 +82,8 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "f16 D=128 search", partial(matmuls, partial(call, 256, 65536, 128, "f16", None, "meta"))
     yield "bf16 D=100 search", partial(call, 256, 65536, 100, "bf16", None, "meta")  # wide loads do not fit
     yield "bf16 D=128 in-batch", partial(call, 4096, 0, 128, "bf16", 0.1, "meta", ids=True)
+    yield "bf16 D=128 masked", partial(call, 256, 65536, 128, "bf16", 0.1, "meta", mask=True, own=32, key_grad=True)
+    yield "bf16 D=128 decoupled", partial(call, 256, 65536, 128, "bf16", None, "meta", own=32, decoupled=True)
     yield "bf16 D=128 float32 queue", partial(call, 256, 65536, 128, "bf16", 0.1, "meta", queue=torch.float32)
 
 
@@ -88,6 +97,8 @@ def small() -> Iterator[Callable[[], None]]:
         (5, 0, 16, {"ids": True, "normalize": False}),
         (5, 40, 300, {"ids": True}),
         (5, 40, 20, {"normalize": False, "needs_grad": False}),
+        (33, 70, 40, {"mask": True, "own": 3, "key_grad": True}),
+        (5, 0, 16, {"mask": True, "own": 70, "decoupled": True}),
     ):
         for operands, temperature in (("f16", None), ("tf32", 0.1), ("ieee", None)):
             yield partial(call, b, k, d, operands, temperature, "cpu", **options)
@@ -161,6 +172,22 @@ def queue_of_another_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, eager, rtol=error, atol=error)
 
 
+def accuracy_of(op: Callable, b: int, d: int, kind: str, dtype: torch.dtype, temperature: float) -> None:
+    """An option: beside several blocks of candidates two of each query's own"""
+    make = partial(of_info_nce.with_paired, m=70) if op is of_info_nce.of_paired else of_info_nce.pairs
+    of_info_nce.check(make(b, d, 100, dtype=dtype), "triton", kind, op, temperature=temperature)
+
+
+def no_negative_when_decoupled(temperature: float) -> None:
+    """-inf, and its gradient is the positive's"""
+    query, key, _ = (x.requires_grad_() for x in of_info_nce.pairs(5, 16, 7).values())
+    options = {"temperature": temperature, "negative_mask": torch.ones(5, 5, dtype=torch.bool).triu(1)}
+    losses = [of_info_nce.decoupled(query, key, **options, backend=each) for each in ("triton", "eager")]
+    torch.testing.assert_close(*losses)
+    assert losses[0].isinf().tolist() == [False] * 4 + [True]
+    assert all(x.isfinite().all() for x in torch.autograd.grad(losses[0].sum(), (query, key)))
+
+
 KINDS = ("queue", "trainable", "in-batch")
 SHAPES = (  # on a chip without configs, whose blocks have 64 or 32 columns
     (67, 100, 33, 0.02),  # several blocks of rows, several spans; the fixed maximum with its bias
@@ -168,7 +195,7 @@ SHAPES = (  # on a chip without configs, whose blocks have 64 or 32 columns
     (70, 70, 32, 0.1),  # whole rows in a block
 )
 CASES = [
-    *(case(accuracy, *shape, dtype, kind) for shape in SHAPES for dtype in DTYPES for kind in KINDS[1:]),
+    *(case(accuracy, *shape, dtype, KINDS[1 + k % 2]) for k, shape in enumerate(SHAPES) for dtype in DTYPES),
     *(case(accuracy, *SHAPES[-1], dtype, "queue") for dtype in DTYPES[1:]),
     case(accuracy, 33, 70, 20, 0.005, torch.float32, "trainable"),  # no fixed maximum
     *(case(in_many_blocks, 70, 40, 16, 0.1, dtype, kind) for dtype in DTYPES[1:] for kind in ("queue", "in-batch")),
@@ -196,8 +223,25 @@ CASES = [
     case(of_info_nce.test_non_contiguous, *TARGET),
     *(case(queue_of_another_dtype, dtype) for dtype in DTYPES[1:]),
     case(of_info_nce.test_gradients_of_some, *TARGET, "negatives"),
-    case(of_info_nce.test_mask, *TARGET, "queue", torch.float32, 0.1),  # both are refused
     case(of_info_nce.test_no_paired_negative_is_none, *TARGET),
+    case(accuracy_of, of_info_nce.of_mask, 66, 40, "trainable", torch.float32, 0.1),
+    case(accuracy_of, of_info_nce.of_mask, 66, 33, "in-batch", torch.bfloat16, 0.1),
+    case(accuracy_of, of_info_nce.of_mask, 66, 32, "trainable", torch.float16, 0.02),
+    case(accuracy_of, of_info_nce.of_paired, 15, 40, "trainable", torch.float32, 0.005),
+    case(accuracy_of, of_info_nce.of_paired, 15, 32, "in-batch", torch.bfloat16, 0.1),
+    case(accuracy_of, of_info_nce.of_paired, 15, 33, "queue", torch.float16, 0.02),
+    case(accuracy_of, of_info_nce.weighted, 15, 40, "in-batch", torch.float32, 0.1),
+    case(accuracy_of, of_info_nce.weighted, 15, 32, "trainable", torch.float16, 0.02),
+    case(accuracy_of, of_info_nce.decoupled, 15, 32, "queue", torch.bfloat16, 0.005),
+    *(case(of_info_nce.test_magnitudes_of_paired, *TARGET, each) for each in (1e-12, 1e25)),
+    case(of_info_nce.test_temperature_gradient_of_paired_alone, *TARGET),
+    case(of_info_nce.test_paired_are_shared_ones_that_a_mask_leaves_to_one_query, "triton", False),
+    *(
+        case(of_info_nce.test_what_a_mask_leaves_out_is_not_looked_at, "triton", *options)
+        for options in ((float("nan"), True), (float("inf"), False))
+    ),
+    case(of_info_nce.test_masks_of_any_strides, "triton"),
+    *(case(no_negative_when_decoupled, temperature) for temperature in (0.2, 0.005)),
 ]
 
 
