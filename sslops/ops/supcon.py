@@ -103,12 +103,6 @@ def _check_views(x: Arguments) -> None:
             _check.bad_type("supcon", name, "an int64 or int32 tensor, beside the other ids", "None")
 
 
-def _form(x: Arguments) -> str:
-    if x.version >= 0:
-        return "keys"
-    return "query_ids" if x.query_ids is not None else "weights" if x.weights is not None else ""
-
-
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
     """losses and positives [V N]: the maths as it is written, float32 (float64 for float64) around a matmul in
     operand_dtype.
@@ -194,10 +188,8 @@ def _forward(x: Arguments) -> tuple[Tensor, ...]:
 
 
 def _kept(x: Arguments) -> Arguments:
-    """With keys the gradients are there after forward: a queue may change before backward. Weights are in the stats."""
-    if x.keys is None:
-        return x._replace(weights=None)
-    return x._replace(keys=None, key_labels=None, query_ids=None, key_ids=None, weights=None)
+    """With keys the gradients are there after forward: a queue may change before backward."""
+    return x if x.keys is None else x._replace(keys=None, key_labels=None, query_ids=None, key_ids=None, weights=None)
 
 
 def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
@@ -219,7 +211,6 @@ _run = register(
     outputs,
     reference=reference,
     check=_check_views,
-    form=_form,
     gradients=("z", "temperature"),
     forward=_forward,
     backward=_backward,
@@ -296,8 +287,7 @@ def supcon(
             rows, and so are the metrics, the same on every rank, and so must be what is built on it; "none" gives the
             rank's own losses. Gradients, the temperature's too, are W times the rank's share, which DDP's averaging
             makes those of the whole batch. With keys backward does not communicate.
-        backend: "cpu", "triton" (no keys, query_ids or weights) or "eager"; the fastest that can run here if None (see
-            `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or the losses for reduction="none". NaN for the mean of no

@@ -26,7 +26,7 @@ def on_cpu() -> contextlib.AbstractContextManager[object]:
 
 def call(
     shape: tuple[int, ...], operands: str, temperature: float | None, device: str, *, where: str = "out",
-    normalize: bool = True, part: Part | None = None,
+    normalize: bool = True, part: Part | None = None, keys: int | None = None, ids: bool = False,
 ) -> None:  # fmt: skip
     """Forward and backward; without a temperature it is a tensor: the tops are searched for"""
     compute = OPERANDS[operands]
@@ -34,7 +34,15 @@ def call(
     labels = torch.ones(shape[-2], dtype=torch.int32, device=device)
     tau = torch.ones((), device=device) if temperature is None else temperature
     x = arguments(z, labels, tau, normalize, where)
+    if ids:
+        x = x._replace(query_ids=labels, weights=torch.ones(shape[-2], device=device))
+    if keys is not None:
+        of_keys = torch.ones(keys, dtype=torch.int32, device=device)
+        x = x._replace(keys=z.new_ones(keys, shape[-1]), key_labels=of_keys, key_ids=of_keys if ids else None)
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
+        if keys is not None:
+            supcon.among_keys(x)
+            return
         _, _, inv_norm, _ = supcon.forward(x, part)
         stats = inv_norm.new_zeros(4, len(inv_norm))
         supcon.backward(inv_norm, x, inv_norm, stats, part)
@@ -63,6 +71,10 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{operands} D={d} search", partial(matmuls, (4096, d), operands, None, "meta")
     if chip == "sm_90":
         yield "bf16 D=128 in search", partial(matmuls, (4096, 128), "bf16", None, "meta", where="in")
+    if chip != "default":
+        search = partial(matmuls, (4096, 128), "bf16", None, "meta")
+        yield "bf16 D=128 keys search", partial(search, where="in", keys=65536, ids=True)
+        yield "bf16 D=128 ids search", partial(search, ids=True)
 
 
 def small() -> Iterator[Callable[[], None]]:
@@ -71,7 +83,9 @@ def small() -> Iterator[Callable[[], None]]:
         ((1, 1), "f16", 0.1, {}),
         ((70, 100), "f16", None, {}),
         ((2, 40, 70), "tf32", None, {"where": "in", "part": Part(10, 30, None)}),
-        ((30, 20), "ieee", 0.1, {"normalize": False}),
+        ((30, 20), "ieee", 0.1, {"normalize": False, "ids": True}),
+        ((2, 40, 70), "f16", None, {"keys": 50, "ids": True}),
+        ((5, 20), "tf32", 0.1, {"keys": 0}),
     ):
         yield partial(call, shape, operands, temperature, "cpu", **options)
 
@@ -125,7 +139,31 @@ def learned(where: str, dtype: torch.dtype, normalize: bool) -> None:
     oracle.check(op, inputs, "triton", dtype=dtype, where=where, normalize=normalize)
 
 
+def options(op: Callable, where: str, dtype: torch.dtype, shape: tuple[int, ...], temperature: float) -> None:
+    oracle.check(op, of_supcon.rows(*shape, dtype=dtype), "triton", where=where, temperature=temperature)
+
+
+def of_keys(z: Tensor, **kwargs: object) -> Tensor:
+    return of_supcon.among(z, count=70, ids=True, weights=True, **kwargs)
+
+
+def weighted(z: Tensor, **kwargs: object) -> Tensor:
+    """Weights that float16 has no room for, were they not in the scale"""
+    weights = torch.arange(len(z)) % 3 * 1000.0
+    return of_supcon.with_ids(z, weights=weights, **kwargs)
+
+
 CASES = [
+    case(options, of_keys, "out", torch.float32, (2, 35, 20), 0.1),
+    case(options, of_keys, "in", torch.float32, (70, 70), 0.01),
+    case(options, of_keys, "out", torch.bfloat16, (70, 24), 0.02),
+    case(options, of_keys, "in", torch.float16, (35, 24), 0.1),
+    case(options, weighted, "out", torch.float16, (90, 24), 0.1),
+    case(options, weighted, "in", torch.float32, (70, 24), 0.01),
+    case(of_supcon.test_a_row_without_weight_counts_nothing, *TARGET),
+    case(of_supcon.test_a_row_without_weight_beside_one_with, *TARGET, "in"),
+    *(case(of_supcon.test_no_keys_and_none_that_is_a_candidate, *TARGET, where) for where in ("out", "in")),
+    case(of_supcon.test_keys_are_rows_where_ids_leave_out_the_own, *TARGET),
     *(
         case(accuracy, where, torch.float32, (2, 35, 20), tau)
         for where, tau in (("out", 0.1), ("in", 0.1), ("in", 0.01))
@@ -153,7 +191,7 @@ def test_parts_of_the_batch() -> None:
     """As ranks have them: the slices of the whole, of each view"""
     (z,) = of_supcon.rows(2, 33, 20).values()
     labels = torch.arange(33, dtype=torch.int32) % 13
-    x = arguments(z, labels, 0.01, where="in")
+    x = arguments(z, labels, 0.01, where="in")._replace(weights=torch.arange(33) % 4.0)
     parts = [Part(0, 15, None), Part(15, 18, None)]
 
     def joined(each: list[Tensor]) -> Tensor:
