@@ -67,6 +67,30 @@ def supcon(z: Tensor, backend: str, **options: Any) -> Tensor:
     return sslops.supcon(z, labels, reduction="none", backend=backend, **options)
 
 
+def among_keys(z: Tensor, backend: str, **options: Any) -> Tensor:
+    keys, labels = z.detach().flatten(0, 1).flip(0), torch.arange(z.shape[1], device=z.device) % 13
+    of_keys = {"keys": keys, "key_labels": counts(keys) % 13, "query_ids": labels, "key_ids": counts(keys) % 11}
+    return supcon(z, backend, weights=labels / 5, **of_keys, **options)
+
+
+def weighed(z: Tensor, backend: str) -> Tensor:
+    ids, weights = torch.arange(len(z), device=z.device) // 13 % 7, counts(z) % 3 / 2
+    return sslops.supcon(z, ids % 5, query_ids=ids, weights=weights, reduction="none", backend=backend)
+
+
+def crops(z: Tensor, backend: str, **options: Any) -> Tensor:
+    ids = torch.arange(z.shape[1], device=z.device) % 60
+    return sslops.nt_xent(z, query_ids=ids, temperature=0.1, reduction="none", backend=backend, **options)
+
+
+def hard(query: Tensor, key: Tensor, negatives: Tensor, own: Tensor, backend: str, **options: Any) -> Tensor:
+    """Masked, of all rows alike"""
+    own = own[: len(query)]
+    options |= {"paired_negatives": own, "paired_mask": (counts(own[0]) % 3 > 0).expand(len(own), -1)}
+    options["negative_mask"] = (counts(negatives) % 4 > 0).expand(len(query), -1)
+    return sslops.info_nce(query, key, negatives, temperature=0.1, reduction="none", backend=backend, **options)
+
+
 def mse(pred: Tensor, backend: str) -> Tensor:
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16().to(pred)
     mask = (ids(pred, 16) > 5).to(torch.float32)
@@ -142,6 +166,11 @@ CASES = [
         for tau, inputs in ((0.1, normal((256, 128), (256, 128), (4096, 128))), (0.2, views(300, 100)))
     ),
     *(
+        Case("info_nce", partial(hard, decoupled=decoupled), normal((256, d), (256, d), (4096, d), (256, 40, d)))
+        for d, decoupled in ((128, False), (300, True))
+    ),
+    *(Case("nt_xent", partial(crops, decoupled=decoupled), normal((3, 100, 128))) for decoupled in (False, True)),
+    *(
         Case("clip", partial(sslops.clip, logit_scale=scale, reduction="none"), inputs)
         for inputs, scale in ((views(512, 128), 20.0), (normal((300, 700), (300, 700)), 100.0))
     ),
@@ -151,6 +180,8 @@ CASES = [
         Case("supcon", partial(supcon, where=where, temperature=tau), normal((2, *shape)))
         for where, shape, tau in (("out", (256, 128), 0.1), ("in", (150, 300), 0.02))
     ),
+    *(Case("supcon", partial(among_keys, where=where), normal((2, 150, 128))) for where in ("out", "in")),
+    Case("supcon", weighed, normal((300, 128))),
     *(
         Case("relic", partial(sslops.relic, temperature=tau, alpha=1.0, beta=1.0, reduction="none"), views(*shape))
         for shape, tau in (((512, 128), 0.1), ((300, 100), 0.03))

@@ -37,6 +37,8 @@ SHARED = {
     "kernels/triton/pairs.py",
     "kernels/triton/prototypes.py",
     "kernels/triton/rows.py",
+    "kernels/triton/views.py",
+    "kernels/triton/w_z.py",
 }
 
 

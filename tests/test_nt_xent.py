@@ -5,7 +5,6 @@ import torch.nn.functional as F
 import sslops
 from sslops import _C
 from sslops.__main__ import main
-from sslops.backend import refusal
 from sslops.kernels.cpu import nt_xent as kernel
 from sslops.ops.nt_xent import Arguments
 
@@ -528,16 +527,6 @@ def test_temperature_gradient_when_decoupled(device, backend, normalize):
 @each_target
 def test_decoupled_without_negatives(device, backend):
     assert losses(*views(1, 8, device=device).values(), decoupled=True, backend=backend).eq(-torch.inf).all()
-
-
-def test_kernels_say_what_they_lack():
-    for form in ("views in one tensor", "query_ids", "decoupled form"):
-        reason = refusal("triton", "nt_xent", torch.device("cuda"), torch.float32, form=form)
-        assert reason == f"nt_xent's triton kernel has no {form}"
-    z0, z1 = views(4, 8).values()
-    arguments = lowered(torch.stack([z0, z1]), None, "triton")
-    with pytest.raises(RuntimeError, match="nt_xent: backend 'triton' cannot run here"):
-        torch.ops.sslops.nt_xent(*arguments)
 
 
 def test_bad_input():

@@ -72,12 +72,6 @@ def _check_views(x: Arguments) -> None:
         _check.bad_value("nt_xent", "positive_weights", f"shape {shape}", list(x.positive_weights.shape))
 
 
-def _form(x: Arguments) -> str:
-    if x.z1 is None:
-        return "views in one tensor"
-    return "query_ids" if x.query_ids is not None else "decoupled form" if x.decoupled else ""
-
-
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
     """losses [V N] and what is logged: the maths as it is written, float32 (float64 for float64) around a matmul in
     operand_dtype.
@@ -156,7 +150,6 @@ _run = register(
     outputs,
     reference=reference,
     check=_check_views,
-    form=_form,
     gradients=("z0", "z1", "temperature"),
     forward=_forward,
     backward=_backward,
@@ -203,14 +196,13 @@ def nt_xent(
         positive_weights: [V, N] ([2, N] for two views), with decoupled: row i's <z_i, z_p> / temperature counts this
             often (DCLW: `2 - N softmax(<z0, z1> / 0.5)`); without a gradient.
         return_metrics: return (loss, Metrics): top-1 and top-5 accuracy of a positive among the row's negatives, and
-            its mean similarity, over all pairs. In Triton a pass of its own, 2 M^2 D FLOP for M = 2N.
+            its mean similarity, over all pairs. In Triton V - 1 passes of their own, 2 M^2 D FLOP each for M = V N.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W examples on each: the
             negatives come from all of them. A mean or a sum is that of all rows, and so are the metrics, the same on
             every rank, and so must be what is built on it; "none" gives the rank's own losses. Gradients, the
             temperature's too, are W times the rank's share, which DDP's averaging makes those of the whole batch.
             Backward communicates only after "none", or with query_ids.
-        backend: "cpu", "triton" (two views z0 and z1, no query_ids, not decoupled) or "eager"; the fastest that can run
-            here if None (see `sslops.explain`).
+        backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or the losses for reduction="none". NaN for the mean of no

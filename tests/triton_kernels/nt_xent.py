@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from sslops.distributed import Part
-from sslops.kernels.triton import launch, nt_xent
+from sslops.kernels.triton import launch, nt_xent, w_z
 from sslops.ops.nt_xent import Arguments, reference
 
+from .. import oracle
+from .. import test_nt_xent as of_nt_xent
 from ..oracle import assert_promise, poisoned_memory
-from .common import OPERANDS, multiply
+from .common import OPERANDS, TARGET, case, multiply, take_triton
 
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """And W in blocks that small inputs have more than one of"""
-    with mock.patch.object(launch, "multiply", multiply), mock.patch.object(nt_xent, "W_BLOCK", 128):
+    with mock.patch.object(launch, "multiply", multiply), mock.patch.object(w_z, "W_BLOCK", 128):
         yield
 
 
@@ -33,13 +35,17 @@ def call(
     dtype: torch.dtype | None = None,
     count: bool = False,
     own: slice | None = None,
+    views: int = 0,
+    decoupled: bool = False,
 ) -> None:
     """Forward and backward; without a temperature it is a tensor, and the kernels search for the maximum"""
     compute = OPERANDS[operands]
-    z = torch.ones(n, d, dtype=dtype or compute, device=device)
+    z = torch.ones(*([views] if views else []), n, d, dtype=dtype or compute, device=device)
     tau = torch.ones((), device=device) if temperature is None else temperature
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
-        x = arguments(z, z, tau, True, compute, count)
+        x = arguments(z, None if views else z, tau, True, compute, count)
+        if decoupled:
+            x = x._replace(decoupled=True, positive_weights=torch.ones(views or 2, n, device=device))
         losses, _, *saved = nt_xent.forward(x)
         nt_xent.backward(losses, x, *saved)
         if own is not None:
@@ -49,7 +55,12 @@ def call(
 
 
 def arguments(
-    z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool, operand: torch.dtype, count: bool = False
+    z0: Tensor,
+    z1: Tensor | None,
+    temperature: float | Tensor,
+    normalize: bool,
+    operand: torch.dtype,
+    count: bool = False,
 ) -> Arguments:
     return Arguments(z0, z1, None, None, temperature, normalize, False, count, "", False, operand, "triton")
 
@@ -73,6 +84,10 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for d in (*map(int, widths), 1000):
             for how, temperature in (("fixed", 0.1), ("search", None)):
                 yield f"{operands} D={d} {how}", partial(call, 65536, d, operands, temperature, "meta", count=True)
+    for how, temperature in (("fixed", 0.1), ("search", None)):
+        yield f"bf16 D=128 views {how}", partial(call, 65536, 128, "bf16", temperature, "meta", count=True, views=4)
+    yield "bf16 D=1000 views", partial(call, 65536, 1000, "bf16", 0.1, "meta", views=4)
+    yield "bf16 D=128 decoupled", partial(call, 65536, 128, "bf16", 0.1, "meta", decoupled=True)
     yield "bf16 autocast D=128", partial(call, 65536, 128, "bf16", 0.1, "meta", torch.float32)
 
 
@@ -82,6 +97,9 @@ def small() -> Iterator[Callable[[], None]]:
         for operands in ("f16", "tf32", "ieee"):
             for temperature in (0.1, None):
                 yield partial(call, n, d, operands, temperature, "cpu", count=operands == "tf32", own=slice(n // 3, n))
+    for n, d, operands, temperature in ((33, 7, "f16", 0.1), (35, 300, "tf32", None)):
+        options = {"count": True, "own": slice(n // 3, n), "views": 3, "decoupled": d == 7}
+        yield partial(call, n, d, operands, temperature, "cpu", **options)
 
 
 # ---- by the interpreter: test_interpreter.py starts these in a process of their own ----
@@ -121,7 +139,8 @@ class Kernel(torch.autograd.Function):
 
 
 @pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    take_triton(monkeypatch)
     with poisoned_memory(), on_cpu():
         yield
 
@@ -167,11 +186,51 @@ def test_unnormalized(dtype: torch.dtype, n: int, d: int) -> None:
     compare(pairs("random", n, d), 2.0, False, dtype, "sm_90", False)
 
 
-@pytest.mark.parametrize("panels", [nt_xent.PANELS, 3])  # of one block of rows, of two
-@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize(("panels", "search"), [(nt_xent.PANELS, False), (3, True)])  # of one block of rows, of two
 def test_many_panels(monkeypatch: pytest.MonkeyPatch, search: bool, panels: int) -> None:
     monkeypatch.setattr(nt_xent, "PANELS", panels)
     compare(pairs("random", 170, 20), 0.1, True, torch.bfloat16, "default", search)
+
+
+def options(op: Callable, v: int, n: int, d: int, dtype: torch.dtype, temperature: float) -> None:
+    """Of v views, or of two tensors for v = 0"""
+    make = of_nt_xent.crops if v else of_nt_xent.views
+    inputs = make(*([v] if v else []), n, d, dtype=dtype, noise=4.0)
+    oracle.check(op, inputs, "triton", temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        case(options, of_nt_xent.losses, 3, 40, 33, torch.float32, 0.1),
+        case(options, of_nt_xent.losses, 5, 27, 100, torch.bfloat16, 0.005),
+        case(options, of_nt_xent.losses_of_ids, 3, 40, 33, torch.float16, 0.02),
+        case(options, of_nt_xent.losses_of_ids, 3, 50, 300, torch.bfloat16, 0.1),
+        case(options, of_nt_xent.losses_of_ids, 0, 60, 24, torch.float32, 0.1),
+        case(options, of_nt_xent.decoupled, 3, 40, 24, torch.float16, 0.1),
+        case(options, of_nt_xent.decoupled, 3, 40, 300, torch.float32, 0.005),
+        case(options, of_nt_xent.decoupled, 0, 70, 33, torch.bfloat16, 0.01),
+        case(options, of_nt_xent.decoupled, 0, 70, 33, torch.float16, 1.0),
+        case(of_nt_xent.test_two_views_in_one_tensor, *TARGET),
+        *(case(of_nt_xent.test_an_easy_and_a_hard_positive, *TARGET, temperature) for temperature in (0.05, 0.005)),
+        case(of_nt_xent.test_temperature_gradient_of_many_views, *TARGET),
+        case(of_nt_xent.test_temperature_gradient_when_decoupled, *TARGET, False),
+        case(of_nt_xent.test_ids_leave_out_what_they_name, *TARGET),
+        case(of_nt_xent.test_metrics_of_many_views, *TARGET, of_nt_xent.losses_of_ids),
+        case(of_nt_xent.test_decoupled_without_negatives, *TARGET),
+    ],
+)
+def test_as_on_the_cpu(test: Callable[[], None]) -> None:
+    test()
+
+
+def test_parts_of_several_views() -> None:
+    (z,) = of_nt_xent.crops(3, 33, 20).values()
+    ids, weights = torch.arange(33, dtype=torch.int32) % 20, torch.rand(3, 33)
+    for search in (True, False):
+        x = arguments(z, None, 0.1 if search else torch.tensor(0.1), True, z.dtype, True)
+        x = x._replace(query_ids=ids, decoupled=search, positive_weights=weights if search else None)
+        assert_parts(x, 3, 33, [(0, 10), (10, 33)])
 
 
 @pytest.mark.parametrize(("n", "d"), [(170, 20), (40, 300)])
@@ -186,30 +245,35 @@ def test_metrics(n: int, d: int) -> None:
     assert exceeding.unique().numel() > 10
 
 
-@pytest.mark.parametrize("chip", ["default", "sm_90"])
-@pytest.mark.parametrize(("n", "d", "first", "last"), [(170, 20, 37, 150), (40, 300, 0, 33), (3, 4, 1, 2)])
+@pytest.mark.parametrize(
+    ("chip", "n", "d", "first", "last"),
+    [("default", 170, 20, 37, 150), ("sm_90", 40, 300, 0, 33), ("default", 3, 4, 1, 2)],
+)
 def test_parts_of_the_batch(chip: str, n: int, d: int, first: int, last: int) -> None:
     """As ranks have them: the slices of the whole"""
     z0, z1 = (x.float() for x in pairs("random", n, d))
     x = arguments(z0, z1, 0.1, True, z0.dtype, True)
-    grad = torch.linspace(0, 2, 2 * n)
-    bounds = [(0, first), (first, last), (last, n)]
+    with mock.patch.object(launch, "chip", return_value=chip):
+        assert_parts(x, 2, n, [(0, first), (first, last), (last, n)])
+
+
+def assert_parts(x: Arguments, v: int, n: int, bounds: list[tuple[int, int]]) -> None:
+    grad = torch.linspace(0, 2, v * n)
     parts = [Part(start, stop - start, None) for start, stop in bounds if start < stop]
 
     def joined(each: list[Tensor]) -> Tensor:
-        return torch.cat([part.unflatten(-1, (2, -1)) for part in each], -1).flatten(-2)
+        return torch.cat([part.unflatten(-1, (v, -1)) for part in each], -1).flatten(-2)
 
-    with mock.patch.object(launch, "chip", return_value=chip):
-        losses, logged, inv_norm, stats = nt_xent.forward(x)
-        found = [nt_xent.forward(x, part) for part in parts]
-        gathered = joined([each[3] for each in found])
-        gradients = nt_xent.backward(grad, x, inv_norm, stats)
-        shares = [nt_xent.backward(grad, x, inv_norm, gathered, part) for part in parts]
+    losses, logged, inv_norm, stats = nt_xent.forward(x)
+    found = [nt_xent.forward(x, part) for part in parts]
+    gathered = joined([each[3] for each in found])
+    gradients = nt_xent.backward(grad, x, inv_norm, stats)
+    shares = [nt_xent.backward(grad, x, inv_norm, gathered, part) for part in parts]
     torch.testing.assert_close(joined([each[0] for each in found]), losses)
     torch.testing.assert_close(joined([each[1] for each in found]), logged)
-    torch.testing.assert_close(gathered[2], stats[2])  # m and 1 / r go by another maximum
+    torch.testing.assert_close(gathered[2:], stats[2:])  # m and 1 / r go by another maximum
     for expected, *each in zip(gradients, *shares, strict=True):
-        torch.testing.assert_close(torch.cat(each) if expected.dim() else sum(each), expected)
+        torch.testing.assert_close(torch.cat(each, -2) if expected.dim() > 1 else sum(each), expected)
 
 
 def test_magnitude_does_not_matter() -> None:
