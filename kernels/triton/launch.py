@@ -48,6 +48,12 @@ def chip(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors it has; an H100's where it is no GPU"""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 @contextlib.contextmanager
 def on(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device's current stream."""

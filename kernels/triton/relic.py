@@ -7,7 +7,7 @@ of aligned pairs. Few negatives: only the tiles of their band. Rows wider than a
 makes the tiles anew.
 
 Order of every sum is fixed, so the same input gives the same bits. Scratch, in bytes: both views in the operands'
-dtype; forward 28 a row and span, backward 4 D a row and span, PROGRAMS blocks of rows at least.
+dtype; forward 28 a row and span, backward 4 D a row and span, BLOCKS blocks of rows a multiprocessor at least.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .rows import (
     LN2,
     LOWEST,
     atanh_series,
+    base2,
     close,
     input_gradients,
     load_scale,
-    log2_scale,
     logits_range,
     operand,
     row_tile,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # These change from batch to batch: no compilation for each.
 SIZES = ("B", "M", "negatives", "tiles", "span", "splits")
 
-PROGRAMS = 264  # two on each of an H100's 132 multiprocessors; at most PARTS spans
+BLOCKS = 2  # of a multiprocessor, about; but at most PARTS spans
 PARTS = 64
 SUMS = 7  # A, B, Y, E, V or a's maximum, b's maximum, how many exceed: of a row and span
 
@@ -246,19 +246,14 @@ def _weights(u, v, own, other, scale, beta, SEARCH: tl.constexpr):
     return e_own * p * (c - beta * (scale * LN2) * (v - s)), beta * (e_q * q_other - e_p * p_other)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _weigh_back(
-    z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span,
+@triton.jit
+def _weigh_view(
+    z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column,
     TARGET: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz [splits, M, stride], BLOCK_K columns a program: dL/dS tau times the target over a span of tiles.
-
-    TARGET: what the target's gradient is made of, the transpose times online, in the next B of the M rows.
-    """
-    scale = load_scale(scale)
-    i, split, column = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2) * BLOCK_K
-    stride = BLOCK_K if STATIONARY else stride
+    """_weigh_back of online, or of the target: the transpose times online, in the next B of the M rows"""
+    i, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     next_view = tl.cast(B, tl.int64) * stride
     x, y = (z + next_view, z) if TARGET else (z, z + next_view)
     xi = row_tile(x, i, B, stride, BLOCK_M, BLOCK_K)
@@ -289,15 +284,37 @@ def _weigh_back(
     tl.store(dz + at, acc, mask=rows < B)
 
 
-def _spans(b: int, before: int, after: int, config: dict[str, int]) -> tuple[int, int, int, int]:
+@triton.jit(do_not_specialize=SIZES)
+def _weigh_back(
+    z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span,
+    BOTH: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dz [splits, M, stride], BLOCK_K columns a program: dL/dS tau times the target over a span of tiles; or BOTH"""
+    scale = load_scale(scale)
+    stride = BLOCK_K if STATIONARY else stride
+    column = tl.program_id(2) * BLOCK_K
+    if column < stride:
+        _weigh_view(
+            z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column,
+            False, SEARCH, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif BOTH:
+        _weigh_view(
+            z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column - stride,
+            True, SEARCH, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+def _spans(x: Tensor, before: int, after: int, config: dict[str, int]) -> tuple[int, int, int, int]:
     """Blocks of rows, the tiles that may hold their pairs, how long spans of tiles are, and how many.
 
     A row has pairs with the rows from `before` before it to `after` after it, in cyclic order.
     """
-    m, n = config["BLOCK_M"], config["BLOCK_N"]
+    b, m, n = len(x), config["BLOCK_M"], config["BLOCK_N"]
     tiles = triton.cdiv(m + before + after, n) + (b % n > 0) + (m % n + before % n > 0)
     blocks, tiles = triton.cdiv(b, m), min(tiles, triton.cdiv(b, n))
-    span = triton.cdiv(tiles, max(1, min(PROGRAMS // blocks, PARTS)))
+    span = triton.cdiv(tiles, max(1, min(BLOCKS * launch.processors(x.device) // blocks, PARTS)))
     return blocks, tiles, span, triton.cdiv(tiles, span)
 
 
@@ -327,11 +344,11 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
     if b == 0:
         return losses, stats
     config = launch.nearest("relic", online.device, operand_dtype, d)["forward"]
-    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), log2_scale(temperature, online)
+    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), base2(temperature)
     with launch.on(online.device):
         z, _, s_pos = operand(online, target, x.normalize, operand_dtype, config["BLOCK_K"], rounded=True)
         stride = z.shape[1]
-        blocks, tiles, span, splits = _spans(b, 0, negatives, config)
+        blocks, tiles, span, splits = _spans(online, 0, negatives, config)
         parts = losses.new_empty(SUMS, splits, b)
         _weigh[blocks, splits](
             z, s_pos, parts, scale, b, negatives, stride, tiles, span, search, x.count_exceeding,
@@ -351,7 +368,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
     if b == 0:
         return torch.empty_like(online), target.new_empty(target.shape if gradients == 2 else 0), grad.new_zeros(())
     config = launch.nearest("relic", online.device, operand_dtype, d)["backward"]
-    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), log2_scale(temperature, online)
+    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), base2(temperature)
     with launch.on(online.device):
         z, inv_norm, _ = operand(online, target, x.normalize, operand_dtype, config["BLOCK_K"], rounded=True)
         stride = z.shape[1]
@@ -360,15 +377,15 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
             sizes = _largest_weights(grad, stats, online, target, temperature, x.beta, x.normalize)
             w_scale = launch.half_scale(operand_dtype, sizes)
         weights = grad if w_scale is None else grad * w_scale
-        blocks, tiles, span, splits = _spans(b, negatives, negatives, config)
+        blocks, tiles, span, splits = _spans(online, negatives, negatives, config)
         dz = grad.new_empty(splits, gradients * b, stride)
-        for k in range(gradients):
-            _weigh_back[blocks, splits, stride // config["BLOCK_K"]](
-                z, weights, stats, dz, scale, x.beta, b, gradients * b, negatives, stride, tiles, span,
-                k == 1, search, launch.precision(operand_dtype), stride == config["BLOCK_K"], **config,
-            )  # fmt: skip
+        _weigh_back[blocks, splits, gradients * stride // config["BLOCK_K"]](
+            z, weights, stats, dz, scale, x.beta, b, gradients * b, negatives, stride, tiles, span,
+            gradients == 2, search, launch.precision(operand_dtype), stride == config["BLOCK_K"], **config,
+        )  # fmt: skip
+        learned = x.needs_grad[2]
         found, dots = input_gradients(
-            (online, target), gradients, dz, inv_norm, grad * stats[5], w_scale, scale, x.normalize, z
+            (online, target), gradients, dz, inv_norm, stats[5], w_scale, scale, x.normalize, z, grad, learned
         )
     dtarget = found[1] if gradients == 2 else target.new_empty(0)
-    return found[0], dtarget, dots[:b].sum() * (-1 / temperature)
+    return found[0], dtarget, dots[:b].sum() * (-1 / temperature) if learned else grad.new_empty(0)

@@ -151,26 +151,25 @@ def _gradient_tile(
     return own, (total - pull[:, None] * positive) * inv_tau
 
 
-@triton.jit(do_not_specialize=("first", "N", "M", "splits"))
-def _gradient(
-    x, other, z, dz, inv_norm, pull, w_scale, scale, dx, dots, first, N, M, D, stride, splits,
-    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def _view_gradient(
+    x, other, z, dz, inv_norm, pull, w_inverse, inv_tau, dx, dots, rows, first, N, M, D, stride, splits,
+    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx [N, D] of the view x; its dz [splits, M, stride] starts at row `first`, 0 or N; dots [M] = <row, gradient>"""
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """dx [N, D] of the view x, whose dz starts at row `first`, 0 or N"""
     inside = rows < N
     inv = tl.load(inv_norm + first + rows, mask=inside, other=0.0)
     inv_other = tl.load(inv_norm + (N - first) + rows, mask=inside, other=0.0)
-    pull = tl.load(pull + rows, mask=inside, other=0.0)
-    inv_tau = tl.load(scale) * LN2
-    w_inverse = 1.0 / tl.load(w_scale) if w_scale is not None else None
-    dot = tl.zeros([BLOCK_R], tl.float32)
-    for k in range(0, D, BLOCK_D):
-        own, d = _gradient_tile(
-            x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits, BLOCK_D
-        )
-        dot += tl.sum(own * d, 1)
-    tl.store(dots + first + rows, dot, mask=inside)
+    dot = tl.zeros_like(pull)
+    if NORMALIZE or dots is not None:
+        for k in range(0, D, BLOCK_D):
+            own, d = _gradient_tile(
+                x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
+                BLOCK_D,
+            )  # fmt: skip
+            dot += tl.sum(own * d, 1)
+    if dots is not None:
+        tl.store(dots + first + rows, dot, mask=inside)
     along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
     for k in range(0, D, BLOCK_D):
         own, d = _gradient_tile(
@@ -181,6 +180,36 @@ def _gradient(
         columns = k + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (columns < D)[None, :]
         tl.store(address(dx, rows, columns, D), d.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=("N", "M", "splits"))
+def _gradient(
+    x0, x1, z, dz, inv_norm, pull, grad, w_scale, scale, dx0, dx1, dots, N, M, D, stride, splits,
+    PULLS: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx0 and, unless it is None, dx1 [N, D] of the views; dz [splits, M, stride]; dots [M] = <row, gradient>, or None.
+
+    pull [PULLS, N] is added up, each times its grad, if that is given.
+    """
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    pulls = tl.zeros([BLOCK_R], tl.float32)
+    for k in tl.static_range(PULLS):
+        share = tl.load(pull + k * N + rows, mask=rows < N, other=0.0)
+        if grad is not None:
+            share = share * tl.load(grad + k * N + rows, mask=rows < N, other=0.0)
+        pulls += share
+    inv_tau = number(scale) * LN2
+    w_inverse = 1.0 / tl.load(w_scale) if w_scale is not None else None
+    if tl.program_id(1) == 0:
+        _view_gradient(
+            x0, x1, z, dz, inv_norm, pulls, w_inverse, inv_tau, dx0, dots, rows, 0, N, M, D, stride, splits,
+            NORMALIZE, BLOCK_D,
+        )  # fmt: skip
+    elif dx1 is not None:
+        _view_gradient(
+            x1, x0, z, dz, inv_norm, pulls, w_inverse, inv_tau, dx1, dots, rows, N, N, M, D, stride, splits,
+            NORMALIZE, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -219,9 +248,17 @@ def guarded(scale):
 
 
 @triton.jit
+def number(x):
+    """A number, or the one that lies there on the device"""
+    if tl.to_tensor(x).dtype.is_ptr():
+        x = tl.load(x)
+    return x
+
+
+@triton.jit
 def load_scale(scale):
-    """log2_scale's, guarded"""
-    return guarded(tl.load(scale))
+    """base2's, guarded"""
+    return guarded(number(scale))
 
 
 @triton.jit
@@ -284,24 +321,27 @@ def input_gradients(
     inv_norm: Tensor,
     pull: Tensor,
     w_scale: Tensor | None,
-    scale: Tensor,
+    scale: float | Tensor,
     normalize: bool,
     z: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    grad: Tensor | None = None,
+    dotted: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
-    """Of the first `count` views [N, D], in their dtype or another; dots [count * N] of unit rows and their gradients.
+    """Of the first `count` views [N, D], in their dtype or another; dots [count * N] of unit rows and their gradients,
+    if `dotted`.
 
     dz [splits, count * N, stride]: what adds up to the unit rows' gradients, times tau and w_scale, but for the
-    positives' share: pull [N] times the other view's row, as the operand z has it, or not rounded.
+    positives' share: the other view's row, as the operand z has it, or not rounded, times pull [N], or the sum of pull
+    [2N] over its halves; times grad, of pull's shape, if it is given.
     """
     n, d = views[0].shape
-    blocks, dots = row_blocks(d), pull.new_empty(count * n)
+    blocks, dots = row_blocks(d), pull.new_empty(count * n if dotted else 0)
     found = [torch.empty_like(x, dtype=dtype) for x in views[:count]]
-    for k, dx in enumerate(found):
-        _gradient[triton.cdiv(n, blocks["BLOCK_R"]),](
-            views[k], views[1 - k], z, dz, inv_norm, pull, w_scale, scale, dx, dots, k * n, n, count * n, d,
-            dz.shape[2], len(dz), normalize, **blocks,
-        )  # fmt: skip
+    _gradient[triton.cdiv(n, blocks["BLOCK_R"]), count](
+        *views, z, dz, inv_norm, pull, grad, w_scale, scale, found[0], found[1] if count == 2 else None,
+        dots if dotted else None, n, count * n, d, dz.shape[2], len(dz), pull.numel() // n, normalize, **blocks,
+    )  # fmt: skip
     return found, dots
 
 
@@ -314,6 +354,11 @@ def inverse(x: Tensor, normalize: bool) -> Tensor | None:
     if n:
         _inv_norms[triton.cdiv(n, blocks["BLOCK_R"]),](x, out, n, d, **blocks)
     return out
+
+
+def base2(temperature: float | Tensor) -> float | Tensor:
+    """log2(e) / tau, exp(s / tau) = exp2(s * scale): a number, or [] where the temperature is, and stays"""
+    return LOG2E.value / (temperature.float() if isinstance(temperature, Tensor) else temperature)
 
 
 def log2_scale(temperature: float | Tensor, z: Tensor) -> Tensor:

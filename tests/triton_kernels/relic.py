@@ -20,7 +20,7 @@ from .common import OPERANDS
 
 def on_cpu() -> contextlib.AbstractContextManager[object]:
     """In spans of several tiles even of small inputs"""
-    return mock.patch.object(relic, "PROGRAMS", 4)
+    return mock.patch.object(launch, "processors", return_value=2)
 
 
 def call(
