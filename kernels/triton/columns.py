@@ -1,7 +1,8 @@
 """Columns of [N, D] embeddings over the batch: their moments, the matmul operands made of them, and the way back.
 
-Statistics are float64 sums in a fixed order: exact at any mean, the same bits every run. The rows are cut into at most
-PARTS parts for which programs run side by side; whoever needs a sum adds the parts up, in their order.
+Statistics are sums in a fixed order: exact at any mean, the same bits every run. The rows are cut into at most PARTS
+parts for which programs run side by side; whoever needs a sum adds the parts up, in their order. In float32 are sums of
+every BLOCK_R-th row of a part, of differences from a number near the mean; all others are float64.
 
 Operands are [V, rows, stride] for V views: centred or batch-normalised, rounded once, with zeros in rows from N on and
 in columns from D on, up to multiples of PAD, so that matmuls need not look where the contraction ends.
@@ -20,14 +21,27 @@ SIZES = ("N", "span", "splits", "count", "tiles", "outer", "inner")
 
 PAD = 128  # the largest step of a contraction in <op>.json
 PARTS = 32
-PROGRAMS = 1024  # about eight on each of an H100's 132 multiprocessors
+PROGRAMS = 8  # on each multiprocessor, about
 BLOCKS = {"PARTS": PARTS, "BLOCK_R": 64, "BLOCK_D": 32, "num_warps": 8, **launch.FUSED}
 
 
 @triton.jit
-def _centred(x, rows, columns, mean, N, D):
-    """x - mean in float64, zeros outside of x"""
-    return tl.where((rows < N)[:, None], load_at(x, rows, columns, N, D).to(tl.float64) - mean[None, :], 0.0)
+def _centred(x, rows, columns, mean, rest, N, D):
+    """x - mean - rest, zeros outside of x"""
+    return tl.where((rows < N)[:, None], load_at(x, rows, columns, N, D) - mean[None, :] - rest[None, :], 0.0)
+
+
+@triton.jit
+def _in_two(mean):
+    """A float64 number as two of float32: what they are taken from is as exact as it can be in float32"""
+    high = mean.to(tl.float32)
+    return high, (mean - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _down(sums):
+    """[BLOCK_D], float64, of sums [BLOCK_R, BLOCK_D]"""
+    return tl.sum(sums.to(tl.float64), 0)
 
 
 @triton.jit
@@ -35,18 +49,21 @@ def _part(x, parts, view, columns, N, D, span, splits, BLOCK_R: tl.constexpr, BL
     """parts[view, :, split, columns]: the mean of this split's rows and their squared distance from it"""
     split = tl.program_id(1)
     first, last = split * span, tl.minimum(split * span + span, N)
-    total = tl.zeros([BLOCK_D], tl.float64)
-    for i in range(first, last, BLOCK_R):
-        total += tl.sum(load_at(x, i + tl.arange(0, BLOCK_R), columns, N, D).to(tl.float64), 0)
-    mean = total * (1.0 / tl.maximum(last - first, 1).to(tl.float64))
-    squares = tl.zeros([BLOCK_D], tl.float64)
+    tile = load_at(x, first + tl.arange(0, BLOCK_R), columns, N, D)
+    near = tl.sum(tile, 0) * (1.0 / tl.minimum(tl.maximum(last - first, 1), BLOCK_R).to(tl.float32))
+    sums = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    of_squares = sums
     for i in range(first, last, BLOCK_R):
         rows = i + tl.arange(0, BLOCK_R)
-        off = _centred(x, rows, columns, mean, N, D)
-        squares += tl.sum(off * off, 0)
+        off = tl.where((rows < N)[:, None], load_at(x, rows, columns, N, D) - near[None, :], 0.0)
+        sums += off
+        of_squares += off * off
+    total, squares = _down(sums), _down(of_squares)
+    off = total * (1.0 / tl.maximum(last - first, 1).to(tl.float64))
+    squares -= total * off
     parts += (view * 2 * splits + split) * D + columns
-    tl.store(parts, mean, mask=columns < D)
-    tl.store(parts + splits * D, squares, mask=columns < D)
+    tl.store(parts, near.to(tl.float64) + off, mask=columns < D)
+    tl.store(parts + splits * D, tl.where(squares < 0.0, 0.0, squares), mask=columns < D)  # NaN stays
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -105,7 +122,10 @@ def _operands(
         if y is not None:
             tl.store(moments + 3 * D + columns, mean_y.to(tl.float32), mask=mine)
             tl.store(moments + 4 * D + columns, tl.sqrt(var_y * N / (N - 1) + eps).to(tl.float32), mask=mine)
-    first = tl.zeros([BLOCK_D], tl.float64)
+    high_x, low_x = _in_two(mean_x)
+    if y is not None:
+        high_y, low_y = _in_two(mean_y)
+    first = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     second = first
     third = first
     for i in range(split * span, tl.minimum(split * span + span, rows), BLOCK_R):
@@ -113,37 +133,38 @@ def _operands(
         to = out + tl.cast(i, tl.int64) * row_step + tl.cast(tl.program_id(0), tl.int64) * BLOCK_D * column_step
         to += tl.arange(0, BLOCK_R)[:, None] * row_step + tl.arange(0, BLOCK_D)[None, :] * column_step
         mask = (r < rows)[:, None] & (columns < stride)[None, :]
-        v = _centred(x, r, columns, mean_x, N, D)
-        a = (v.to(tl.float32) * rstd_x[None, :]).to(out.dtype.element_ty)
+        v = _centred(x, r, columns, high_x, low_x, N, D)
+        a = (v * rstd_x[None, :]).to(out.dtype.element_ty)
         tl.store(to, a, mask=mask)
-        a = a.to(tl.float64)
+        a = a.to(tl.float32)
         if y is not None:
-            w = _centred(y, r, columns, mean_y, N, D)
-            b = (w.to(tl.float32) * rstd_y[None, :]).to(out.dtype.element_ty)
+            w = _centred(y, r, columns, high_y, low_y, N, D)
+            b = (w * rstd_y[None, :]).to(out.dtype.element_ty)
             tl.store(to + tl.cast(rows, tl.int64) * stride, b, mask=mask)
-            b = b.to(tl.float64)
+            b = b.to(tl.float32)
         if NORMALIZE:
-            first += tl.sum(v * w, 0)
-            second += tl.sum(a * b, 0)
+            first += v * w
+            second += a * b
         else:
-            first += tl.sum(a * a, 0)
+            first += a * a
             if y is not None:
-                second += tl.sum(b * b, 0)
-                apart = tl.where((r < N)[:, None], v - w + (mean_x - mean_y)[None, :], 0.0)
-                third += tl.sum(apart * apart, 0)
-    if NORMALIZE:
-        first = first * exact_x * exact_y
+                second += b * b
+                apart = load_at(x, r, columns, N, D) - load_at(y, r, columns, N, D)
+                third += apart * apart
     dots += split * D + columns
-    tl.store(dots, first, mask=columns < D)
+    of_first = _down(first)
+    if NORMALIZE:
+        of_first = of_first * exact_x * exact_y
+    tl.store(dots, of_first, mask=columns < D)
     if y is not None:
-        tl.store(dots + splits * D, second, mask=columns < D)
+        tl.store(dots + splits * D, _down(second), mask=columns < D)
         if not NORMALIZE:
-            tl.store(dots + 2 * splits * D, third, mask=columns < D)
+            tl.store(dots + 2 * splits * D, _down(third), mask=columns < D)
 
 
 @triton.jit
 def _factors(x, y, parts, share, t_scale, eps, weight, columns, N, D, span, splits, PARTS: tl.constexpr):
-    """mean and 1 / sqrt(var + eps) of both views' columns, and what t and the other view are multiplied by"""
+    """mean, in two, and 1 / sqrt(var + eps) of both views' columns, and what t and the other view are multiplied by"""
     mean_x, var_x = _statistics(parts, 0, columns, N, D, span, splits, PARTS)
     mean_y, var_y = _statistics(parts, 1, columns, N, D, span, splits, PARTS)
     rstd_x = (1.0 / tl.sqrt(var_x + eps)).to(tl.float32)
@@ -153,7 +174,9 @@ def _factors(x, y, parts, share, t_scale, eps, weight, columns, N, D, span, spli
     other = tl.zeros_like(rstd_x)
     if share is not None:
         other = tl.load(share + columns, mask=columns < D, other=0.0)
-    return mean_x, rstd_x, mean_y, rstd_y, weight, other
+    mean_x, rest_x = _in_two(mean_x)
+    mean_y, rest_y = _in_two(mean_y)
+    return mean_x, rest_x, rstd_x, mean_y, rest_y, rstd_y, weight, other
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -164,26 +187,26 @@ def _backward_sums(
     """sums [4, splits, D], float64: of g and of a g, for both views"""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
-    mean_x, rstd_x, mean_y, rstd_y, weight, other = _factors(
+    mean_x, rest_x, rstd_x, mean_y, rest_y, rstd_y, weight, other = _factors(
         x, y, parts, share, t_scale, eps, weight, columns, N, D, span, splits, PARTS
     )
-    g_x = tl.zeros([BLOCK_D], tl.float64)
+    g_x = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     ag_x, g_y, ag_y = g_x, g_x, g_x
     for i in range(split * span, tl.minimum(split * span + span, N), BLOCK_R):
         rows = i + tl.arange(0, BLOCK_R)
-        a = _centred(x, rows, columns, mean_x, N, D).to(tl.float32) * rstd_x[None, :]
-        b = _centred(y, rows, columns, mean_y, N, D).to(tl.float32) * rstd_y[None, :]
-        g = (load_at(t, rows, columns, N, D) * weight + b * other[None, :]).to(tl.float64)
-        g_x += tl.sum(g, 0)
-        ag_x += tl.sum(a * g, 0)
-        g = (load_at(t + tl.cast(N, tl.int64) * D, rows, columns, N, D) * weight + a * other[None, :]).to(tl.float64)
-        g_y += tl.sum(g, 0)
-        ag_y += tl.sum(b * g, 0)
+        a = _centred(x, rows, columns, mean_x, rest_x, N, D) * rstd_x[None, :]
+        b = _centred(y, rows, columns, mean_y, rest_y, N, D) * rstd_y[None, :]
+        g = load_at(t, rows, columns, N, D) * weight + b * other[None, :]
+        g_x += g
+        ag_x += a * g
+        g = load_at(t + tl.cast(N, tl.int64) * D, rows, columns, N, D) * weight + a * other[None, :]
+        g_y += g
+        ag_y += b * g
     sums += split * D + columns
-    tl.store(sums, g_x, mask=columns < D)
-    tl.store(sums + splits * D, ag_x, mask=columns < D)
-    tl.store(sums + 2 * splits * D, g_y, mask=columns < D)
-    tl.store(sums + 3 * splits * D, ag_y, mask=columns < D)
+    tl.store(sums, _down(g_x), mask=columns < D)
+    tl.store(sums + splits * D, _down(ag_x), mask=columns < D)
+    tl.store(sums + 2 * splits * D, _down(g_y), mask=columns < D)
+    tl.store(sums + 3 * splits * D, _down(ag_y), mask=columns < D)
 
 
 @triton.jit
@@ -199,7 +222,7 @@ def _backward(
     """dx = (2 grad / N^2) rstd (g - mean(g) - a mean(a g)), g = weight t + share b; dy alike"""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
-    mean_x, rstd_x, mean_y, rstd_y, weight, other = _factors(
+    mean_x, rest_x, rstd_x, mean_y, rest_y, rstd_y, weight, other = _factors(
         x, y, parts, share, t_scale, eps, weight, columns, N, D, span, splits, PARTS
     )
     g_x, ag_x = _mean(sums, 0, columns, N, D, splits, PARTS), _mean(sums, 1, columns, N, D, splits, PARTS)
@@ -210,8 +233,8 @@ def _backward(
     scale_x, scale_y = (rstd_x * scale).to(tl.float32), (rstd_y * scale).to(tl.float32)
     for i in range(split * span, tl.minimum(split * span + span, N), BLOCK_R):
         rows = i + tl.arange(0, BLOCK_R)
-        a = _centred(x, rows, columns, mean_x, N, D).to(tl.float32) * rstd_x[None, :]
-        b = _centred(y, rows, columns, mean_y, N, D).to(tl.float32) * rstd_y[None, :]
+        a = _centred(x, rows, columns, mean_x, rest_x, N, D) * rstd_x[None, :]
+        b = _centred(y, rows, columns, mean_y, rest_y, N, D) * rstd_y[None, :]
         at = rows.to(tl.int64)[:, None] * D + columns[None, :]
         mask = (rows < N)[:, None] & (columns < D)[None, :]
         g = load_at(t, rows, columns, N, D) * weight + b * other[None, :]
@@ -230,7 +253,8 @@ def cut(x: Tensor) -> tuple[int, int]:
     """Rows of a part, padding included, and how many parts: enough for PROGRAMS programs"""
     n, d = padded(x.shape[0]), x.shape[1]
     step = BLOCKS["BLOCK_R"]
-    splits = min(PARTS, triton.cdiv(PROGRAMS, triton.cdiv(d, BLOCKS["BLOCK_D"])), triton.cdiv(n, step))
+    programs = PROGRAMS * launch.processors(x.device)
+    splits = min(PARTS, triton.cdiv(programs, triton.cdiv(d, BLOCKS["BLOCK_D"])), triton.cdiv(n, step))
     span = triton.cdiv(n, splits * step) * step
     return span, triton.cdiv(n, span)
 

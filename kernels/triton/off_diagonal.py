@@ -1,7 +1,8 @@
 """S = X^T Y [D, D] without its diagonal: the sum of its squares and its products with X and Y. Two exact routes.
 
 - gram (N^2 D FLOP for half of each X X^T, 2 N^2 D a product): sum S^2 = <X X^T, Y Y^T>, S's diagonal included.
-- panels (2 N D^2 for S, 2 N D^2 a product): PANEL rows of S at a time, squared and stored as the next matmul's operand.
+- panels (2 N D^2 for S, half of that where Y is X; 2 N D^2 a product): PANEL rows of S at a time, squared and stored as
+  the next matmul's operand.
 
 X, Y: operands of columns.py, [rows, stride], for the panels stored by columns. No result depends on the order in which
 programs run.
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from . import launch
 
-SIZES = ("N", "D", "splits", "views")  # not those whose being multiples of 16 lets loads be wide
+SIZES = ("N", "D", "splits", "views", "row1")  # not those whose being multiples of 16 lets loads be wide
 
 PANEL = 4096  # rows of S: 64 MiB at D = 8192 in bf16; fewer would read and write the products in float32 more often
 SPLIT = 256  # columns that a program of the Gram matrix has at least
-PROGRAMS = 264  # of the Gram matrix: two on each of an H100's 132 multiprocessors
+BLOCKS = 2  # of the Gram matrix, on each multiprocessor
 SQUARE = 64  # of the Gram matrix that a program of _inner takes; divides every BLOCK_M
 
 
@@ -96,27 +97,41 @@ def _inner(parts, grams, sums, N, views, splits, PAIRED: tl.constexpr, SQUARE: t
 
 @triton.jit(do_not_specialize=SIZES)
 def _panel(
-    x, y, w, sums, scale, weight, corner, N, D, rows, stride, row0,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, y, w, sums, scale, weight, corner, N, D, rows, stride, row0, row1,
+    SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of the rows of S from row0: sums [tiles] of squares off the diagonal, and w [.., rows] for the products.
+    """Of the rows of S from row0 to row1: sums [tiles] of squares off the diagonal, and w [.., rows] for the products.
 
     x, y [rows, stride] are X^T and Y^T. w is weight S, corner (S - N) on the diagonal, times scale [] if there is one,
-    in the operands' dtype.
+    in the operands' dtype. SYMMETRIC: no tiles below the diagonal, whose squares count as those above it; w has what is
+    above, and below it what lies in the columns from row0 to row1.
     """
     i, j = row0 + tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    s = _inner_products(x, y, i, j, rows, stride, 0, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    last = stride
+    if SYMMETRIC:
+        last = stride * tl.minimum(tl.maximum(j + BLOCK_N - i, 0), 1)
+    s = _inner_products(x, y, i, j, rows, stride, 0, last, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     r, c = i + tl.arange(0, BLOCK_M)[:, None], j + tl.arange(0, BLOCK_N)[None, :]
     off = tl.where(r == c, 0.0, s)
+    counted = tl.where(r < c, 2.0 * s * s, 0.0) if SYMMETRIC else off * off
     # flat: Triton 3.6 has no layout for a sum of sums of what tcgen05 gives
-    squares = tl.sum(tl.reshape(off * off, [BLOCK_M * BLOCK_N]), 0).to(tl.float64)
+    squares = tl.sum(tl.reshape(counted, [BLOCK_M * BLOCK_N]), 0).to(tl.float64)
     tl.store(sums + (i // BLOCK_M) * tl.num_programs(1) + tl.program_id(1), squares)
     if w is not None:
         value = tl.where(r == c, (s - N) * corner, off * weight)
         if scale is not None:
             value = value * tl.load(scale)
+        value = value.to(w.dtype.element_ty)
         to = w + tl.cast(i - row0, tl.int64) * rows + j + ((r - i) * rows + (c - j))
-        tl.store(to, value.to(w.dtype.element_ty), mask=(r < D) & (c < D))
+        mask = (r < D) & (c < D)
+        if SYMMETRIC:
+            mask = mask & (r <= c)
+        tl.store(to, value, mask=mask)
+        if SYMMETRIC:
+            r, c = i + tl.arange(0, BLOCK_M)[None, :], j + tl.arange(0, BLOCK_N)[:, None]
+            to = w + (tl.cast(j, tl.int64) - row0) * rows + i + ((c - j) * rows + (r - i))
+            tl.store(to, tl.trans(value), mask=(r < c) & (c < row1))
 
 
 def grams(x: Tensor, n: int, d: int, *, paired: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -127,7 +142,8 @@ def grams(x: Tensor, n: int, d: int, *, paired: bool, keep: bool) -> tuple[Tenso
     views, rows, stride = x.shape
     config = launch.nearest("off_diagonal", x.device, x.dtype, d)["gram"]
     high, wide = triton.cdiv(n, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"])
-    splits = max(1, min(PROGRAMS // (triton.cdiv(high * (wide + 1), 2)), stride // SPLIT))
+    programs = BLOCKS * launch.processors(x.device)
+    splits = max(1, min(programs // (triton.cdiv(high * (wide + 1), 2)), stride // SPLIT))
     span = triton.cdiv(stride, splits * config["BLOCK_K"]) * config["BLOCK_K"]
     splits = triton.cdiv(stride, span)
     parts = x.new_empty((views, splits, n, n), dtype=torch.float32)
@@ -163,7 +179,8 @@ def panels(
 ) -> Tensor:
     """Sums [tiles] of S's squares off the diagonal; and into `products`, [N, D] each, Y W^T and, if asked, X W.
 
-    x, y [rows, stride], stored by columns. W is weight S, corner (S - N) on the diagonal, all times scale [].
+    x, y [rows, stride], stored by columns. W is weight S, corner (S - N) on the diagonal, all times scale []. Where
+    y is x only what is above the diagonal is computed, and there is one product at most.
     """
     rows, stride = x.shape
     config = launch.nearest("off_diagonal", x.device, x.dtype, d)["panel"]
@@ -173,12 +190,20 @@ def panels(
     w = x.new_empty((min(panel, d), stride)) if products else None
     for first in range(0, d, panel):
         p = min(panel, d - first)
+        end = first + p
         _panel[triton.cdiv(p, config["BLOCK_M"]), wide](
-            x.t(), y.t(), w, sums, scale, weight, corner, n, d, stride, rows, first, launch.precision(x.dtype), **config
-        )
-        if w is not None:
-            part = w[:p, :d]
-            launch.multiply(products[0][:, first : first + p], y[:n, :d], part.t())
-            for out in products[1:]:
-                launch.multiply(out, x[:n, first : first + p], part, beta=float(first > 0))
+            x.t(), y.t(), w, sums, scale, weight, corner, n, d, stride, rows, first, end, y is x,
+            launch.precision(x.dtype), **config,
+        )  # fmt: skip
+        if w is None:
+            continue
+        before, part = float(first > 0), w[:p, :d]
+        if y is x:
+            launch.multiply(products[0][:, first:end], y[:n, first:d], part[:, first:].t(), beta=before)
+            if end < d:
+                launch.multiply(products[0][:, end:], x[:n, first:end], part[:, end:], beta=before)
+            continue
+        launch.multiply(products[0][:, first:end], y[:n, :d], part.t())
+        for out in products[1:]:
+            launch.multiply(out, x[:n, first:end], part, beta=before)
     return sums
