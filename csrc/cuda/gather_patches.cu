@@ -13,8 +13,8 @@ constexpr int kSums = 8;  // values that a thread adds up at a time
 
 // A block for each row of out.
 __global__ void __launch_bounds__(kThreads)
-    gather(const void* images, DType dtype, Patches p, const int64_t* ids, int64_t k, Layout layout, Factors factors,
-           void* out, DType out_dtype) {
+    gather(const void* __restrict__ images, DType dtype, Patches p, Divisors by, const int64_t* __restrict__ ids,
+           int64_t k, Layout layout, Factors factors, void* __restrict__ out, DType out_dtype) {
   const int64_t row = blockIdx.x, id = ids[row];
   const unsigned size = static_cast<unsigned>(patch_size(p));
   const bool there = is_patch(p, id);
@@ -25,11 +25,12 @@ __global__ void __launch_bounds__(kThreads)
   for (unsigned e = kSize * threadIdx.x; e < size; e += kSize * kThreads) {
     const int n = static_cast<int>(size - e < kSize ? size - e : kSize);
     float value[kSize] = {NAN, NAN, NAN, NAN};
-    if (there && together) read(images, dtype, from + place(p, layout, e).offset, n, value);
+    Walk at(p, by, layout, e);
+    if (there && together) read(images, dtype, from + at.offset, n, value);
     for (int u = 0; u < kSize; ++u) {
       if (!there || u >= n || (together && !factors.used)) continue;
-      const Place at = place(p, layout, e + u);
       value[u] = scaled(factors, together ? value[u] : pixel(images, dtype, from + at.offset), at.channel);
+      if (!together) at.next(p, layout);
     }
     write(out, out_dtype, row * size + e, n, value);
   }
@@ -61,7 +62,8 @@ __global__ void __launch_bounds__(kThreads)
 void cuda_forward(const void* images, DType dtype, Patches p, const int64_t* ids, int64_t k, Layout layout,
                   const Factors& factors, void* out, DType out_dtype, void* stream) {
   if (p.images * k > 0)
-    launch(gather, p.images * k, kThreads, stream, images, dtype, p, ids, k, layout, factors, out, out_dtype);
+    launch(gather, p.images * k, kThreads, stream, images, dtype, p, divisors(p), ids, k, layout, factors, out,
+           out_dtype);
 }
 
 void cuda_backward(void* d_images, DType dtype, Patches p, const int64_t* ids, int64_t k, Layout layout,

@@ -8,7 +8,6 @@ namespace {
 
 constexpr unsigned kThreads = 256, kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kSize = 4;  // elements that a lane adds up at a time
 
 __device__ char* at(const Rows& rows, int64_t b, int64_t n) {
   return rows.data + b * rows.batch_stride + n * rows.row_stride;
@@ -24,8 +23,9 @@ __global__ void __launch_bounds__(kThreads) move(Rows rows, Ids ids, int64_t wor
   const int64_t b = k / ids.count, n = ids.ids[k];
   const bool named = k - b * ids.count < count_of(ids.counts, b, ids.count), there = named && n >= 0 && n < ids.rows;
   assert(there || !named);
-  Word* const packed = reinterpret_cast<Word*>(dense) + k * words;
-  Word* const picked = reinterpret_cast<Word*>(at(rows, b, there ? n : 0));
+  Word* const __restrict__ packed = reinterpret_cast<Word*>(dense) + k * words;
+  Word* const __restrict__ picked = reinterpret_cast<Word*>(at(rows, b, there ? n : 0));
+#pragma unroll 4
   for (int64_t w = threadIdx.x % kWarp; w < words; w += kWarp) {
     if (scatter) {
       if (there) picked[w] = packed[w];
@@ -52,6 +52,8 @@ void launch_move(Rows rows, Ids ids, int64_t row, char* dense, void* stream) {
     launch(move<uint16_t, scatter>, blocks, kThreads, stream, rows, ids, row / 2, dense);
 }
 
+// A lane adds up kSize elements at a time.
+template <int kSize>
 __global__ void __launch_bounds__(kThreads)
     sum(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType out_dtype) {
   const int64_t row = warp_index();
@@ -92,7 +94,9 @@ void cuda_scatter(const char* grad, Ids ids, int64_t row, Rows out, void* stream
 
 void cuda_backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType out_dtype, void* stream) {
   const int64_t blocks = (ids.batch * ids.rows + kThreads / kWarp - 1) / (kThreads / kWarp);
-  if (blocks > 0) launch(sum, blocks, kThreads, stream, grad, grad_dtype, ids, d, out, out_dtype);
+  if (blocks > 0)
+    launch(grad_dtype == DType::f32 ? sum<4> : sum<8>, blocks, kThreads, stream, grad, grad_dtype, ids, d, out,
+           out_dtype);
 }
 
 const CudaTable& cuda_table() {

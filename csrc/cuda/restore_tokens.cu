@@ -6,10 +6,10 @@
 namespace sslops::restore_tokens {
 namespace {
 
-constexpr unsigned kThreads = 256, kWarp = 32;
-constexpr int kSize = 4;  // elements that a lane takes at a time
+constexpr unsigned kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
 
-// A warp for each row of out.
+// A warp for each row of out; a lane takes kSize elements at a time.
+template <int kSize>
 __global__ void __launch_bounds__(kThreads)
     restore(Array visible, Array mask_token, Array positions, const int64_t* ids, Shape s, Array out) {
   const int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp, rows = s.prefix + s.length;
@@ -30,45 +30,70 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread adds up the batch for kSize columns of a position.
+// A block for kSize columns a lane of a position: each of its warps adds up a share of the batch, and these are joined
+// in their order.
+template <int kSize>
 __global__ void __launch_bounds__(kThreads)
     reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* positions) {
-  const int64_t groups = (s.d + kSize - 1) / kSize, index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int64_t rows = s.prefix + s.length, t = index / groups, j = index % groups * kSize;
-  if (t >= rows) return;
+  __shared__ double shares[kWarps][kSize][kWarp];
+  const int64_t rows = s.prefix + s.length, blocks = (s.d + kSize * kWarp - 1) / (kSize * kWarp);
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t t = blockIdx.x / blocks, j = (blockIdx.x % blocks * kWarp + lane) * kSize;
   const int size = static_cast<int>(s.d - j < kSize ? s.d - j : kSize);
   double masked[kSize] = {}, visible[kSize] = {};
-#pragma unroll 4
-  for (int64_t b = 0; b < s.batch; ++b) {
+  for (int64_t b = warp; b < s.batch; b += kWarps) {
     const bool of_mask = t >= s.prefix && is_masked(s, b, ids[b * s.length + t - s.prefix]);
-    if (!of_mask && !positions) continue;
+    if (size <= 0 || (!of_mask && !positions)) continue;
     float value[kSize];
     read(grad.data, grad.dtype, (b * rows + t) * s.d + j, size, value);
-    for (int e = 0; e < kSize; ++e) {  // a choice of arrays would put both in memory
-      masked[e] += of_mask ? value[e] : 0.f;
-      visible[e] += of_mask ? 0.f : value[e];
-    }
+    if (of_mask)
+      for (int e = 0; e < kSize; ++e) masked[e] += value[e];
+    else
+      for (int e = 0; e < kSize; ++e) visible[e] += value[e];
   }
-#pragma unroll
-  for (int e = 0; e < kSize; ++e) {
-    if (e >= size) break;
-    parts[t * s.d + j + e] = masked[e];
-    if (positions) positions[t * s.d + j + e] = static_cast<float>(masked[e] + visible[e]);
+  const auto join = [&](const double (&found)[kSize]) {
+    __syncthreads();
+    for (int e = 0; e < kSize; ++e) shares[warp][e][lane] = found[e];
+    __syncthreads();
+  };
+  const auto joined = [&](int e) {
+    double total = 0.;
+    for (unsigned k = 0; k < kWarps; ++k) total += shares[k][e][lane];
+    return total;
+  };
+  double sums[kSize / kWarps];  // of every kWarps-th of the lane's columns, from `warp` on
+  join(masked);
+  for (unsigned k = 0; k < kSize / kWarps; ++k) {
+    const int e = warp + k * kWarps;
+    sums[k] = joined(e);
+    if (e < size) parts[t * s.d + j + e] = sums[k];
+  }
+  if (!positions) return;
+  join(visible);
+  for (unsigned k = 0; k < kSize / kWarps; ++k) {
+    const int e = warp + k * kWarps;
+    if (e < size) positions[t * s.d + j + e] = static_cast<float>(sums[k] + joined(e));
   }
 }
+
+// As many of them as are 16 bytes.
+bool by_eight(DType dtype) { return dtype != DType::f32; }
 
 }  // namespace
 
 void cuda_forward(Array visible, Array mask_token, Array positions, const int64_t* ids, Shape s, Array out,
                   void* stream) {
-  const int64_t blocks = (s.batch * (s.prefix + s.length) + kThreads / kWarp - 1) / (kThreads / kWarp);
-  if (blocks > 0) launch(restore, blocks, kThreads, stream, visible, mask_token, positions, ids, s, out);
+  const int64_t blocks = (s.batch * (s.prefix + s.length) + kWarps - 1) / kWarps;
+  if (blocks > 0)
+    launch(by_eight(out.dtype) ? restore<8> : restore<4>, blocks, kThreads, stream, visible, mask_token, positions, ids,
+           s, out);
 }
 
 void cuda_reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* positions, void* stream) {
-  const int64_t threads = (s.prefix + s.length) * ((s.d + kSize - 1) / kSize);
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
-  if (blocks > 0) launch(reduce, blocks, kThreads, stream, grad, ids, s, parts, positions);
+  const int64_t columns = kWarp * (by_eight(grad.dtype) ? 8 : 4);
+  const int64_t blocks = (s.prefix + s.length) * ((s.d + columns - 1) / columns);
+  if (blocks > 0)
+    launch(by_eight(grad.dtype) ? reduce<8> : reduce<4>, blocks, kThreads, stream, grad, ids, s, parts, positions);
 }
 
 const CudaTable& cuda_table() {

@@ -1,6 +1,6 @@
 // CUDA on CPU threads, for tests: launch.cuh includes this where there is no nvcc, so that the kernels' own sources run
 // under sanitizers. One std::thread per CUDA thread; blocks one after another, so __shared__ may be static. All threads
-// of a block must reach every __syncthreads(), all those of a warp every __ballot_sync().
+// of a block must reach every __syncthreads(), all those of a warp every __ballot_sync() and __shfl_xor_sync().
 #pragma once
 #include <algorithm>
 #include <barrier>
@@ -57,6 +57,7 @@ struct Warp {
   explicit Warp(unsigned lanes) : barrier(lanes) {}
   std::barrier<> barrier;
   unsigned vote[32] = {};
+  uint64_t given[32] = {};
 };
 
 inline std::barrier<>* block_barrier;
@@ -94,6 +95,15 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   for (unsigned lane = 0; lane < 32; ++lane) votes |= warp.vote[lane] << lane;
   warp.barrier.arrive_and_wait();
   return votes;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, unsigned apart) {
+  cuda_emulation::Warp& warp = cuda_emulation::warps[threadIdx.x / 32];
+  std::memcpy(&warp.given[threadIdx.x % 32], &x, sizeof x);
+  warp.barrier.arrive_and_wait();
+  std::memcpy(&x, &warp.given[threadIdx.x % 32 ^ apart], sizeof x);
+  warp.barrier.arrive_and_wait();
+  return x;
 }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
