@@ -26,7 +26,7 @@ BLOCK = 256
 
 @triton.jit(do_not_specialize=columns.SIZES)
 def _diagonal(dots, share, terms, lambd, N, D, splits, GRAM: tl.constexpr, BLOCK: tl.constexpr):
-    """terms [programs], float64: sums of (1 - c)^2. On the gram route less lambd c^2, and share [D]: B's in dL/dA.
+    """terms [programs], float64: sums of (1 - c)^2, on the gram route less lambd c^2; share [D]: there B's in dL/dA.
 
     c is exact in the former; where a Gram matrix's diagonal is taken back, it is that of the operands.
     """
@@ -41,7 +41,8 @@ def _diagonal(dots, share, terms, lambd, N, D, splits, GRAM: tl.constexpr, BLOCK
     term = c * c
     if GRAM:
         term -= lambd * (rounded / N) * (rounded / N)
-        tl.store(share + i, (-N * c - lambd * rounded).to(tl.float32), mask=inside)
+    of_b = -N * c - lambd * rounded if GRAM else tl.zeros([BLOCK], tl.float64)
+    tl.store(share + i, of_b.to(tl.float32), mask=inside)
     tl.store(terms + tl.program_id(0), tl.sum(tl.where(inside, term, 0.0), 0))
 
 
@@ -70,7 +71,7 @@ def forward(x: Arguments) -> tuple[Tensor, Tensor, Tensor]:
             products = () if kept is None else tuple(kept)
             a, b = operands
             squares = off_diagonal.panels(a, b, n, d, products=products, weight=scale * x.lambd, corner=scale)
-        share = squares.new_zeros(d, dtype=torch.float32)
+        share = squares.new_empty(d, dtype=torch.float32)
         terms = squares.new_empty(triton.cdiv(d, BLOCK))
         _diagonal[len(terms),](
             dots, share, terms, x.lambd, n, d, dots.shape[1], gram, BLOCK, num_warps=4, **launch.FUSED
@@ -85,7 +86,10 @@ def backward(grad: Tensor, x: Arguments, share: Tensor, kept: Tensor) -> tuple[T
         if x.route == "panels":
             dz = columns.normalize_backward(x.z_a, x.z_b, kept, x.eps, 1 / _scale(x.lambd, n), grad=grad)
         else:
-            operands, _ = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False)
+            parts = columns.moments_of(x.z_a, x.z_b)
+            operands, _ = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False, parts=parts)
             t, scale = off_diagonal.gram_products(kept, operands, n, d)
-            dz = columns.normalize_backward(x.z_a, x.z_b, t, x.eps, x.lambd, t_scale=scale, grad=grad, share=share)
+            dz = columns.normalize_backward(
+                x.z_a, x.z_b, t, x.eps, x.lambd, t_scale=scale, grad=grad, share=share, parts=parts
+            )
     return launch.wanted(dz, x.needs_grad)

@@ -269,11 +269,19 @@ def moments_of(x: Tensor, y: Tensor | None) -> Tensor:
 
 
 def operands(
-    x: Tensor, y: Tensor | None, operand: torch.dtype, eps: float, *, by_columns: bool, moments: Tensor | None = None
+    x: Tensor,
+    y: Tensor | None,
+    operand: torch.dtype,
+    eps: float,
+    *,
+    by_columns: bool,
+    moments: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operands [V, rows, stride] and their dots; batch-normalised, or centred where moments [V, 3, D] are given.
 
-    by_columns: how they are stored; matmul kernels want the contraction contiguous.
+    by_columns: how they are stored; matmul kernels want the contraction contiguous. parts: moments_of(x, y), where they
+    are at hand.
     """
     n, d = x.shape
     (span, splits), rows, stride = cut(x), padded(n), padded(d)
@@ -281,8 +289,9 @@ def operands(
     out = x.new_empty((views, stride, rows) if by_columns else (views, rows, stride), dtype=operand)
     out = out.mT if by_columns else out
     dots = x.new_empty((2 if moments is None else 2 * views - 1, splits, d), dtype=torch.float64)
+    parts = moments_of(x, y) if parts is None else parts
     _operands[triton.cdiv(stride, BLOCKS["BLOCK_D"]), splits](
-        x, y, moments_of(x, y), out, moments, dots, eps, n, d, rows, stride, out.stride(1), out.stride(2), span, splits,
+        x, y, parts, out, moments, dots, eps, n, d, rows, stride, out.stride(1), out.stride(2), span, splits,
         moments is None, **BLOCKS,
     )  # fmt: skip
     return out, dots
@@ -298,12 +307,16 @@ def normalize_backward(
     t_scale: Tensor | None = None,
     grad: Tensor | None = None,
     share: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx, dy; the normalised views a and b have (2 / N^2) (weight t / t_scale + share b): t [2, N, D], share [D]"""
+    """dx, dy; the normalised views a and b have (2 / N^2) (weight t / t_scale + share b): t [2, N, D], share [D].
+
+    parts: as `operands` has them.
+    """
     n, d = x.shape
     span, splits = cut(x)
     grid = triton.cdiv(d, BLOCKS["BLOCK_D"]), splits
-    parts = moments_of(x, y)
+    parts = moments_of(x, y) if parts is None else parts
     sums = parts.new_empty((4, splits, d))
     dx, dy = torch.empty_like(x), torch.empty_like(y)
     numbers = (eps, weight, n, d, span, splits)

@@ -26,11 +26,12 @@ def forward(x: Arguments) -> Tensor:
 def backward(grad: Tensor, x: Arguments) -> tuple[Tensor, ...]:
     n, d = x.z_a.shape
     with launch.on(x.z_a.device):
-        operands, _ = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False)
+        parts = columns.moments_of(x.z_a, x.z_b)
+        operands, _ = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False, parts=parts)
         scale = launch.half_scale(x.operand_dtype, grad)
         dc = (grad if scale is None else grad * scale).to(x.operand_dtype)
         t = grad.new_empty((2, n, d))
         launch.multiply(t[0], operands[1, :n, :d], dc.t())
         launch.multiply(t[1], operands[0, :n, :d], dc)
-        dz = columns.normalize_backward(x.z_a, x.z_b, t, x.eps, n / 2, t_scale=scale)
+        dz = columns.normalize_backward(x.z_a, x.z_b, t, x.eps, n / 2, t_scale=scale, parts=parts)
     return launch.wanted(dz, x.needs_grad)

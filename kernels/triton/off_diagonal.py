@@ -55,17 +55,18 @@ def _inner_products(
 
 @triton.jit(do_not_specialize=SIZES)
 def _gram(
-    x, parts, N, rows, stride, span,
+    x, parts, N, rows, stride, span, splits,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, N, N]: X X^T over a span of columns each; no tiles below the diagonal"""
+    """parts [V, splits, N, N]: X X^T of each view over a span of columns each; no tiles below the diagonal"""
     i, j = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    split = tl.program_id(2)
+    view, split = tl.program_id(2) // splits, tl.program_id(2) % splits
+    x += tl.cast(view, tl.int64) * rows * stride
     upper = tl.minimum(tl.maximum(j + BLOCK_N - i, 0), 1)  # 0: nothing to do below the diagonal
     last = tl.minimum(split * span + span, stride) * upper
     g = _inner_products(x, x, i, j, rows, stride, split * span, last, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     r, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    to = parts + (tl.cast(split, tl.int64) * N + i) * N + j + (r * N + c)
+    to = parts + (tl.cast(tl.program_id(2), tl.int64) * N + i) * N + j + (r * N + c)
     tl.store(to, g, mask=(i + r < N) & (j + c < upper * N))
 
 
@@ -150,8 +151,9 @@ def grams(x: Tensor, n: int, d: int, *, paired: bool, keep: bool) -> tuple[Tenso
     tiles = triton.cdiv(n, SQUARE)
     sums = x.new_empty((views, tiles * tiles), dtype=torch.float64)
     kept = x.new_empty((views, n, n), dtype=torch.float32) if keep else None
-    for operand, out in zip(x, parts, strict=True):
-        _gram[high, wide, splits](operand, out, n, rows, stride, span, launch.precision(x.dtype), **config)
+    _gram[high, wide, views * splits](
+        x, parts, n, rows, stride, span, splits, launch.precision(x.dtype), **config
+    )  # fmt: skip
     _inner[tiles, tiles, views](parts, kept, sums, n, views, splits, paired, SQUARE, num_warps=8, **launch.FUSED)
     return sums, kept
 

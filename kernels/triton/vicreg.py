@@ -52,12 +52,12 @@ def _terms(
     tl.store(terms + tl.program_id(0), tl.sum(tl.where(inside, term, 0.0), 0) * (inverse * n * (n - 1.0)))
 
 
-@triton.jit(do_not_specialize=columns.SIZES)
-def _gradient(
+@triton.jit
+def _view_gradient(
     x, other, z, t, moments, t_scale, grad, dx, invariance, variance, covariance, N, D, stride,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx [N, D] of the view x from t = Z S: all of it where its operand z is given, else off the diagonal"""
+    """dx [N, D] of the view x from its t, z and moments"""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
@@ -80,6 +80,28 @@ def _gradient(
         pull = (scale * (n - 1.0) * (n - 1.0) * (2.0 * invariance)).to(tl.float32)
         g += (value - tl.load(other + at, mask=mask, other=0.0).to(tl.float32)) * pull
     tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=(*columns.SIZES, "rows"))
+def _gradient(
+    x, y, z, t, moments, t_scale, grad, dx, dy, invariance, variance, covariance, N, D, rows, stride,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx and dy [N, D] from t = Z S [V, N, D]: all of it where the operands z [V, rows, stride] are given, else off the
+    diagonal
+    """
+    if tl.program_id(2) == 0:
+        _view_gradient(
+            x, y, z, t, moments, t_scale, grad, dx, invariance, variance, covariance, N, D, stride, BLOCK_R, BLOCK_D
+        )
+    elif y is not None:
+        if z is not None:
+            z += tl.cast(rows, tl.int64) * stride
+        t += tl.cast(N, tl.int64) * D
+        _view_gradient(
+            y, x, z, t, moments + 3 * D, t_scale, grad, dy, invariance, variance, covariance, N, D, stride,
+            BLOCK_R, BLOCK_D,
+        )  # fmt: skip
 
 
 def forward(x: Arguments) -> tuple[Tensor, ...]:
@@ -122,9 +144,8 @@ def backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor) -> tuple
                 x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False, moments=torch.empty_like(moments)
             )
             t, scale = off_diagonal.gram_products(kept, operands, n, d)
-        for k, z in enumerate(views):
-            _gradient[triton.cdiv(n, TILE["BLOCK_R"]), triton.cdiv(d, TILE["BLOCK_D"])](
-                z, None if x.z_b is None else views[1 - k], None if operands is None else operands[k], t[k], moments[k],
-                scale, grad, out[k], x.invariance, x.variance, x.covariance, n, d, columns.padded(d), **TILE,
-            )  # fmt: skip
+        _gradient[triton.cdiv(n, TILE["BLOCK_R"]), triton.cdiv(d, TILE["BLOCK_D"]), len(views)](
+            x.z_a, x.z_b, operands, t, moments, scale, grad, out[0], None if x.z_b is None else out[1],
+            x.invariance, x.variance, x.covariance, n, d, columns.padded(n), columns.padded(d), **TILE,
+        )  # fmt: skip
     return launch.wanted(out if x.z_b is not None else [*out, grad], x.needs_grad)
