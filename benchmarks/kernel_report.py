@@ -31,15 +31,25 @@ class Chip(NamedTuple):
     lanes: int  # of a warp
     flops: float  # of half-precision matrix products, a second
     bytes: float  # of device memory, a second
-    exps: float  # a second
+    processors: int
+    clock: float  # the highest, a second
+
+    @property
+    def exps(self) -> float:
+        """A second: 16 a cycle on each multiprocessor"""
+        return 16 * self.processors * self.clock
+
+    def a_cycle(self, rate: float) -> float:
+        """What a multiprocessor does in a cycle of what the chip does in a second"""
+        return rate / self.processors / self.clock
 
 
-# The datasheets' rates (dense, SXM or OAM); exp: 16 a cycle on each multiprocessor, at the highest clock.
+# The datasheets' rates (dense, SXM or OAM).
 CHIPS = {
-    "sm_80": Chip("A100", 65536, 164 * 1024, 64, 32, 312e12, 2.04e12, 108 * 16 * 1.41e9),
-    "sm_90": Chip("H100", 65536, 228 * 1024, 64, 32, 989e12, 3.35e12, 132 * 16 * 1.98e9),
-    "sm_100": Chip("B200", 65536, 228 * 1024, 64, 32, 2250e12, 8.0e12, 148 * 16 * 1.97e9),
-    "gfx942": Chip("MI300X", 4 * 512 * 64, 64 * 1024, 32, 64, 1307e12, 5.3e12, 304 * 16 * 2.1e9),
+    "sm_80": Chip("A100", 65536, 164 * 1024, 64, 32, 312e12, 2.04e12, 108, 1.41e9),
+    "sm_90": Chip("H100", 65536, 228 * 1024, 64, 32, 989e12, 3.35e12, 132, 1.98e9),
+    "sm_100": Chip("B200", 65536, 228 * 1024, 64, 32, 2250e12, 8.0e12, 148, 1.97e9),
+    "gfx942": Chip("MI300X", 4 * 512 * 64, 64 * 1024, 32, 64, 1307e12, 5.3e12, 304, 2.1e9),
 }
 CUDA_BLOCK = "w8"  # of csrc/cuda's kernels: 256 threads
 
@@ -58,6 +68,33 @@ def blocks(row: Row) -> int:
     reserved = 1024 if chip.lanes == 32 else 0
     by_shared = chip.shared // (row.shared + reserved) if row.shared else 32
     return min(by_registers, by_shared, chip.warps // warps(row), 32)
+
+
+def share(row: Row) -> str:
+    """Of its limit, what a model gives a kernel that is nothing but its tiles, and what they wait for
+
+    A cycle of a multiprocessor issues 4 instructions, reads 128 bytes of shared memory for wgmma, and does its part of
+    what the chip does in a second. The limit: matrix products or exponentials, whatever takes longer, or where nothing
+    is multiplied the bytes. All go on together, but for a block that is alone on its multiprocessor: there a tile's
+    products take turns with what is done to them.
+    """
+    chip = CHIPS[row.chip]
+    if not row.issued or row.call.startswith("ieee") or (row.instruction != "-" and not row.macs):
+        return "-"  # not NVIDIA's code, no matrix instructions for it, or their size is not in them
+    rate = chip.a_cycle(chip.flops) / 2 / (2 if row.call.startswith("tf32") else 1)
+    each = {
+        "matrix": row.macs / rate,
+        "operands": row.operands / 128,
+        "exps": row.exps / 16,
+        "instructions": row.issued / 4,
+        "bytes": 0 if row.macs else row.moved / chip.a_cycle(chip.bytes),
+    }
+    longest = max(each, key=each.__getitem__)
+    limit, time = max(each["bytes"], each["matrix"], each["exps"] if row.macs else 0), each[longest]
+    if row.macs and blocks(row) == 1:
+        multiplying = max(each["matrix"], each["operands"], (row.issued - row.apart) / 4)
+        longest, time = "turns", multiplying + max(each["exps"], row.apart / 4)
+    return f"{100 * limit / time:.0f}% ({longest})"
 
 
 def warps(row: Row) -> int:
@@ -108,6 +145,7 @@ def cuda_rows(known: Iterable[Row] = ()) -> Iterator[Row]:
                     *numbers,
                     "-",
                     *resources.counts(bodies[symbol]),
+                    *resources.tile(bodies[symbol], 1),
                     text,
                 )
 
@@ -143,7 +181,7 @@ def section() -> str:
         if row.call in ("CUDA", "bf16 D=128 fixed", "bf16 D=512 fixed") and row.chip in CHIPS and row.op != "probe":
             held = blocks(row)
             filled = f"{100 * held * warps(row) // CHIPS[row.chip].warps}%"
-            lines.append([*map(str, row[:-1]), str(held), filled])
+            lines.append([*map(str, row[:-1]), str(held), filled, share(row)])
     chips = [chip.name for chip in CHIPS.values()]
     return f"""## The GPU kernels, compiled
 
@@ -154,9 +192,13 @@ device memory take at the datasheet's rates: a bound that a kernel comes near to
 
 What {compilers} made of some; [resources.tsv](tests/triton_kernels/resources.tsv) has all. `stack` is bytes spilled a
 thread, `shared` bytes a block, `instruction` what multiplies matrices; then how many instructions do so, take
-exponentials, load 16 bytes, load less. A multiprocessor holds so many `blocks`, with so much of its warps' room filled.
+exponentials, load 16 bytes, load less. For a tile a warp issues so many instructions (`issued`; so many `apart` from
+its products), multiplies and adds `macs` numbers, of which wgmma reads `operands` bytes of shared memory, takes `exps`,
+and moves so many bytes. A multiprocessor holds so many `blocks`, with so much of its warps' room filled; `share` is
+what a model makes of these numbers: of the limit, were the kernel nothing but its tiles, and what they wait for
+([how](benchmarks/kernel_report.py)). No GPU has confirmed it.
 
-{markdown([*Row._fields[:-1], "blocks", "occupancy"], lines)}"""
+{markdown([*Row._fields[:-1], "blocks", "occupancy", "share"], lines)}"""
 
 
 def main() -> None:

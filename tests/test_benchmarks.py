@@ -488,11 +488,41 @@ class TestTuner:
 
 class TestKernelReport:
     def test_blocks_of_a_multiprocessor(self):
-        row = resources.Row("op", "sm_90", "call", "kernel", "64x64 w8 s2", 128, 0, 0, "wgmma", 1, 1, 1, 1, "-")
+        row = resources.Row("op", "sm_90", "call", "kernel", "64x64 w8 s2", 128, 0, 0, "wgmma", *[0] * 10, "-")
         assert kernel_report.blocks(row) == 2  # registers for two blocks of eight warps
         assert kernel_report.blocks(row._replace(registers=32, shared=100 * 1024)) == 2  # shared memory for two
         assert kernel_report.blocks(row._replace(registers=32)) == 8
         assert kernel_report.blocks(row._replace(registers=32, config="64x64 w16 s2")) == 4
+
+    def test_a_tile_is_the_loop_that_multiplies(self):
+        code = """
+        /*0000*/  MUFU.EX2 R1, R2 ;
+        /*0010*/  @P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0030*/  @!P0 BRA 0x20 ;
+        /*0040*/  @P1 BRA P2, 0x60 ;
+        /*0050*/  F2F.F64.F32 R4, R5 ;
+        /*0060*/  MUFU.EX2 R1, R2 ;
+        /*0070*/  STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0080*/  @!P1 BRA 0x10 ;
+        /*0090*/  BRA 0x90;"""
+        product = 64 * 64 * 16 // 4
+        assert resources.tile(code, 1) == [2, 2, product, 1024, 0, 0]
+        assert resources.tile(code, 3) == [6 + 5, 5, 3 * product, 3 * 1024, 32, 32 * 18]
+        assert resources.tile(code.replace("HGMMA", "FFMA"), 1) == [7, 7, 0, 0, 32, 32 * 18]
+
+    def test_share_of_the_limit(self):
+        row = resources.Row("op", "sm_90", "bf16", "kernel", "64x64 w8 s2", 128, 0, 0, "wgmma", *[0] * 4,
+                            396, 396, 189200, 0, 0, 0, "-")  # fmt: skip
+        assert kernel_report.share(row) == "100% (matrix)"
+        assert kernel_report.share(row._replace(registers=200)) == "50% (turns)"  # one block
+        assert kernel_report.share(row._replace(registers=200, apart=0)) == "100% (turns)"
+        assert kernel_report.share(row._replace(call="tf32")) == "100% (matrix)"
+        assert kernel_report.share(row._replace(issued=1600)) == "25% (instructions)"
+        assert kernel_report.share(row._replace(exps=6400)) == "100% (exps)"  # they are part of the limit
+        assert kernel_report.share(row._replace(macs=0)) == "-"
+        moves = row._replace(macs=0, instruction="-", moved=1282)
+        assert kernel_report.share(moves) == "100% (bytes)"
 
     def test_cuda_kernels_are_as_the_table_says(self):
         if kernel_report.nvcc() is None:

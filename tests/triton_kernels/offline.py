@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from sslops.kernels.triton import launch
 
-from .resources import Row, counts
+from .resources import Row, counts, tile
 
 HERE = Path(__file__).parent
 TUNED = sorted(file.stem for file in (HERE.parents[1] / "kernels/triton").glob("*.json"))  # those with launch configs
@@ -130,8 +130,8 @@ def dump(cubin: str | Path) -> str:
     return subprocess.run([tool, "-res-usage", "-sass", cubin], check=True, capture_output=True, text=True).stdout
 
 
-def measured(binary: CompiledKernel) -> tuple[int | str, ...]:
-    """registers, stack, shared memory, instruction, and the counts"""
+def measured(binary: CompiledKernel, steps: int) -> tuple[int | str, ...]:
+    """registers, stack, shared memory, instruction, the counts, and a tile's, which multiplies in so many steps"""
     assembly = binary.asm.get("amdgcn") or binary.asm["ptx"]
     instruction = next((name for name in INSTRUCTIONS if name in assembly), "-")
     if "amdgcn" in binary.asm:
@@ -143,7 +143,8 @@ def measured(binary: CompiledKernel) -> tuple[int | str, ...]:
             cubin.flush()
             assembly = dump(cubin.name)
         registers, stack = (int(re.search(rf"{name}:(\d+)", assembly)[1]) for name in ("REG", "STACK"))
-    return registers, stack, binary.metadata.shared, instruction, *counts(assembly)
+    of_tile = tile(assembly, steps) if "cubin" in binary.asm else [0] * 6
+    return registers, stack, binary.metadata.shared, instruction, *counts(assembly), *of_tile
 
 
 def fault(row: Row, work: Launch) -> str | None:
@@ -173,13 +174,19 @@ def works(chips: Iterable[str] = CHIPS) -> list[tuple[str, str, str, Launch]]:
     return list(found.values())
 
 
+def steps(call: str, work: Launch) -> int:
+    """How many steps of BLOCK_K columns a product of rows has: of the call's D, or of 4096 columns"""
+    width = re.search(r"\bD=(\d+)", call)
+    return max(1, int(width[1] if width else 4096) // int(work.constants.get("BLOCK_K", 4096)))
+
+
 def compiled(op: str, chip: str, call: str, work: Launch) -> tuple[Row, str | None]:
     """What it came to, and what is wrong with it"""
     head = (op, chip, call, work.kernel.__name__, str(work))
     try:
-        row = Row(*head, *measured(build(work, CHIPS[chip])), hashed(work))
+        row = Row(*head, *measured(build(work, CHIPS[chip]), steps(call, work)), hashed(work))
     except Exception as error:  # ptxas gives up on some
-        return Row(*head, 0, 0, 0, "-", 0, 0, 0, 0, ""), f"does not compile: {head}: {error}"
+        return Row(*head, 0, 0, 0, "-", *[0] * 10, ""), f"does not compile: {head}: {error}"
     return row, fault(row, work)
 
 
