@@ -289,7 +289,7 @@ def backward(
         if pair is not None:
             of_pair = pair if own is None else (pair[0][own], pair[1][own])
             # (1 - p) of the positive, of both its rows; 1 - p itself would cancel
-            pull = _of(own, v, pulls).view(2, -1).sum(0)
+            pull = _of(own, v, pulls).reshape(-1)
             found, dots = input_gradients(of_pair, 2, dz, norms, pull, w_scale, scale, x.normalize)
             dz0, dz1 = found if x.z1 is not None else (torch.stack(found), x.z0.new_empty(0))
         else:

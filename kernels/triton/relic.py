@@ -385,7 +385,8 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
         )  # fmt: skip
         learned = x.needs_grad[2]
         found, dots = input_gradients(
-            (online, target), gradients, dz, inv_norm, stats[5], w_scale, scale, x.normalize, z, grad, learned
-        )
+            (online, target), gradients, dz, inv_norm, stats[5], w_scale, scale, x.normalize, z,
+            grad=grad, dotted=learned,
+        )  # fmt: skip
     dtarget = found[1] if gradients == 2 else target.new_empty(0)
     return found[0], dtarget, dots[:b].sum() * (-1 / temperature) if learned else grad.new_empty(0)
