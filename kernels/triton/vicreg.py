@@ -65,7 +65,7 @@ def _view_gradient(
     at = rows.to(tl.int64)[:, None] * D + columns[None, :]
     off = tl.load(t + at, mask=mask, other=0.0)
     if t_scale is not None:
-        off = off / tl.load(t_scale)
+        off = off * (1.0 / tl.load(t_scale))
     if z is not None:
         own = tl.load(z + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         off -= own * tl.load(moments + 2 * D + columns, mask=inside, other=0.0)[None, :]
