@@ -127,7 +127,7 @@ class TestResults:
         assert "out of memory" in line
         assert "25%" in line
         assert "1 GFLOP/s" in line
-        assert "not measured yet" in text
+        assert "No GPU has been measured yet." in text
 
     def test_remarks_are_included(self, tmp_path):
         render.store(report(1.0), tmp_path)

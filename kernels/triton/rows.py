@@ -250,8 +250,9 @@ def guarded(scale):
 @triton.jit
 def number(x):
     """A number, or the one that lies there on the device"""
-    if tl.to_tensor(x).dtype.is_ptr():
-        x = tl.load(x)
+    if isinstance(x, tl.tensor):  # noqa: SIM102, both sides of a jitted `and` are read
+        if x.dtype.is_ptr():
+            x = tl.load(x)
     return x
 
 

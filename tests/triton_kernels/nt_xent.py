@@ -162,8 +162,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("chip", "search"), [("default", True), ("sm_90", False)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("chip", "search", "dtype"),
+    [("default", True, torch.float32), ("sm_90", True, torch.float16), ("sm_90", False, torch.bfloat16)],
+)
 @pytest.mark.parametrize(("kind", "n", "d", "temperature"), CASES)
 def test_accuracy(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, chip: str, search: bool, dtype: torch.dtype,
