@@ -293,15 +293,16 @@ def _weigh_back(
     """dz [splits, M, stride], BLOCK_K columns a program: dL/dS tau times the target over a span of tiles; or BOTH"""
     scale = load_scale(scale)
     stride = BLOCK_K if STATIONARY else stride
-    column = tl.program_id(2) * BLOCK_K
-    if column < stride:
+    blocks = stride // BLOCK_K
+    column = tl.program_id(2) % blocks * BLOCK_K
+    if tl.program_id(2) < blocks:
         _weigh_view(
             z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column,
             False, SEARCH, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif BOTH:
         _weigh_view(
-            z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column - stride,
+            z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column,
             True, SEARCH, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
