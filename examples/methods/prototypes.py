@@ -44,10 +44,7 @@ class DINO(MomentumTarget):
     """The target's large crops are the teacher: its logits, centred, for the other crops of the online network."""
 
     prototypes = 1024
-    steps, batch = (
-        150,
-        512,
-    )  # at the target's momentum of 0.9 a few prototypes took all in turns, and little was learned
+    steps, batch = 150, 512
     losses: ClassVar = {"sslops": fused_dino, "eager": eager_dino}
 
     def __init__(self, side: int):
@@ -57,7 +54,8 @@ class DINO(MomentumTarget):
         self.target.load_state_dict(self.online.state_dict())
         self.target.requires_grad_(False)
         self.ema = sslops.EMA(self.target, self.online, self.momentum)
-        self.center = sslops.nn.PrototypeCenter(self.prototypes, momentum=0.5)  # 0.9 is for longer runs
+        # 0.9 is for longer runs: with it a few prototypes took all in turns, and little was learned
+        self.center = sslops.nn.PrototypeCenter(self.prototypes, momentum=0.5)
 
     def views(self, images: Tensor) -> tuple[Tensor, ...]:
         return multicrop(images)
