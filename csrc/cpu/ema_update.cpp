@@ -61,8 +61,7 @@ SSLOPS_INLINE I not_finite(F v) { return ((I)v & 0x7fffffff) >= 0x7f800000; }
 SSLOPS_INLINE bool step_to_bf16(F weight, F near, F far, void* base, int64_t i, int lanes) {
   const F difference = far - near;
   if (__builtin_expect(bits(not_finite(difference)), false)) return false;
-  const U v = (U)sslops::fused(weight, difference, near);  // at most infinite
-  const H rounded = narrow((v + 0x7fffu + (v >> 16 & 1u)) >> 16);
+  const H rounded = narrow(to_nearest_bf16(sslops::fused(weight, difference, near)) >> 16);  // at most infinite
   std::memcpy(static_cast<uint16_t*>(base) + i, &rounded, lanes * sizeof(uint16_t));
   return true;
 }

@@ -223,10 +223,8 @@ SSLOPS_INLINE H narrow(U v) {
 #endif
 }
 
-SSLOPS_INLINE U bf16_bits(F v) {
-  const U bits = (U)v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return (U)select(v == v, (F)rounded, (F)(bits | 0x400000u)) >> 16;
-}
+SSLOPS_INLINE U to_nearest_bf16(F v) { return (U)v + 0x7fffu + ((U)v >> 16 & 1u); }  // in the high bits; of no NaN
+SSLOPS_INLINE U bf16_bits(F v) { return (U)select(v == v, (F)to_nearest_bf16(v), (F)((U)v | 0x400000u)) >> 16; }
 SSLOPS_INLINE F round_to_bf16(F v) { return (F)(bf16_bits(v) << 16); }
 
 #if defined(__AVX512F__)
