@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .kernel_report import markdown
 
 CORES = (2, 8, 32, 64)
-SIDE, GROUP, STRIP, BLOCK, CHUNK = 128, 64, 64, 256, 256  # rows: csrc/cpu's kSide, kGroup, kStrip, kBlock, kMaxChunk
+SIDE, GROUP, STRIP, BLOCK, CHUNK = 256, 64, 64, 256, 256  # rows: csrc/cpu's kSide, kGroup, kStrip, kBlock, chunk_rows
 
 
 class Ticket(NamedTuple):
@@ -132,7 +132,7 @@ def measured(rows: list[dict], shape: tuple[int, ...]) -> str:
     times = {}
     for row in rows:
         sizes = tuple(row[name] for name in ("m", "b", "n", "k", "d") if name in row)
-        if sizes == shape and (row["bench"], row["dtype"], row.get("part")) == ("time", "float32", "both"):
+        if sizes == shape and (row["bench"], row["dtype"], row.get("part"), row.get("busy")) == ("time", "float32", "both", None):
             times[row["threads"]] = row["times_ms"][row["ours"]]["median"]
     return f"{times[1] / times[2]:.1f}" if {1, 2} <= times.keys() else ""
 

@@ -10,21 +10,21 @@ Row = dict[str, Any]
 # What is not a fact that tells a row from others.
 MEASURED = ("run", "ours", "limit", "flop", "bytes", "times_ms", "ratios", "peak_mb", "failed")
 
-# Of each op the row that a reader looks for: what it is of, and its facts
+# Of each op the row that a reader looks for: what it is of, and its facts; None: without that fact
 USUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "nt_xent": ("4,096 embeddings of 128", {"m": 4096, "d": 128}),
     "info_nce": ("256 queries against 65,536 of 128", {"b": 256, "k": 65536, "d": 128}),
     "supcon": ("4,096 embeddings of 128", {"m": 4096, "d": 128}),
     "clip": ("4,096 pairs of 512", {"n": 4096, "d": 512}),
     "siglip": ("4,096 pairs of 512", {"n": 4096, "d": 512}),
-    "nearest": ("256 queries, 65,536 rows of 256", {"b": 256, "k": 65536, "d": 256}),
+    "nearest": ("256 queries, 65,536 rows of 256", {"b": 256, "k": 65536, "d": 256, "part": "forward"}),
     "relic": ("4,096 pairs of 128, all negatives", {"b": 4096, "d": 128, "k": 4095}),
     "barlow_twins": ("256 pairs of 8,192", {"n": 256, "d": 8192}),
     "cross_correlation": ("1,024 pairs of 2,048", {"n": 1024, "d": 2048}),
     "vicreg": ("256 pairs of 8,192", {"n": 256, "d": 8192}),
     "sigreg": ("8 views, 128 embeddings of 64, 1,024 slices", {"v": 8, "n": 128, "d": 64, "m": 1024}),
-    "dino": ("10 crops of 32 images, 65,536 prototypes", {"v": 10, "b": 32, "k": 65536}),
-    "ibot": ("1,024 patches, 8,192 prototypes", {"r": 1024, "k": 8192}),
+    "dino": ("10 crops of 32 images, 65,536 prototypes", {"v": 10, "b": 32, "k": 65536, "d": None}),
+    "ibot": ("1,024 patches, 8,192 prototypes", {"r": 1024, "k": 8192, "d": None}),
     "sinkhorn": ("128 samples, 65,536 prototypes", {"b": 128, "k": 65536}),
     "skip_gram": ("8,192 pairs, 100,000 words of 300", {"b": 8192, "v": 100000, "d": 300}),
     "masked_prediction": ("64 images of 224, patches of 16", {"images": 64, "pixels": 224, "patch": 16}),
@@ -36,8 +36,8 @@ USUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "masked_token_cross_entropy": ("2,048 tokens of 768, 30,522 words", {"n": 2048, "v": 30522, "d": 768}),
     "ema_update": ("ViT-B", {"bench": "vit", "target": "float32", "source": "float32"}),
 }
-# Variants that are ours, in a mode of another row
-OWN = ("padded", "ratios", "blocks", "tubes", "counts", "sslops nt_xent")
+# Variants that are ours, in a mode of another row, as are those that begin with our name
+OWN = ("padded", "ratios", "blocks", "tubes", "counts")
 
 
 def usual(op: str, contents: dict) -> Row | None:
@@ -50,12 +50,16 @@ def usual(op: str, contents: dict) -> Row | None:
     return None
 
 
+def _theirs(name: str, row: Row) -> bool:
+    return name not in (row["ours"], row.get("limit"), *OWN) and not name.startswith("sslops")
+
+
 def fastest(row: Row, compiled: bool) -> tuple[float, str] | None:
     """The milliseconds and the name of the best form that is not ours, compiled or not"""
     others = [
         (times["median"], name)
         for name, times in row["times_ms"].items()
-        if times and name not in (row["ours"], row["limit"], *OWN) and ("compile" in name) == compiled
+        if times and _theirs(name, row) and ("compile" in name) == compiled
     ]
     return min(others, default=None)
 
@@ -65,7 +69,7 @@ def _peaks(contents: dict, op: str) -> str:
     for row in contents["rows"]:
         if row["bench"] == "memory" and all(row.get(n, v) == v for n, v in (wanted | {"dtype": "float32"}).items()):
             ours = row["peak_mb"][row["ours"]]
-            others = [mb for name, mb in row["peak_mb"].items() if mb is not None and name != row["ours"]]
+            others = [mb for name, mb in row["peak_mb"].items() if mb is not None and _theirs(name, row)]
             return f"{ours:.0f} MB, {min(others):.0f} MB" if others else f"{ours:.0f} MB"
     return ""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _compare, compare, gpu, kernel_report, peers, render, smoke, summary
+from benchmarks import _compare, compare, cores, gpu, kernel_report, peers, render, smoke, summary
 from sslops import backend
 
 from .triton_kernels import resources
@@ -96,6 +96,11 @@ def report(ms: float, m: int = 8, commit: str = "a" * 40) -> dict:
         "datetime": "2026-01-02T03:04:05",
         "machine_info": {"device": "cpu-x", "isa": "y", "cores": 2, "memory_gb": 3, "versions": {"torch": "1"}},
     }
+
+
+def test_the_model_of_many_cores_has_the_panels_of_the_code():
+    source = (ROOT / "csrc/cpu/correlation.h").read_text()
+    assert int(re.search(r"kSide = (\d+);", source)[1]) == cores.SIDE
 
 
 class TestResults:

@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <sched.h>
+#include <stdlib.h>
 #include <time.h>
 #ifdef __linux__
 #include <linux/futex.h>
@@ -48,17 +49,20 @@ void pool_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* ctx
 #ifdef __SANITIZE_THREAD__
   Seen seen{fn, ctx};
   __tsan_release(&seen);
-  torch_pool()(begin, end, grain, Seen::run, &seen);
+  const int32_t failed = torch_pool()(begin, end, grain, Seen::run, &seen);
   __tsan_acquire(&seen);
 #else
-  torch_pool()(begin, end, grain, fn, ctx);
+  const int32_t failed = torch_pool()(begin, end, grain, fn, ctx);
 #endif
+  if (failed) abort();  // nothing of ours throws: threads could not be had, and parts of the range were not run
 }
 
 // Threads that stand by, and the loop that is theirs.
 struct Team {
   void (*body)(void* ctx);
   void* body_ctx;
+  int64_t most;  // threads that there is work for
+  double began;
   int64_t threads = 1;
   RangeFn fn = nullptr;
   void* ctx = nullptr;
@@ -108,7 +112,33 @@ void lead(Team& t, int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* 
   wait_for(&t.done, wanted);
 }
 
-constexpr int64_t kMany = 1 << 20;  // more than a pool has threads
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+thread_local double waited = 0.;  // seconds, in wait_for()
+
+// Calls that are still to be one thread's, and how many it was the last time that the pool was late.
+int32_t calls_alone = 0, patience = 0;
+
+bool pool_is_late() {
+  const int32_t left = __atomic_load_n(&calls_alone, __ATOMIC_RELAXED);
+  if (left > 0) __atomic_store_n(&calls_alone, left - 1, __ATOMIC_RELAXED);
+  return left > 0;
+}
+
+// After a call: had its thread done all of it alone, it would not have waited, and at best taken `threads` times as
+// long as it worked. Where that is less, the others are asked again after 1, 3, 7 .. 63 calls.
+void judge_pool(int64_t threads, double seconds) {
+  const bool late = (seconds - waited) * static_cast<double>(threads) < seconds;
+  const int32_t before = __atomic_load_n(&patience, __ATOMIC_RELAXED), next = late ? (2 * before + 1) & 63 : 0;
+  __atomic_store_n(&patience, next, __ATOMIC_RELAXED);
+  __atomic_store_n(&calls_alone, next, __ATOMIC_RELAXED);
+}
+
+constexpr int64_t kLittle = 8192;  // work that is not worth a second thread
 
 }  // namespace
 
@@ -120,52 +150,49 @@ void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void*
 }
 
 // A loss of N rows has at most N x N logits.
-bool is_small(const Tensor& x) {
-  constexpr int64_t kSmall = 8192;
-  return x.numel <= kSmall && (x.dim == 0 || x.sizes[0] * x.sizes[0] <= kSmall);
+int64_t work_of(const Tensor& x) {
+  const int64_t logits = x.dim ? x.sizes[0] * x.sizes[0] : 0;
+  return x.numel < logits ? logits : x.numel;
 }
-bool is_small(const Tensors& x) {
+int64_t work_of(const Tensors& x) {
+  int64_t most = 0;
   for (int64_t k = 0; k < x.count; ++k)
-    if (!is_small(x.data[k])) return false;
-  return true;
+    if (const int64_t work = work_of(x.data[k]); work > most) most = work;
+  return most;
 }
 
-void run_together(bool small, void (*body)(void* ctx), void* ctx) {
-  if (small || !torch_pool()) {
+void run_together(int64_t work, void (*body)(void* ctx), void* ctx) {
+  if (work <= kLittle || !torch_pool() || pool_is_late()) {
     alone = true;
     body(ctx);
     alone = false;
     return;
   }
-  Team t{body, ctx};
+  Team t{body, ctx, work / (kLittle / 2), now()};
   const RangeFn each = [](int64_t begin, int64_t end, void* ctx) {
     Team& t = *static_cast<Team*>(ctx);
     if (begin) {  // the first part is that of the thread that asks
       stand_by(t);
       return advance(&t.gone);
     }
-    t.threads = (kMany + end - 1) / end;
+    t.threads = (t.most + end - 1) / end;
     if (t.threads > 1) team = &t;
+    waited = 0.;
     t.body(t.body_ctx);
     team = nullptr;
     __atomic_store_n(&t.over, true, __ATOMIC_RELEASE);
     advance(&t.loops);
     // The pool would wait for them awake, on the core that one of them may need.
     wait_for(&t.gone, static_cast<int32_t>(t.threads - 1));
+    if (t.threads > 1) judge_pool(t.threads, now() - t.began);
   };
-  pool_range(0, kMany, 1, each, &t);
+  pool_range(0, t.most, 1, each, &t);
 }
 
 namespace {
 
 constexpr double kPatience = 0.1;  // seconds
 thread_local Call* current = nullptr;
-
-double now() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
 
 }  // namespace
 
@@ -211,13 +238,16 @@ void wake(const int32_t* word) {
 
 void wait_for(const int32_t* progress, int32_t wanted) {
   constexpr int kSpins = 10000;  // some 200 microseconds
-  for (int spins = 0; spins < kSpins; ++spins) {
-    if (__atomic_load_n(progress, __ATOMIC_ACQUIRE) >= wanted) return;
-    relax();
+  const auto there = [&] { return __atomic_load_n(progress, __ATOMIC_ACQUIRE) >= wanted; };
+  if (there()) return;
+  const double began = now();
+  for (int spins = 0; !there() && spins < kSpins; ++spins) relax();
+  if (!there()) {
+    __atomic_fetch_add(&sleepers, 1, __ATOMIC_SEQ_CST);
+    for (int32_t seen; (seen = __atomic_load_n(progress, __ATOMIC_SEQ_CST)) < wanted;) sleep_while(progress, seen);
+    __atomic_fetch_sub(&sleepers, 1, __ATOMIC_SEQ_CST);
   }
-  __atomic_fetch_add(&sleepers, 1, __ATOMIC_SEQ_CST);
-  for (int32_t seen; (seen = __atomic_load_n(progress, __ATOMIC_SEQ_CST)) < wanted;) sleep_while(progress, seen);
-  __atomic_fetch_sub(&sleepers, 1, __ATOMIC_SEQ_CST);
+  waited += now() - began;
 }
 
 // Either this sees the sleeper, or the sleeper this progress.

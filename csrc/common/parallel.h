@@ -23,11 +23,13 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 
 // body() on this thread, while the others of the pool stand by: its loops are for whoever is free, and end without
 // those that are not. (At the end of a loop of the pool's own, a thread that lost its core to another process is waited
-// for, though it has nothing to do.) Small ones are for this thread alone.
-void run_together(bool small, void (*body)(void* ctx), void* ctx);
+// for, though it has nothing to do.) Little work is for this thread alone, and so is what is much for a while after a
+// call that the pool's threads, busy elsewhere, have held up for longer than their help was worth.
+void run_together(int64_t work, void (*body)(void* ctx), void* ctx);
 
-bool is_small(const Tensor& x);
-bool is_small(const Tensors& x);
+// How many numbers, or logits of a loss of so many rows
+int64_t work_of(const Tensor& x);
+int64_t work_of(const Tensors& x);
 
 // A function of several loops, to be run together.
 template <auto kFunction, typename Function = decltype(kFunction)>
@@ -35,11 +37,9 @@ struct Together;
 template <auto kFunction, typename Result, typename... Arguments>
 struct Together<kFunction, Result (*)(Arguments...)> {
   template <typename Argument>
-  static bool small(const Argument& x) {
+  static void join(int64_t& work, const Argument& x) {
     if constexpr (std::is_same_v<Argument, Tensor> || std::is_same_v<Argument, Tensors>)
-      return is_small(x);
-    else
-      return true;
+      if (const int64_t more = work_of(x); more > work) work = more;
   }
   static Result run(Arguments... arguments) {
     std::conditional_t<std::is_void_v<Result>, char, Result> result{};
@@ -49,7 +49,9 @@ struct Together<kFunction, Result (*)(Arguments...)> {
       else
         result = kFunction(arguments...);
     };
-    run_together((small(arguments) && ...), [](void* run) { (*static_cast<decltype(body)*>(run))(); }, &body);
+    int64_t work = 0;
+    (join(work, arguments), ...);
+    run_together(work, [](void* run) { (*static_cast<decltype(body)*>(run))(); }, &body);
     if constexpr (!std::is_void_v<Result>) return result;
   }
 };

@@ -172,7 +172,7 @@ double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType op
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{together<forward_gram>, together<backward_gram>, together<forward_panels>, weigh};
+extern const Table table{together<forward_gram>, together<backward_gram>, together<forward_panels>, together<weigh>};
 }
 
 }  // namespace sslops::barlow_twins

@@ -82,7 +82,7 @@ double inner(Tensor x, Tensor y) {
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{moments, normalize, gradient_means, normalize_backward, inner};
+extern const Table table{moments, normalize, gradient_means, normalize_backward, together<inner>};
 }
 
 }  // namespace sslops::columns

@@ -2,6 +2,7 @@
 
 #include "../common/huge_pages.h"
 #include "../common/parallel.h"
+#include "buffer.h"
 #include "vec.h"
 
 namespace sslops::gather_tokens {
@@ -38,9 +39,8 @@ void forward(Rows tokens, Ids ids, int64_t row, char* out) {
 
 // The k that name a row are a list, in their order: first[n] begins it, next[k] goes on, -1 ends it.
 void backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType out_dtype) {
-  int64_t* const lists = new int64_t[ids.batch * (ids.rows + ids.count)];
-  int64_t *const first = lists, *const next = lists + ids.batch * ids.rows;
-  std::memset(first, -1, ids.batch * ids.rows * sizeof *first);
+  Buffer<int64_t> first(ids.batch * ids.rows), next(ids.batch * ids.count);
+  std::memset(first, -1, ids.batch * ids.rows * sizeof(int64_t));
   for (int64_t b = 0; b < ids.batch; ++b)
     for (int64_t k = count_of(ids.counts, b, ids.count) - 1; k >= 0; --k) {
       const int64_t n = ids.ids[b * ids.count + k];
@@ -67,7 +67,6 @@ void backward(Rows grad, DType grad_dtype, Ids ids, int64_t d, Rows out, DType o
       }
     }
   });
-  delete[] lists;
 }
 
 void call_forward(Tensor tokens, Tensor ids, Tensor counts, Tensor out) {

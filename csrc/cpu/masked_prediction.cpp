@@ -102,8 +102,10 @@ Sums loss(Prediction pred, Target t, Error error, const float* factors, const fl
   for (int64_t i = 0; i < patches; ++i) sums.weight += mask[i];
   const float own = terms(error, p);
   const double over = each ? 1. : sums.weight == 0. ? 0. : 1. / sums.weight;
-  parallel_for(patches, 8, [&](int64_t begin, int64_t end) {
-    Buffer<float> planes(2 * size);
+  constexpr int64_t kBlock = 64;
+  const auto make = [&] { return Buffer<float>(2 * size); };
+  parallel_parts(ceil_div(patches, kBlock), make, [&](int64_t block, float* planes) {
+    const int64_t begin = block * kBlock, end = at_most(begin + kBlock, patches);
     const auto of_pred = [&](int64_t i) { return i / count * pred.image_stride + i % count * pred.patch_stride; };
     const auto of_image = [&](int64_t i) { return corner(p, i / count, i % count); };
     for (int64_t i = begin; i < end; ++i) {

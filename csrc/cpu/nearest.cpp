@@ -11,9 +11,7 @@ constexpr int64_t kBlock = 256;   // queries that a tile has at most
 constexpr int64_t kSpan = 1024;   // queries that meet a chunk of candidates while it is in the caches
 constexpr int64_t kTickets = 64;  // to aim at: if the queries do not fill the threads, the candidates are split
 constexpr int64_t kTogether = 4;  // candidates that are looked at at once
-
-// Candidates at a time. Fixed by the shapes, as the parts are; no result depends on either.
-int64_t chunk_rows(int64_t candidates) { return candidates <= 1024 ? 64 : candidates <= 8192 ? 128 : 256; }
+constexpr int64_t kKept = 1024;   // of a query's best, over all parts, unless k is more
 
 // The k best candidates that have passed of each query, best first, those of one rank side by side.
 struct Best {
@@ -78,7 +76,8 @@ void forward(Tensor query, Tensor support, bool normalize, DType operand, int64_
     q.fill(from, count, [&](int64_t i, int64_t j, int lanes) { return round_to(operand, queries.at(i, j, lanes)); });
   });
 
-  const int64_t spans = ceil_div(b, kSpan), most = spans ? ceil_div(kTickets, spans) : 1;
+  const int64_t spans = ceil_div(b, kSpan),
+                most = spans && k < kKept ? at_most(ceil_div(kTickets, spans), kKept / k) : 1;
   const int64_t length = ceil_div(chunks, at_most(chunks, most)), parts = ceil_div(chunks, length);
   Buffer<float> value(parts * k * padded);
   Buffer<int32_t> id(parts * k * padded);

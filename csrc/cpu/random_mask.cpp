@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../common/parallel.h"
+#include "buffer.h"
 #include "random.h"
 
 namespace sslops::random_mask {
@@ -78,7 +79,7 @@ void draw_masks(const Noise& noise, int64_t batch, const Mask& out) {
   const int64_t length = noise.length, room = length + 4 * kBlocks;
   if (length == 0) return;
   parallel_for(batch, 1 + kThreadTokens / length, [&](int64_t begin, int64_t end) {
-    Item* const items = new Item[2 * room];
+    Buffer<Item> items(2 * room);
     for (int64_t row = begin; row < end; ++row) {
       const Share share = share_of(noise, out, row);
       fill(noise, row, items);
@@ -87,7 +88,6 @@ void draw_masks(const Noise& noise, int64_t batch, const Mask& out) {
         place(out, share, length, row, static_cast<uint32_t>(items[rank]), rank);
       for (int64_t j = share.tokens; j < length; ++j) place(out, share, length, row, j, j);
     }
-    delete[] items;
   });
 }
 

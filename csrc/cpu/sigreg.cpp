@@ -319,7 +319,7 @@ void backward(double scale, Tensor z, Tensor directions, double step, Tensor sum
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{draw, sslops::together<forward>, statistic, sslops::together<backward>};
+extern const Table table{draw, sslops::together<forward>, sslops::together<statistic>, sslops::together<backward>};
 }
 
 }  // namespace sslops::sigreg

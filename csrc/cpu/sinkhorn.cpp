@@ -247,7 +247,7 @@ void mass(Tensor scores, Tensor prototypes, bool unit, DType operand, double tem
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{together<columns>, mass};
+extern const Table table{together<columns>, together<mass>};
 }
 
 }  // namespace sslops::sinkhorn

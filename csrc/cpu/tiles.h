@@ -17,8 +17,7 @@ constexpr int64_t kGroup = 64;  // rows that are filled at once; tiles begin at 
 // threads.
 int64_t chunk_rows(int64_t candidates) { return candidates <= 1024 ? 64 : candidates <= 8192 ? 128 : 256; }
 int64_t chunks_of_part(int64_t candidates, int64_t blocks) {
-  constexpr int64_t kTickets =
-      64;  // to aim at, in parts of 512 candidates at least, if there are 8: they are to be joined
+  constexpr int64_t kTickets = 64;  // to aim at, in parts of 512 candidates or more if there are 8: they are joined
   const int64_t chunks = ceil_div(candidates, chunk_rows(candidates));
   const int64_t enough = candidates < 8 * 512 ? 8 : candidates / 512;
   const int64_t most = blocks ? at_most(ceil_div(kTickets, blocks), enough) : 1;
@@ -85,7 +84,8 @@ class Operand {
   }
   void pack_halves(int64_t group) {
     if constexpr (kHasBf16)
-      bf16_gemm::table().pack(halves_ + group * ld, kGroup, ld, as_right_ + group * ld, transposed_ + group * ld);
+      bf16_gemm::SSLOPS_ISA::table.pack(halves_ + group * ld, kGroup, ld, as_right_ + group * ld,
+                                        transposed_ + group * ld);
   }
 
   const bool right_;
@@ -113,8 +113,8 @@ class Tile {
   void multiply(const Operand& a, int64_t i0, int64_t m, const Operand& b, int64_t j0, int64_t n) {
     if (a.bf16) {
       if constexpr (kHasBf16)
-        bf16_gemm::table().matmul(a.halves_ + i0 * a.ld, a.ld, {b.transposed_ + j0 * b.ld, 16 * b.ld, 512}, padded(m),
-                                  padded(n), a.ld, s, ld, false);
+        bf16_gemm::SSLOPS_ISA::table.matmul(a.halves_ + i0 * a.ld, a.ld, {b.transposed_ + j0 * b.ld, 16 * b.ld, 512},
+                                            padded(m), padded(n), a.ld, s, ld, false);
       return;
     }
     if (b.few) return dots(m, n, a.rows_ + i0 * a.ld, b.rows_ + j0 * b.ld, a.ld, a.d);
@@ -151,7 +151,7 @@ class Tile {
   void add_halves(int64_t m, int64_t n, const Operand& b, int64_t j0, float* rows, const Operand& a, int64_t i0,
                   float* columns) {
     if constexpr (kHasBf16) {
-      const auto& table = bf16_gemm::table();
+      const auto& table = bf16_gemm::SSLOPS_ISA::table;
       table.round_both(s, ld, m, n, rows ? static_cast<uint16_t*>(w_) : nullptr, w_ld_, w_transposed_, w_ld_);
       const auto product = [&](const uint16_t* w, int64_t rows, int64_t inner, const Operand& x, int64_t from,
                                float* to) {

@@ -136,8 +136,8 @@ void backward(double grad, Tensor z, Tensor other, DType operand, int64_t first,
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{together<forward_gram>, together<forward_panels>, off_diagonal, squared_distance,
-                         together<backward>};
+extern const Table table{together<forward_gram>, together<forward_panels>, together<off_diagonal>,
+                         together<squared_distance>, together<backward>};
 }
 
 }  // namespace sslops::vicreg
