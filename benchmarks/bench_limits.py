@@ -1,4 +1,4 @@
-"""What the machine gives: a large matrix product [N, N], a copy. Percentages of these are what kernels are judged by."""
+"""What the machine gives: a large matrix product, a copy. Percentages of these are what kernels are judged by."""
 
 import time
 

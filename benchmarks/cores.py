@@ -132,7 +132,8 @@ def measured(rows: list[dict], shape: tuple[int, ...]) -> str:
     times = {}
     for row in rows:
         sizes = tuple(row[name] for name in ("m", "b", "n", "k", "d") if name in row)
-        if sizes == shape and (row["bench"], row["dtype"], row.get("part"), row.get("busy")) == ("time", "float32", "both", None):
+        wanted = {"bench": "time", "dtype": "float32", "part": "both", "busy": None}
+        if sizes == shape and all(row.get(name) == value for name, value in wanted.items()):
             times[row["threads"]] = row["times_ms"][row["ours"]]["median"]
     return f"{times[1] / times[2]:.1f}" if {1, 2} <= times.keys() else ""
 
