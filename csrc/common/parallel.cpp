@@ -62,7 +62,7 @@ struct Team {
   void (*body)(void* ctx);
   void* body_ctx;
   int64_t most;  // threads that there is work for
-  double began;
+  int64_t began;
   int64_t threads = 1;
   RangeFn fn = nullptr;
   void* ctx = nullptr;
@@ -70,6 +70,7 @@ struct Team {
   uint64_t parts = 0;  // how many, << 32, and the next one that nobody has
   int32_t loops = 0;   // that there were, and one for the end
   int32_t done = 0;    // parts, of all loops
+  int64_t worked = 0;  // nanoseconds of all of them
   int32_t gone = 0;    // threads that no longer stand by
   bool over = false;
 };
@@ -112,29 +113,32 @@ void lead(Team& t, int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* 
   wait_for(&t.done, wanted);
 }
 
-double now() {
+int64_t now(clockid_t clock = CLOCK_MONOTONIC) {  // nanoseconds
   timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+  clock_gettime(clock, &t);
+  return 1000000000 * static_cast<int64_t>(t.tv_sec) + t.tv_nsec;
 }
 
-thread_local double waited = 0.;  // seconds, in wait_for()
+thread_local int64_t spun = 0;  // by this thread, nanoseconds
 
-// Calls that are still to be one thread's, and how many it was the last time that the pool was late.
-int32_t calls_alone = 0, patience = 0;
+// Nanoseconds that this thread has had its core, and used it
+int64_t worked() { return now(CLOCK_THREAD_CPUTIME_ID) - spun; }
 
-bool pool_is_late() {
+// Calls that are still to be one thread's, and how many that were the last time.
+int32_t calls_alone = 0, most_alone = 0;
+
+bool is_alone() {
   const int32_t left = __atomic_load_n(&calls_alone, __ATOMIC_RELAXED);
   if (left > 0) __atomic_store_n(&calls_alone, left - 1, __ATOMIC_RELAXED);
   return left > 0;
 }
 
-// After a call: had its thread done all of it alone, it would not have waited, and at best taken `threads` times as
-// long as it worked. Where that is less, the others are asked again after 1, 3, 7 .. 63 calls.
-void judge_pool(int64_t threads, double seconds) {
-  const bool late = (seconds - waited) * static_cast<double>(threads) < seconds;
-  const int32_t before = __atomic_load_n(&patience, __ATOMIC_RELAXED), next = late ? (2 * before + 1) & 63 : 0;
-  __atomic_store_n(&patience, next, __ATOMIC_RELAXED);
+// After a call that took longer than all its threads together worked, one of them is faster alone: the others are asked
+// again after 1, 3, 7 .. 63 calls.
+void judge(const Team& t) {
+  const bool late = now() - t.began > __atomic_load_n(&t.worked, __ATOMIC_ACQUIRE);
+  const int32_t before = __atomic_load_n(&most_alone, __ATOMIC_RELAXED), next = late ? (2 * before + 1) & 63 : 0;
+  __atomic_store_n(&most_alone, next, __ATOMIC_RELAXED);
   __atomic_store_n(&calls_alone, next, __ATOMIC_RELAXED);
 }
 
@@ -162,7 +166,7 @@ int64_t work_of(const Tensors& x) {
 }
 
 void run_together(int64_t work, void (*body)(void* ctx), void* ctx) {
-  if (work <= kLittle || !torch_pool() || pool_is_late()) {
+  if (work <= kLittle || !torch_pool() || is_alone()) {
     alone = true;
     body(ctx);
     alone = false;
@@ -171,27 +175,29 @@ void run_together(int64_t work, void (*body)(void* ctx), void* ctx) {
   Team t{body, ctx, work / (kLittle / 2), now()};
   const RangeFn each = [](int64_t begin, int64_t end, void* ctx) {
     Team& t = *static_cast<Team*>(ctx);
+    const int64_t before = worked();
     if (begin) {  // the first part is that of the thread that asks
       stand_by(t);
+      __atomic_fetch_add(&t.worked, worked() - before, __ATOMIC_RELAXED);
       return advance(&t.gone);
     }
     t.threads = (t.most + end - 1) / end;
     if (t.threads > 1) team = &t;
-    waited = 0.;
     t.body(t.body_ctx);
     team = nullptr;
     __atomic_store_n(&t.over, true, __ATOMIC_RELEASE);
     advance(&t.loops);
     // The pool would wait for them awake, on the core that one of them may need.
     wait_for(&t.gone, static_cast<int32_t>(t.threads - 1));
-    if (t.threads > 1) judge_pool(t.threads, now() - t.began);
+    __atomic_fetch_add(&t.worked, worked() - before, __ATOMIC_RELAXED);
+    if (t.threads > 1) judge(t);
   };
   pool_range(0, t.most, 1, each, &t);
 }
 
 namespace {
 
-constexpr double kPatience = 0.1;  // seconds
+constexpr int64_t kPatience = 100000000;  // nanoseconds
 thread_local Call* current = nullptr;
 
 }  // namespace
@@ -202,7 +208,7 @@ Call::~Call() { current = outer_; }
 bool give_up() {
   Call* const call = current;
   if (!call || call->interrupted_) return call;
-  const double time = now();
+  const int64_t time = now();
   if (time - call->asked_ < kPatience) return false;
   call->asked_ = time;
   return call->interrupted_ = call->interrupt_();
@@ -240,14 +246,13 @@ void wait_for(const int32_t* progress, int32_t wanted) {
   constexpr int kSpins = 10000;  // some 200 microseconds
   const auto there = [&] { return __atomic_load_n(progress, __ATOMIC_ACQUIRE) >= wanted; };
   if (there()) return;
-  const double began = now();
+  const int64_t before = now();
   for (int spins = 0; !there() && spins < kSpins; ++spins) relax();
-  if (!there()) {
-    __atomic_fetch_add(&sleepers, 1, __ATOMIC_SEQ_CST);
-    for (int32_t seen; (seen = __atomic_load_n(progress, __ATOMIC_SEQ_CST)) < wanted;) sleep_while(progress, seen);
-    __atomic_fetch_sub(&sleepers, 1, __ATOMIC_SEQ_CST);
-  }
-  waited += now() - began;
+  spun += now() - before;
+  if (there()) return;
+  __atomic_fetch_add(&sleepers, 1, __ATOMIC_SEQ_CST);
+  for (int32_t seen; (seen = __atomic_load_n(progress, __ATOMIC_SEQ_CST)) < wanted;) sleep_while(progress, seen);
+  __atomic_fetch_sub(&sleepers, 1, __ATOMIC_SEQ_CST);
 }
 
 // Either this sees the sleeper, or the sleeper this progress.

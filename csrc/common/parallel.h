@@ -70,7 +70,7 @@ class Call {
  private:
   friend bool give_up();
   bool (*interrupt_)();
-  double asked_;
+  int64_t asked_;
   bool interrupted_ = false;
   Call* outer_;
 };

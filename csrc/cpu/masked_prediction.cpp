@@ -2,6 +2,7 @@
 
 #include "../common/huge_pages.h"
 #include "../common/parallel.h"
+#include "parts.h"
 #include "patches.h"
 
 namespace sslops::masked_prediction {
