@@ -62,9 +62,8 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
     whole: list[int] | None = None  # the shape of "..."
     for name, of, value in _each(op, given, declared):
         wanted = of.shape.split()
-        text = f"[{', '.join(wanted)}]"
         if not isinstance(value, Tensor):
-            bad_type(op, name, f"a tensor {text}", type(value).__name__)
+            bad_type(op, name, f"a tensor [{', '.join(wanted)}]", type(value).__name__)
         if value.layout != torch.strided:
             bad_type(op, name, "a dense tensor", value.layout)
         if value.dtype not in of.dtypes:
@@ -77,7 +76,7 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
             if list(value.shape) != whole:
                 bad_value(op, name, f"shape {whole}", list(value.shape))
         elif value.dim() < len(wanted) if wanted[-1:] == ["..."] else value.dim() != len(wanted):
-            bad_value(op, name, f"shape {text}", list(value.shape))
+            bad_value(op, name, f"shape [{', '.join(wanted)}]", list(value.shape))
         for dimension, size in zip(wanted, value.shape, strict=False):
             known = sizes.setdefault(dimension, given.get(dimension, size))
             if known != size and dimension not in ("*", "..."):

@@ -77,7 +77,7 @@ def register(
     gradients: Sequence[str] = (),
     forward: Callable[[Any], Any] | None = None,
     backward: Callable[..., Any] | None = None,
-    kept: Callable[[Any], Any] = lambda x: x,
+    kept: Callable[[Any], Any] | None = None,
     unit: str | Sequence[str] = (),
 ) -> Callable[..., Any]:
     """The op as a function of its arguments and the backend asked for, or None; and of what is still to be done to
@@ -101,7 +101,7 @@ def register(
         is a list.
     forward(x), backward(grad, x, *saved): the kernel's, or what is to be done around it. Differentiating backward
         raises: that is for backend="eager".
-    kept(x): the arguments as backward gets them, those tensors None that it does not need.
+    kept(x): the arguments as backward gets them, those tensors None that it does not need; all of them without it.
     unit: the outputs that backward does not get, one for each gradient: that gradient itself where grad is 1 (a list's
         in one piece, along the first dimension), of its dtype or float32, or empty. In eager mode they are handed out
         once, scaled in place (half precision only under 1): from there on they are the caller's. A compiled graph
@@ -262,7 +262,7 @@ def register(
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         extra = dict(zip(saved, output[1:] if saved else (), strict=True))
-        values = schema.lower(kept(schema.lift(inputs)))
+        values = schema.lower(kept(schema.lift(inputs))) if kept else inputs
         ctx.mark_non_differentiable(*extra.values())
         ctx.unit = [extra.pop(each) for each in units]
         ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward

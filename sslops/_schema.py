@@ -53,31 +53,20 @@ class Schema:
             else:
                 parts.append(f"{_SCHEMA_TYPES[kind]} {name}")
         self.text, self.count = ", ".join(parts), len(parts)
+        self._numbers_at = [self.names.index(name) for name in self.numbers]
 
     def lower(self, x: Any) -> list[Any]:
-        if not self.numbers:
-            return list(x)
-        values: list[Any] = []
-        for name, value in zip(x._fields, x, strict=True):
-            if name not in self.numbers:
-                values.append(value)
-            elif isinstance(value, Tensor):
-                values += [value, 0.0]
-            else:
-                values += [None, value]
+        values = list(x)
+        for at in self._numbers_at:
+            values[at : at + 1] = (values[at], 0.0) if isinstance(values[at], Tensor) else (None, values[at])
         return values
 
     def lift(self, values: Sequence[Any]) -> Any:
-        if not self.numbers:
-            return self.arguments(*values)
-        taken = iter(values)
-        found = []
-        for name in self.arguments._fields:
-            value = next(taken)
-            if name in self.numbers:
-                number = next(taken)
-                value = number if value is None else value
-            found.append(value)
+        found = list(values)
+        for at in reversed(self._numbers_at):
+            number = found.pop(at + 1)
+            if found[at] is None:
+                found[at] = number
         return self.arguments(*found)
 
 

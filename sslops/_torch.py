@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_KEYS = (("cpu", torch._C.DispatchKey.CPU), ("cuda", torch._C.DispatchKey.CUDA))
 
 
 def constant(function: _Function) -> _Function:
@@ -44,9 +45,7 @@ def readable(x: Tensor) -> str:
     if type(x) is not Tensor:
         return ""
     keys = torch._C._dispatch_keys(x)
-    return next(
-        (key.name.lower() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA) if keys.has(key)), ""
-    )
+    return next((name for name, key in _KEYS if keys.has(key)), "")
 
 
 def process_group(name: str) -> Any:
