@@ -76,8 +76,8 @@ def nearest(
     """The rows of the support that have the largest inner products with each query, as NNCLR looks them up in a queue.
 
     The candidates pass by, and each query keeps its best: nothing is of size [B, K], and the support is neither copied
-    nor written, normalised or not; the values of k > 1 come from the found rows, [B, k, D]. 2 B K D FLOP. Which rows they are has no gradient; `values` have the query's and
-    the support's, that of a row being summed in a fixed order.
+    nor written, normalised or not; the values of k > 1 come from the found rows, [B, k, D]. 2 B K D FLOP. Which rows
+    they are has no gradient; `values` have the query's and the support's, that of a row being summed in a fixed order.
 
     Args:
         query: [B, D]; float32, float16, bfloat16 or float64 (float64 runs the eager reference). Under autocast the
