@@ -548,7 +548,10 @@ def sigreg(*views, **options):
     return drawn(sslops.sigreg, views, **options)
 
 
-def lejepa(*views, **options):
+def lejepa(*views, local=None, **options):
+    """Of views of which the first are global ones, but for `local`"""
+    if local is not None:
+        views, options = views[:-local], options | {"local_views": torch.stack(views[-local:])}
     return drawn(sslops.lejepa, views, **options)
 
 
@@ -902,6 +905,7 @@ INPUTS = {
     sslops.swav: lambda: [torch.stack(views(4, 6))],
     sslops.sinkhorn: lambda: views(4, 6)[:1],
     sslops.supcon: lambda: [views(4, 6)[0], torch.arange(4) % 2],
+    sslops.koleo: lambda: views(4, 6)[:1],
     sslops.masked_token_cross_entropy: lambda: [*views(4, 6), torch.arange(4)],
     sslops.skip_gram: lambda: [*views(4, 6), *torch.arange(8).view(2, 4) % 4, torch.zeros(4, 2).long()],
 }
@@ -926,6 +930,11 @@ WRONG = [
     (sslops.barlow_twins, {}, {"route": "nonsense"}),
     (sslops.vicreg, {}, {"eps": -1.0}),
     (sigreg, {}, {"knots": 1}),
+    (lejepa, {}, {"lambd": 2.0}),
+    (sslops.clip, {}, {"logit_scale": -1.0}),
+    (sslops.siglip, {}, {"bias": float("inf")}),
+    (sslops.nearest, {}, {"normalize": 1}),
+    (sslops.koleo, {}, {"eps": -1.0}),
     (sslops.cross_correlation, {}, {"eps": float("nan")}),
     (sslops.supcon, {}, {"where": "nonsense"}),
     (sslops.sinkhorn, {}, {"iterations": 0}),
@@ -962,6 +971,11 @@ OTHER = [
     (sslops.masked_token_cross_entropy, {}, {"reduction": "none"}),
     (sslops.skip_gram, {}, {"reduction": "none"}),
     (sigreg, {}, {"t_max": 2.0}),
+    (lejepa, {}, {"lambd": 0.5}),
+    (lejepa, {}, {"local": 1}),
+    (sslops.clip, {}, {"reduction": "none"}),
+    (sslops.siglip, {}, {"normalize": False}),
+    (sslops.koleo, {}, {"eps": 1e-6}),
 ]
 
 
@@ -969,7 +983,7 @@ OTHER = [
 def test_an_error_on_one_rank_is_raised_on_all(ranks, op, options, wrong):
     *others, own = ranks(one_rank_is_wrong, op, options, wrong)
     assert own.startswith(f"{op.__name__}: {next(iter(wrong))}")
-    first = {sslops.swav: "sinkhorn", sigreg: "sigreg's key"}  # what comes first in it
+    first = {sslops.swav: "sinkhorn", sigreg: "sigreg's key", lejepa: "sigreg's key"}  # what comes first in it
     name = first.get(op, op.__name__)
     for message in others:
         assert message == f"{name}: group: wanted no error on any rank, got one on ranks [{ranks.world - 1}]"
