@@ -27,6 +27,7 @@ SIZES = ("B", "V", "height")
 
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors
 BLOCKS = 32
+VIEWS = 8  # of a chunk at most: a program of the first sweep has an example's of all
 TILE: dict[str, Any] = {"BLOCK_R": 16, "BLOCK_K": 256, "num_warps": 4, **launch.FUSED}
 
 
@@ -127,10 +128,11 @@ def _count(x: Arguments) -> int:
 def _chunks(x: Arguments) -> Chunks:
     views, rows, _ = x.scores.shape
     if x.prototypes is None:
-        return lambda: [(slice(None), x.scores)] if rows else []
+        some = [slice(view, view + VIEWS) for view in range(0, views, VIEWS)] if rows else []
+        return lambda: [(own, x.scores[own]) for own in some]
     weight, _ = last_layer.operand(x.prototypes, x.unit_prototypes, x.operand_dtype)
     most = last_layer.chunk_of(len(weight))
-    step = max(1, most // max(1, rows))  # views
+    step = min(VIEWS, max(1, most // max(1, rows)))
 
     def chunks() -> Iterator[tuple[slice, Tensor]]:
         for view in range(0, views, step):
