@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _check, distributed
 from .._check import Of
 from .._library import Out, register
+from .._sums import mean
 
 
 class Arguments(NamedTuple):
@@ -76,8 +77,8 @@ def nearest(
     """The rows of the support that have the largest inner products with each query, as NNCLR looks them up in a queue.
 
     The candidates pass by, and each query keeps its best: nothing is of size [B, K], and without a group the support
-    is neither copied nor written, normalised or not. 2 B K D FLOP. Which rows they are has no gradient; `values` have the query's and
-    the support's, that of a row being summed in a fixed order.
+    is neither copied nor written, normalised or not. 2 B K D FLOP. Which rows they are has no gradient; `values` have
+    the query's and the support's, that of a row being summed in a fixed order.
 
     Args:
         query: [B, D]; float32, float16, bfloat16 or float64 (float64 runs the eager reference). Under autocast the
@@ -166,4 +167,4 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: distributed.Group = None, back
     (rows,) = distributed.gathered("koleo", group, unit, options=options)
     ids = _ids(unit, rows, 1, False, distributed.rank(group) * x.shape[0], backend)
     distance = torch.linalg.vector_norm(unit - F.embedding(ids, rows), dim=1)
-    return distributed.mean(-(distance + eps).log().mean(), group)
+    return distributed.mean(mean(-(distance + eps).log()), group)

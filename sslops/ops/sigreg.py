@@ -10,6 +10,7 @@ from .. import _check, distributed
 from .._check import Of
 from .._library import Out, register
 from .._random import RandomStream, draw_key, normals
+from .._sums import mean
 from ..backend import kernel
 
 
@@ -200,7 +201,7 @@ def lejepa(
         backend=backend,
     )  # fmt: skip
     count = sum(map(len, views))
-    apart = (wide - wide[:count].mean(0)).square().mean()
+    apart = mean((wide - wide[:count].mean(0)).square().mean(2))
     options = distributed.options({"z": z, "lambd": lambd, "global_views": count}) if name else ""
     return lambd * regularity + (1 - lambd) * distributed.mean(apart, name, "lejepa", options)
 
