@@ -394,6 +394,9 @@ def test_lejepa():
             module(global_proj=views[:2], local_proj=views[2])
         with pytest.raises(ValueError, match="local_proj must have at least one local view"):
             module(global_proj=views[:2], local_proj=views[:0])
+        for other in (views[2:, 1:], views[2:, :, 1:]):
+            with pytest.raises(ValueError, match="local_proj and global_proj must have"):
+                module(global_proj=views[:2], local_proj=other)
     torch.testing.assert_close(*found)
     with sslops.patch_lightly():
         world_model = importlib.import_module("lightly.loss.lewm_loss").LeWMLoss()
@@ -522,10 +525,11 @@ def test_co2_is_lightlys_own_without_a_gradient():
         assert not regularizer(*(x.requires_grad_() for x in views((4, 8)))).requires_grad
 
 
-@pytest.mark.parametrize("name", ["DINOLoss", "SwaVLoss", "MSNLoss", "IBOTPlusPlusPatchLoss", "CAPILoss"])
+@pytest.mark.parametrize(
+    "name", ["DINOLoss", "SwaVLoss", "MSNLoss", "IBOTPatchLoss", "IBOTPlusPlusPatchLoss", "CAPILoss"]
+)
 def test_prototypes_compile(name):
-    """IBOTPatchLoss' mask selects on the host"""
-    module = getattr(ours, name)(**({"output_dim": 30} if name in ("DINOLoss", "IBOTPlusPlusPatchLoss") else {}))
+    module = getattr(ours, name)(**({"output_dim": 30} if name.startswith(("DINO", "IBOT")) else {}))
     inputs, arguments = prototype_inputs(name)
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")

@@ -349,6 +349,32 @@ def test_info_nce_of_paired_negatives(two, backend, reduction, queue, masked):
     check(two, of_paired, inputs, backend, reduction=reduction, **options)
 
 
+def silent_backwards(rank, world, inputs):
+    """Of nt_xent's first view and of paired negatives, where nothing may travel"""
+    z0, z1, paired = (shard(x, rank, world) for x in inputs)
+    z0.requires_grad_()
+    paired.requires_grad_()
+    weights = torch.linspace(0.5, 2, 2 * len(z0)).view(2, -1)
+    of_views = sslops.nt_xent(z0, z1, decoupled=True, positive_weights=weights, group="world", backend="cpu")
+    ids = torch.arange(len(z0))
+    of_paired = sslops.info_nce(z0, z1, query_ids=ids, paired_negatives=paired[:, None], group="world", backend="cpu")
+    with mock.patch.object(distributed, "all_gather", side_effect=AssertionError("travels")):
+        return [torch.autograd.grad(of_views, z0)[0], torch.autograd.grad(of_paired, paired)[0]]
+
+
+def test_backward_does_not_communicate(two):
+    """... but after "none", with query_ids or for in-batch keys"""
+    inputs = [*views(40, 6), views(50, 6)[1][:40]]
+    z0, z1, paired = (x.requires_grad_() for x in inputs)
+    weights = torch.linspace(0.5, 2, 40).view(2, 20).repeat(1, 2)
+    of_views = sslops.nt_xent(z0, z1, decoupled=True, positive_weights=weights)
+    of_paired = sslops.info_nce(z0, z1.detach(), query_ids=torch.arange(40) % 20, paired_negatives=paired[:, None])
+    expected = torch.autograd.grad(of_views, z0)[0], torch.autograd.grad(of_paired, paired)[0]
+    found = zip(*two(silent_backwards, [x.detach() for x in inputs]), strict=True)
+    for shards, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.cat(shards) / 2, whole)
+
+
 def trainable_negatives(rank, world, inputs, negatives, backend):
     negatives = negatives.clone().requires_grad_()
     sslops.info_nce(*(shard(x, rank, world) for x in inputs), negatives, group="world", backend=backend).backward()
@@ -614,6 +640,19 @@ def test_ibot(ranks, backend, reduction, weighted):
     student, teacher = crops(2, 60, 70)
     options = {"weights": torch.rand(60, generator=torch.Generator().manual_seed(0))} if weighted else {}
     check_prototypes(ranks, sslops.ibot, student, teacher, options, reduction=reduction, backend=backend, **options)
+
+
+def of_no_images(rank, world, op, lead):
+    student, teacher = (torch.zeros(*views, 0, 5) for views in lead)
+    loss, metrics = op(student, teacher, group="world", return_metrics=True)
+    return [loss, *metrics]
+
+
+@pytest.mark.parametrize(("op", "lead"), [(sslops.dino, ((3,), (2,))), (sslops.ibot, ((), ()))])
+def test_no_images_on_any_rank(two, op, lead):
+    """NaN, as without a group"""
+    for found in two(of_no_images, op, lead):
+        assert torch.stack(found).isnan().all()
 
 
 def of_own_features(rank, world, op, tensors, options):
