@@ -27,7 +27,6 @@ SIZES = ("B", "V", "height")
 
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors
 BLOCKS = 32
-VIEWS = 8  # of a chunk at most: a program of the first sweep has an example's of all
 TILE: dict[str, Any] = {"BLOCK_R": 16, "BLOCK_K": 256, "num_warps": 4, **launch.FUSED}
 
 
@@ -79,6 +78,7 @@ def _mass(scores, b, stats, sums, temperature, inverse, B, K, V, height, BLOCK_R
     tl.store(sums + (tl.cast(block, tl.int64) * V + v) * K + column, tl.sum(total, 0), mask=column < K)
 
 
+VIEWS = 8  # of a chunk at most: a program of the first sweep has an example's of all
 Chunks = Callable[[], Iterable[tuple[slice, Tensor]]]  # all scores, as often as they are wanted: [n, rows, K] of views
 
 
