@@ -4,6 +4,8 @@ import copy
 import functools
 import importlib
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -636,3 +638,16 @@ def test_lines_of_the_docs(name):
     torch.testing.assert_close(loss, theirs)
     for x, y in zip(*(torch.autograd.grad(each, [h0, h1]) for each in (loss, theirs)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_mmcr_of_the_docs():
+    """The lines of docs/methods/plain.md: lightly's value and gradient, more images than columns and fewer"""
+    page = (Path(__file__).parents[1] / "docs/methods/plain.md").read_text().split("## MMCR")[1]
+    code = compile(re.search(r"```python\n(.*?)```", page, re.S)[1], "plain.md", "exec")
+    theirs = importlib.import_module("lightly.loss.mmcr_loss").MMCRLoss(lmda=5e-3)
+    for shape in ((24, 2, 40), (40, 3, 24)):
+        online, momentum = (nn.functional.normalize(x, dim=-1).requires_grad_() for x in torch.randn(2, *shape))
+        names = {"torch": torch, "online": online, "momentum": momentum}
+        exec(code, names)
+        found, expected = ([x, *torch.autograd.grad(x, online)] for x in (names["loss"], theirs(online, momentum)))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
