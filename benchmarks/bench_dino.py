@@ -1,7 +1,8 @@
 """DINO's cross entropy beside eager forms, torch.compile and lightly. Shapes: V x B x K, two teachers, from logits;
-V x B x K x D from features, with a last layer of unit prototypes on either side.
+V x B x K x D from features, with a last layer of unit prototypes on either side. Part swav: SwAV's loss of V crops.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 
 import sslops
 
+from . import peers
 from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from .bench_sinkhorn import ITERATIONS, TEMPERATURE, kept, matrix
 from .peers import lightly_loss
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
@@ -20,9 +23,16 @@ CASES = {
         *cases("10x32x65536 10x128x4096 2x128x4096 10x4x262144 10x32x65536x256", "float32", "both"),
         *cases("10x32x65536", "bfloat16", "both"),
         *cases("10x32x65536 10x32x65536x256", "float32", "memory"),
+        *cases("8x64x3000", "float32", "swav"),
     ],
-    "cuda": cases("10x64x65536 10x128x4096 10x64x65536x256", "bfloat16", "both"),
-    "small": cases("3x2x40 10x5x3000 10x5x300x16", "float32 bfloat16", "both"),
+    "cuda": [
+        *cases("10x64x65536 10x128x4096 10x64x65536x256", "bfloat16", "both"),
+        *cases("8x64x3000", "bfloat16", "swav"),
+    ],
+    "small": [
+        *cases("3x2x40 10x5x3000 10x5x300x16", "float32 bfloat16", "both"),
+        *cases("3x9x40", "float32 bfloat16", "swav"),
+    ],
 }
 Crops = list[torch.Tensor]
 
@@ -52,8 +62,11 @@ def einsum(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.Tensor
 
 
 def by_linearity(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.Tensor:
+    return with_targets(student, targets(teacher, center))
+
+
+def with_targets(student: Crops, q: torch.Tensor) -> torch.Tensor:
     """The fewest passes over the logits that we found: the teachers summed first, logsumexp and one product a crop"""
-    q = targets(teacher, center)
     everyone, total = q.sum(0), 0
     for v, s in enumerate(student):
         y, of = s.float() / STUDENT_TEMP, everyone - q[v] if v < len(q) else everyone
@@ -64,6 +77,39 @@ def by_linearity(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.
 def fused(student: Crops, teacher: Crops, center: torch.Tensor) -> torch.Tensor:
     bias = (-center / TEACHER_TEMP).flatten()
     return sslops.dino(student, teacher, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, bias=bias)
+
+
+def swavs_own(scores: Crops) -> torch.Tensor:
+    """As SwAV's code has it: each assigned crop's Q, and the others' cross entropy with it"""
+    total = 0
+    for t, assigned in enumerate(scores[:2]):
+        with torch.no_grad():
+            q = matrix(assigned)
+        for v, crop in enumerate(scores):
+            if v != t:
+                total = total - (q * F.log_softmax(crop.float() / STUDENT_TEMP, dim=1)).sum(1).mean()
+    return total / (2 * (len(scores) - 1))
+
+
+def lean_swav(scores: Crops) -> torch.Tensor:
+    with torch.no_grad():
+        q = torch.stack([(x.float() / TEMPERATURE + kept(x)).softmax(1) for x in scores[:2]])
+    return with_targets(scores, q)
+
+
+def swav_losses() -> dict[str, Callable]:
+    found = {
+        "sslops": lambda scores: sslops.swav(scores, temperature=STUDENT_TEMP, epsilon=TEMPERATURE),
+        "eager": swavs_own,
+        "lean eager": lean_swav,
+        "compile": torch.compile(swavs_own, dynamic=False),
+        "lean compile": torch.compile(lean_swav, dynamic=False),
+    }
+    if peers.lightly():
+        make = importlib.import_module("lightly.loss.swav_loss").SwaVLoss
+        theirs = make(STUDENT_TEMP, sinkhorn_iterations=ITERATIONS, sinkhorn_epsilon=TEMPERATURE)
+        found["lightly"] = lambda scores: theirs(scores[:2], scores[2:])
+    return found
 
 
 Layers = tuple[torch.Tensor, torch.Tensor]  # the student's and the teacher's prototypes
@@ -147,7 +193,7 @@ def variant(loss: Callable, student: Crops, *rest: Any) -> Variant:
 
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
-    (v, b, k, *d), dtype, _ = case
+    (v, b, k, *d), dtype, part = case
     torch._dynamo.reset()
     if d:  # one product of each teacher's crop, three of each student's
         tensors, flop = features(v, b, k, *d, dtype, device), (6 * v + 2 * 2) * b * k * d[0]
@@ -156,10 +202,14 @@ def test_time(benchmark, device, case):
         record(benchmark, variants, limit="matmuls", v=v, b=b, k=k, d=d[0], dtype=dtype, flop=flop)
         return
     student, *rest = crops(v, b, k, dtype, device)
-    variants = {name: variant(loss, student, *rest) for name, loss in losses(k).items()}
+    facts: dict[str, object] = {"bytes": 3 * v * b * k * student[0].element_size()}
+    if part == "swav":
+        found, rest, facts = swav_losses(), [], {"part": part}
+    else:
+        found = losses(k)
+    variants = {name: variant(loss, student, *rest) for name, loss in found.items()}
     variants["copy"] = lambda: [s.detach().clone() for s in student]
-    total = 3 * v * b * k * student[0].element_size()
-    record(benchmark, variants, limit="copy", v=v, b=b, k=k, dtype=dtype, bytes=total)
+    record(benchmark, variants, limit="copy", v=v, b=b, k=k, dtype=dtype, **facts)
 
 
 def test_memory(benchmark, device, case):

@@ -1,4 +1,6 @@
-"""NT-Xent beside eager PyTorch, torch.compile, libraries and the unavoidable matmuls. Shapes: M x D, M = 2N."""
+"""NT-Xent beside eager PyTorch, torch.compile, libraries and the unavoidable matmuls. Shapes: M x D, M = 2N. Part
+decoupled: DCL, forward and backward, beside nt_xent itself too.
+"""
 
 from collections.abc import Callable
 
@@ -16,18 +18,21 @@ CASES = {
     "cpu": [
         *cases("512x128 4096x128 8192x128 16384x128", "float32", "both"),
         *cases("4096x128 8192x128", "bfloat16", "both"),
-        *cases("4096x128", "float32", "forward backward"),
+        *cases("4096x128", "float32", "forward backward decoupled"),
         *cases("4096x128 16384x128 65536x128", "float32", "memory"),
         *cases("65536x128", "bfloat16", "memory"),
     ],
     "cuda": [
         *cases("512x128 4096x128 8192x128 16384x128 32768x128 65536x128 131072x128", "bfloat16", "both"),
-        *cases("16384x128", "bfloat16", "forward backward"),
+        *cases("16384x128", "bfloat16", "forward backward decoupled"),
         *cases("16384x512", "bfloat16", "both"),
         *cases("4096x128 16384x128", "float32", "both"),
     ],
     "key": cases("16384x128 4096x128", "bfloat16", "both"),
-    "small": cases("66x7 202x100 130x300", "float32 bfloat16", "both"),
+    "small": [
+        *cases("66x7 202x100 130x300", "float32 bfloat16", "both"),
+        *cases("66x7", "float32 bfloat16", "decoupled"),
+    ],
 }
 
 
@@ -78,6 +83,27 @@ def losses(m: int, device: str) -> dict[str, Callable]:
     return {name: loss for name, loss in found.items() if loss}
 
 
+def eager_decoupled(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
+    """lean_eager without the positive in the sum"""
+    n, z = len(z0), F.normalize(torch.cat([z0, z1])) * TEMPERATURE**-0.5
+    positives = (z[:n].float() * z[n:].float()).sum(1)
+    logits = (z @ z.t()).float()
+    for offset in (-n, 0, n):
+        logits.diagonal(offset).fill_(float("-inf"))
+    return logits.logsumexp(1).mean() - positives.mean()
+
+
+def decoupled_losses() -> dict[str, Callable]:
+    found = {
+        "sslops": lambda z0, z1: sslops.nt_xent(z0, z1, temperature=TEMPERATURE, decoupled=True),
+        "nt_xent": fused,
+        "eager": eager_decoupled,
+        "compile": torch.compile(eager_decoupled, dynamic=False),
+        "lightly": lightly_loss("DCLLoss", temperature=TEMPERATURE),
+    }
+    return {name: loss for name, loss in found.items() if loss}
+
+
 def views(m: int, d: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     return [torch.randn(m // 2, d, device=device).to(dtype).requires_grad_() for _ in range(2)]
 
@@ -87,19 +113,19 @@ def variant(loss: Callable, z0: torch.Tensor, z1: torch.Tensor, part: str) -> Va
         z0.grad = z1.grad = None
         return loss(z0, z1)
 
-    return {"forward": forward, "backward": (forward, torch.Tensor.backward), "both": lambda: forward().backward()}[
-        part
-    ]
+    directions: dict[str, Variant] = {"forward": forward, "backward": (forward, torch.Tensor.backward)}
+    return directions.get(part, lambda: forward().backward())
 
 
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     (m, d), dtype, part = case
     # Half the tiles of S; in backward them again, and W z.
-    flop = {"forward": 1, "backward": 3, "both": 4}[part] * m * m * d
+    flop = {"forward": 1, "backward": 3}.get(part, 4) * m * m * d
     z0, z1 = views(m, d, dtype, device)
     torch._dynamo.reset()
-    variants = {name: variant(loss, z0, z1, part) for name, loss in losses(m, device).items()}
+    found = decoupled_losses() if part == "decoupled" else losses(m, device)
+    variants = {name: variant(loss, z0, z1, part) for name, loss in found.items()}
     variants["matmuls"] = matmul(flop, dtype, device)
     record(benchmark, variants, limit="matmuls", m=m, d=d, dtype=dtype, part=part, flop=flop)
 

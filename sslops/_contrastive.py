@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _check, distributed
+from ._sums import mean, total
 from .backend import kernel
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -16,14 +17,17 @@ IDS = (torch.int64, torch.int32)
 def reduce(losses: Tensor, reduction: str, group: str = "", parts: int = 1) -> Tensor:
     """Of the losses of all ranks; "none": this rank's rows of each of their parts"""
     if reduction == "mean":
-        return losses.mean()
-    return losses.sum() if reduction == "sum" else distributed.own_rows(losses, group, parts)
+        return mean(losses)
+    return total(losses) if reduction == "sum" else distributed.own_rows(losses, group, parts)
 
 
 def classes(ids: Tensor) -> Tensor:
-    """int32 [N] from 0 on, equal where ids are equal; those below 0 are equal to none"""
-    found = torch.unique(ids, return_inverse=True)[1]
-    return torch.where(ids < 0, len(ids) + torch.arange(len(ids), device=ids.device), found).int()
+    """int32 [N] from 0 on, equal where ids are equal; those below 0 are equal to none. (The host would wait for the
+    size of torch.unique's answer.)
+    """
+    ordered, order = ids.sort()
+    new = (ordered != ordered.roll(1)) | (ordered < 0)
+    return torch.empty_like(order).scatter(0, order, new.cumsum(0)).int()
 
 
 def version(x: Tensor | None) -> int:
@@ -52,6 +56,7 @@ def by_views(
     to_kernel: Callable[..., Any],
 ) -> tuple[Direction, Direction]:
     """forward and backward by an op's kernels, which with a group are given the views of all ranks, the last output.
+    Of the temperature's gradient they find what each row adds to it.
 
     sizes: V, N, D of the arguments; gather: the views of all ranks; to_kernel: from both a kernel's arguments.
     """
@@ -68,10 +73,13 @@ def by_views(
         _, inv_norm, stats, views = saved
         run: Direction = kernel(x.backend, op).backward
         if not x.group:
-            return run(grad, to_kernel(x), inv_norm, stats)
-        v, own, _ = sizes(x)
-        grad = gradient_over_ranks(grad, x, v)
-        return run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
+            *dz, dtemperature = run(grad, to_kernel(x), inv_norm, stats)
+        else:
+            v, own, _ = sizes(x)
+            grad = gradient_over_ranks(grad, x, v)
+            *dz, dtemperature = run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
+        # A number has no gradient: what is returned for it is not looked at
+        return *dz, total(dtemperature) if isinstance(x.temperature, Tensor) else dtemperature.new_zeros(())
 
     return forward, backward
 
@@ -104,7 +112,7 @@ class Metrics(NamedTuple):
 def metrics(similarity: Tensor, above: Tensor) -> Metrics:
     """From each row's <query, key> and the number of its negatives that exceed it."""
     dtype = similarity.dtype
-    return Metrics((above < 1).to(dtype).mean(), (above < 5).to(dtype).mean(), similarity.detach().mean())
+    return Metrics((above < 1).to(dtype).mean(), (above < 5).to(dtype).mean(), mean(similarity.detach()))
 
 
 def check_options(op: str, normalize: bool, reduction: str, return_metrics: bool) -> None:

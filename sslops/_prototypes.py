@@ -1,12 +1,13 @@
 """What DINO's and iBOT's losses share: the maths, the registered ops' outputs, the mean over ranks, what is logged."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, distributed
+from . import _check, _sums, distributed
 from ._contrastive import REDUCTIONS
 from ._library import Out
 
@@ -129,7 +130,10 @@ def wide(value: Any, like: Tensor) -> Any:
     return value.detach().to(torch.promote_types(like.dtype, torch.float32))
 
 
-def call(op: str, run: Any, x: Any, group: str, return_metrics: bool, backend: str | None) -> Any:
+def call(
+    op: str, run: Any, x: Any, group: str, return_metrics: bool, backend: str | None,
+    views: Callable[[Any], int] = lambda student: 1, same_view: bool = True,
+) -> Any:  # fmt: skip
     """run(x, backend), reduced over the examples of all ranks"""
     reduction, first = x.reduction, _check.first(x)
     ours = reduction == "mean" and (bool(group) or x.weights is not None)
@@ -143,8 +147,8 @@ def call(op: str, run: Any, x: Any, group: str, return_metrics: bool, backend: s
             weights = first.new_ones(first.shape[-2:-1], dtype=torch.promote_types(first.dtype, torch.float32))
         same = {**x._asdict(), x._fields[0]: first, "K": count(x), "metrics": return_metrics}
         options = distributed.options({k: v for k, v in same.items() if k != "ready"}) if group else ""
-        total = distributed.mean(weights.sum(), group, op, options)
-        if group or x.weights is not None:
+        total = distributed.mean(_sums.total(weights), group, op, options)
+        if x.weights is not None:
             total = torch.where(total == 0, 1.0, total)
         found.extend((weights, total))
         return x._replace(weights=weights / total, reduction="sum") if ours else x
@@ -153,8 +157,14 @@ def call(op: str, run: Any, x: Any, group: str, return_metrics: bool, backend: s
     (weights, total), loss = found, result
     if group and reduction != "none":
         loss = distributed.mean(result, group) * (1 if reduction == "mean" else distributed.size(group))
+    if group and reduction == "mean" and x.weights is None:
+        loss = loss / (total != 0)  # NaN of no images on any rank
     if not return_metrics:
         return loss
-    of_teacher = distributed.mean((entropy.detach().mean(0) * weights).sum() / total, group)
-    cross = distributed.mean(result.detach().sum() / (1 if reduction == "mean" else total), group)
+    entropy = entropy.detach()  # [T, B], weighted by the pairs that each teacher's view is in
+    students = views(x[0])
+    own = 0 if same_view else min(len(entropy), students)
+    of_pairs = (students * entropy.sum(0) - entropy[:own].sum(0)) / (students * len(entropy) - own)
+    of_teacher = distributed.mean(_sums.total(of_pairs * weights) / total, group)
+    cross = distributed.mean(_sums.total(result.detach()) / (1 if reduction == "mean" else total), group)
     return loss, Metrics(of_teacher, cross - of_teacher)

@@ -92,7 +92,7 @@ def _table(weights: Tensor) -> tuple[Tensor, Tensor]:
         given, lacked = (weights[heavy] - 1).cumsum(0), (1 - weights[light]).cumsum(0)
         before = torch.cat([lacked.new_zeros(1), lacked[:-1]])  # what had been lacked when a light one's turn came
         alias[light] = heavy[torch.searchsorted(given, before, right=True).clamp(max=len(heavy) - 1)]
-        taken = torch.searchsorted(lacked, given, right=True)  # the light one that takes more than there was
+        taken = torch.searchsorted(lacked, given)  # the light one that takes the last of it, or more than there was
         share[heavy] = 1 - (lacked[taken.clamp(max=len(light) - 1)] - given).clamp(min=0)
         share[heavy[-1]] = 1.0  # all else is rounding
         alias[heavy[:-1]] = heavy[1:]

@@ -80,7 +80,8 @@ class PrototypeCenter(nn.Module):
         if prototypes is not None:
             _check.tensors(op, {"center": self.center, "prototypes": prototypes, "K": k}, _LAYER)
             k = prototypes.shape[1]
-        total = self.center.new_zeros(k + 1)  # the rows' sum and how many there are: one message
+        # the rows' sum and how many there are, which half precision does not count: one message
+        total = self.center.new_zeros(k + 1, dtype=torch.promote_types(self.center.dtype, torch.float32))
         for x in [teacher] if isinstance(teacher, Tensor) else teacher:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 _check.bad_type(
@@ -90,16 +91,16 @@ class PrototypeCenter(nn.Module):
                 _check.bad_value(op, "teacher", f"shape [.., {k}]", list(x.shape))
             _check.same_device(op, "the centre", self.center, teacher=x)
             rows = x.reshape(-1, k)
-            total[:k] += rows.sum(0, dtype=torch.float32)
+            total[:k] += rows.sum(0, dtype=total.dtype)
             total[k] += len(rows)
         if group:
             total = torch.ops.sslops.all_reduce(total, group, "sum", op)
         share, mean = (1 - self.momentum) * (total[k] > 0), total[:k] / total[k].clamp(min=1)
         if prototypes is not None:
-            weight = prototypes.float()
+            weight = prototypes.to(total.dtype)
             mean = (weight * mean).sum(1)  # a product would be autocast
             mean = mean / weight.norm(dim=1).clamp(min=1e-12) if unit_prototypes else mean
-        self.center.lerp_(mean[None], share)
+        self.center.lerp_(mean[None].to(self.center.dtype), share.to(self.center.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.center.shape[1]}, momentum={self.momentum}"
@@ -156,6 +157,9 @@ def swav(
         _check.bad_value("swav", "queue", f"scores for each of the {assign} assigned views", f"{len(queue)}")
     balanced = views[:assign]
     for k, earlier in enumerate(queue if queue is not None else ()):
+        if not earlier.is_floating_point():
+            _check.bad_type("swav", f"queue[{k}]", "a floating-point tensor", earlier.dtype)
+        _check.same_device("swav", "scores", views[k], **{f"queue[{k}]": earlier})
         if earlier.dim() != 2 or earlier.shape[1] != views[k].shape[-1]:
             _check.bad_value("swav", f"queue[{k}]", f"shape [Q, {views[k].shape[-1]}]", list(earlier.shape))
         balanced[k] = torch.cat([views[k], earlier.detach().to(views[k].dtype)])

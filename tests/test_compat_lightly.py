@@ -4,6 +4,8 @@ import copy
 import functools
 import importlib
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,6 +396,9 @@ def test_lejepa():
             module(global_proj=views[:2], local_proj=views[2])
         with pytest.raises(ValueError, match="local_proj must have at least one local view"):
             module(global_proj=views[:2], local_proj=views[:0])
+        for other in (views[2:, 1:], views[2:, :, 1:]):
+            with pytest.raises(ValueError, match="local_proj and global_proj must have"):
+                module(global_proj=views[:2], local_proj=other)
     torch.testing.assert_close(*found)
     with sslops.patch_lightly():
         world_model = importlib.import_module("lightly.loss.lewm_loss").LeWMLoss()
@@ -522,10 +527,11 @@ def test_co2_is_lightlys_own_without_a_gradient():
         assert not regularizer(*(x.requires_grad_() for x in views((4, 8)))).requires_grad
 
 
-@pytest.mark.parametrize("name", ["DINOLoss", "SwaVLoss", "MSNLoss", "IBOTPlusPlusPatchLoss", "CAPILoss"])
+@pytest.mark.parametrize(
+    "name", ["DINOLoss", "SwaVLoss", "MSNLoss", "IBOTPatchLoss", "IBOTPlusPlusPatchLoss", "CAPILoss"]
+)
 def test_prototypes_compile(name):
-    """IBOTPatchLoss' mask selects on the host"""
-    module = getattr(ours, name)(**({"output_dim": 30} if name in ("DINOLoss", "IBOTPlusPlusPatchLoss") else {}))
+    module = getattr(ours, name)(**({"output_dim": 30} if name.startswith(("DINO", "IBOT")) else {}))
     inputs, arguments = prototype_inputs(name)
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
@@ -632,3 +638,16 @@ def test_lines_of_the_docs(name):
     torch.testing.assert_close(loss, theirs)
     for x, y in zip(*(torch.autograd.grad(each, [h0, h1]) for each in (loss, theirs)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_mmcr_of_the_docs():
+    """The lines of docs/methods/plain.md: lightly's value and gradient, more images than columns and fewer"""
+    page = (Path(__file__).parents[1] / "docs/methods/plain.md").read_text().split("## MMCR")[1]
+    code = compile(re.search(r"```python\n(.*?)```", page, re.S)[1], "plain.md", "exec")
+    theirs = importlib.import_module("lightly.loss.mmcr_loss").MMCRLoss(lmda=5e-3)
+    for shape in ((24, 2, 40), (40, 3, 24)):
+        online, momentum = (nn.functional.normalize(x, dim=-1).requires_grad_() for x in torch.randn(2, *shape))
+        names = {"torch": torch, "online": online, "momentum": momentum}
+        exec(code, names)
+        found, expected = ([x, *torch.autograd.grad(x, online)] for x in (names["loss"], theirs(online, momentum)))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

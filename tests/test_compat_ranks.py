@@ -30,25 +30,36 @@ def views(rank, *shape):
     return [x.requires_grad_() for x in torch.randn(2, *shape).add(0.5 * torch.randn(shape)).unbind()]
 
 
+CALLS = {  # of those that take other things than two views
+    "SwaVLoss": lambda loss, a, b: loss([a, b], [a + b]),
+    "MSNLoss": lambda loss, a, b: loss(torch.cat([a, b]), (a + b).detach(), torch.eye(7, 40)),
+    "SIGReg": lambda loss, a, b: loss(torch.stack([a, b])),
+    "LeJEPALoss": lambda loss, a, b: loss(global_proj=torch.stack([a, b]), local_proj=(a + b)[None]),
+    "DINOLoss": lambda loss, a, b: loss([b.detach(), a.detach()], [b, a]),
+    "IBOTPatchLoss": lambda loss, a, b: loss(a.detach(), a + b, torch.ones(2, 2, 3, dtype=torch.bool)),
+}
+GATHER = {"SwaVLoss": {"sinkhorn_gather_distributed": True}, "DINOLoss": {}, "IBOTPatchLoss": {}}
+
+
 def run_lightly(rank, world, theirs, name, options, shape):
-    """Two steps: losses, gradients, and the bank."""
+    """Two steps: losses, gradients, and the bank or the centre."""
     home = lightly
     if theirs:
         peers.lightly()
         home = importlib.import_module("lightly.loss")
     torch.manual_seed(5)
-    module = getattr(home, name)(**options, gather_distributed=True)
+    module = getattr(home, name)(**options, **GATHER.get(name, {"gather_distributed": True}))
     found = []
     for _ in range(2):
         inputs = views(rank, *shape)
         beside = [x.detach() for x in views(rank + 9, *shape)] if name == "DetConBLoss" else []
         if "DetCon" in name:
             beside += torch.randint(5, (2, *shape[:2])).unbind()
-        loss = module(*inputs, *beside)
+        loss = CALLS[name](module, *inputs) if name in CALLS else module(*inputs, *beside)
         if name == "CAPILoss":  # whose teacher gets none
             inputs = inputs[1:]
         found += [loss.detach(), *torch.autograd.grad(loss, inputs)]
-    return [*found, *module.buffers()] if "memory_bank_size" in options else found
+    return [*found, *module.buffers()] if {"memory_bank_size", "output_dim"} & {*options} else found
 
 
 @pytest.mark.parametrize(
@@ -62,6 +73,14 @@ def run_lightly(rank, world, theirs, name, options, shape):
         ("VICRegLoss", {"lambda_param": 2.0}, (12, 40)),
         ("VICRegLoss", {}, (12, 3, 40)),
         ("CAPILoss", {"teacher_temperature": 0.5}, (12, 3, 40)),
+        ("DCLLoss", {"temperature": 0.2}, (12, 40)),
+        ("DCLWLoss", {"temperature": 0.2}, (12, 40)),
+        ("SwaVLoss", {"sinkhorn_epsilon": 0.5}, (12, 40)),
+        ("MSNLoss", {}, (12, 40)),
+        ("SIGReg", {"num_vectors": 70}, (12, 40)),
+        ("LeJEPALoss", {"sigreg_num_vectors": 70}, (12, 40)),
+        ("DINOLoss", {"output_dim": 40, "teacher_temp": 0.5}, (12, 40)),
+        ("IBOTPatchLoss", {"output_dim": 40, "teacher_temp": 0.5}, (12, 40)),
     ],
 )
 def test_gather_distributed(ranks, name, options, shape):

@@ -349,6 +349,32 @@ def test_info_nce_of_paired_negatives(two, backend, reduction, queue, masked):
     check(two, of_paired, inputs, backend, reduction=reduction, **options)
 
 
+def silent_backwards(rank, world, inputs):
+    """Of nt_xent's first view and of paired negatives, where nothing may travel"""
+    z0, z1, paired = (shard(x, rank, world) for x in inputs)
+    z0.requires_grad_()
+    paired.requires_grad_()
+    weights = torch.linspace(0.5, 2, 2 * len(z0)).view(2, -1)
+    of_views = sslops.nt_xent(z0, z1, decoupled=True, positive_weights=weights, group="world", backend="cpu")
+    ids = torch.arange(len(z0))
+    of_paired = sslops.info_nce(z0, z1, query_ids=ids, paired_negatives=paired[:, None], group="world", backend="cpu")
+    with mock.patch.object(distributed, "all_gather", side_effect=AssertionError("travels")):
+        return [torch.autograd.grad(of_views, z0)[0], torch.autograd.grad(of_paired, paired)[0]]
+
+
+def test_backward_does_not_communicate(two):
+    """... but after "none", with query_ids or for in-batch keys"""
+    inputs = [*views(40, 6), views(50, 6)[1][:40]]
+    z0, z1, paired = (x.requires_grad_() for x in inputs)
+    weights = torch.linspace(0.5, 2, 40).view(2, 20).repeat(1, 2)
+    of_views = sslops.nt_xent(z0, z1, decoupled=True, positive_weights=weights)
+    of_paired = sslops.info_nce(z0, z1.detach(), query_ids=torch.arange(40) % 20, paired_negatives=paired[:, None])
+    expected = torch.autograd.grad(of_views, z0)[0], torch.autograd.grad(of_paired, paired)[0]
+    found = zip(*two(silent_backwards, [x.detach() for x in inputs]), strict=True)
+    for shards, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.cat(shards) / 2, whole)
+
+
 def trainable_negatives(rank, world, inputs, negatives, backend):
     negatives = negatives.clone().requires_grad_()
     sslops.info_nce(*(shard(x, rank, world) for x in inputs), negatives, group="world", backend=backend).backward()
@@ -548,7 +574,10 @@ def sigreg(*views, **options):
     return drawn(sslops.sigreg, views, **options)
 
 
-def lejepa(*views, **options):
+def lejepa(*views, local=None, **options):
+    """Of views of which the first are global ones, but for `local`"""
+    if local is not None:
+        views, options = views[:-local], options | {"local_views": torch.stack(views[-local:])}
     return drawn(sslops.lejepa, views, **options)
 
 
@@ -611,6 +640,19 @@ def test_ibot(ranks, backend, reduction, weighted):
     student, teacher = crops(2, 60, 70)
     options = {"weights": torch.rand(60, generator=torch.Generator().manual_seed(0))} if weighted else {}
     check_prototypes(ranks, sslops.ibot, student, teacher, options, reduction=reduction, backend=backend, **options)
+
+
+def of_no_images(rank, world, op, lead):
+    student, teacher = (torch.zeros(*views, 0, 5) for views in lead)
+    loss, metrics = op(student, teacher, group="world", return_metrics=True)
+    return [loss, *metrics]
+
+
+@pytest.mark.parametrize(("op", "lead"), [(sslops.dino, ((3,), (2,))), (sslops.ibot, ((), ()))])
+def test_no_images_on_any_rank(two, op, lead):
+    """NaN, as without a group"""
+    for found in two(of_no_images, op, lead):
+        assert torch.stack(found).isnan().all()
 
 
 def of_own_features(rank, world, op, tensors, options):
@@ -902,6 +944,7 @@ INPUTS = {
     sslops.swav: lambda: [torch.stack(views(4, 6))],
     sslops.sinkhorn: lambda: views(4, 6)[:1],
     sslops.supcon: lambda: [views(4, 6)[0], torch.arange(4) % 2],
+    sslops.koleo: lambda: views(4, 6)[:1],
     sslops.masked_token_cross_entropy: lambda: [*views(4, 6), torch.arange(4)],
     sslops.skip_gram: lambda: [*views(4, 6), *torch.arange(8).view(2, 4) % 4, torch.zeros(4, 2).long()],
 }
@@ -926,6 +969,11 @@ WRONG = [
     (sslops.barlow_twins, {}, {"route": "nonsense"}),
     (sslops.vicreg, {}, {"eps": -1.0}),
     (sigreg, {}, {"knots": 1}),
+    (lejepa, {}, {"lambd": 2.0}),
+    (sslops.clip, {}, {"logit_scale": -1.0}),
+    (sslops.siglip, {}, {"bias": float("inf")}),
+    (sslops.nearest, {}, {"normalize": 1}),
+    (sslops.koleo, {}, {"eps": -1.0}),
     (sslops.cross_correlation, {}, {"eps": float("nan")}),
     (sslops.supcon, {}, {"where": "nonsense"}),
     (sslops.sinkhorn, {}, {"iterations": 0}),
@@ -962,6 +1010,11 @@ OTHER = [
     (sslops.masked_token_cross_entropy, {}, {"reduction": "none"}),
     (sslops.skip_gram, {}, {"reduction": "none"}),
     (sigreg, {}, {"t_max": 2.0}),
+    (lejepa, {}, {"lambd": 0.5}),
+    (lejepa, {}, {"local": 1}),
+    (sslops.clip, {}, {"reduction": "none"}),
+    (sslops.siglip, {}, {"normalize": False}),
+    (sslops.koleo, {}, {"eps": 1e-6}),
 ]
 
 
@@ -969,7 +1022,7 @@ OTHER = [
 def test_an_error_on_one_rank_is_raised_on_all(ranks, op, options, wrong):
     *others, own = ranks(one_rank_is_wrong, op, options, wrong)
     assert own.startswith(f"{op.__name__}: {next(iter(wrong))}")
-    first = {sslops.swav: "sinkhorn", sigreg: "sigreg's key"}  # what comes first in it
+    first = {sslops.swav: "sinkhorn", sigreg: "sigreg's key", lejepa: "sigreg's key"}  # what comes first in it
     name = first.get(op, op.__name__)
     for message in others:
         assert message == f"{name}: group: wanted no error on any rank, got one on ranks [{ranks.world - 1}]"

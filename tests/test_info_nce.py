@@ -455,6 +455,22 @@ def test_decoupled_against_the_formula():
 
 
 @each_target
+@pytest.mark.parametrize("temperature", [0.2, 0.005])
+def test_no_negative_when_decoupled(device, backend, temperature):
+    """-inf, and its gradient is the positive's"""
+    query, key, _ = (x.requires_grad_() for x in pairs(5, 16, 7, device=device).values())
+    tau = torch.tensor(temperature, device=device, requires_grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool, device=device).triu(1)
+    for tau_, leaves in ((temperature, (query, key)), (tau, (query, key, tau))):
+        options = {"negative_mask": mask, "temperature": tau_}
+        found = [decoupled(query, key, **options, backend=each) for each in (backend, "eager")]
+        torch.testing.assert_close(*found)
+        assert found[0].isinf().tolist() == [False] * 4 + [True]
+        gradients = (torch.autograd.grad(each.sum(), leaves) for each in found)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 / temperature)
+
+
+@each_target
 def test_ids_leave_out_what_they_name(device, backend):
     """With and without the false negatives in the queue"""
     inputs = pairs(10, 8, 30, device=device)

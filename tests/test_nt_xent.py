@@ -526,7 +526,16 @@ def test_temperature_gradient_when_decoupled(device, backend, normalize):
 
 @each_target
 def test_decoupled_without_negatives(device, backend):
-    assert losses(*views(1, 8, device=device).values(), decoupled=True, backend=backend).eq(-torch.inf).all()
+    """-inf of one example, or of several with one id; the positives pull all the same"""
+    for n, temperature in ((1, 0.5), (5, 0.5), (5, 0.01)):
+        z0, z1 = (z.requires_grad_() for z in views(n, 8, device=device).values())
+        tau = torch.tensor(temperature, device=device, requires_grad=True)
+        options = {"decoupled": True, "query_ids": torch.zeros(n, dtype=torch.int32, device=device) if n > 1 else None}
+        for tau_, leaves in ((temperature, (z0, z1)), (tau, (z0, z1, tau))):
+            found = [losses(z0, z1, temperature=tau_, **options, backend=each) for each in (backend, "eager")]
+            assert found[0].eq(-torch.inf).all()
+            gradients = (torch.autograd.grad(each.sum(), leaves) for each in found)
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 / temperature)
 
 
 def test_bad_input():

@@ -63,6 +63,15 @@ def test_center_in_bfloat16_sums_in_float32():
     assert torch.equal(center.center, torch.ones(1, 8))
 
 
+def test_a_center_of_bfloat16_counts_rows_in_float32():
+    """Its own 257 is 256"""
+    teacher, center = torch.ones(257, 8), sslops.nn.PrototypeCenter(8, momentum=0.0).bfloat16()
+    teacher[0] = 0
+    center.update(teacher)
+    assert torch.equal(center.center, torch.full((1, 8), 256 / 257).bfloat16())
+    assert center.center[0, 0] < 1
+
+
 @pytest.mark.parametrize("unit", [True, False])
 def test_center_without_logits(unit):
     """W mean(x) is the mean of W x: with features and weights, one product with a vector."""
@@ -214,6 +223,8 @@ def test_swav_refuses():
     refused(ValueError, "assign", crops, assign=0)
     refused(ValueError, "queue", crops, queue=queue[:1])
     refused(ValueError, "queue[0]", crops, queue=queue[..., :9])
+    refused(ValueError, "queue[0]", crops, queue=queue.to("meta"))
+    refused(TypeError, "queue[0]", crops, queue=queue.long())
     with pytest.raises(ValueError, match="sinkhorn: prototypes: wanted"):
         sslops.swav(crops, prototypes=torch.ones(5, 4))
     with pytest.raises(ValueError, match="dino: student: wanted a crop to pair"):

@@ -1,9 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sslops
 from sslops import _C
+from sslops._contrastive import classes
 from sslops.kernels.cpu import supcon as kernel
 
 from . import oracle
@@ -455,3 +457,15 @@ class TestPlantedFaults:
         monkeypatch.setattr(_C, "supcon_backward", lambda *args: None)
         with oracle.poisoned_memory():
             self.refuse(rows(40, 8))
+
+
+def test_classes_of_ids():
+    """What is equal, but for ids below 0; their number is not asked of the device, as FakeTensorMode would refuse"""
+    for ids in ([], [7], [-1], [5, 5], [3, -1, 3, 2**40, -1, 0, -7, 0], [*range(9), -2], [-3, -3]):
+        x = torch.tensor(ids, dtype=torch.int64)
+        found, equal = classes(x), (x[:, None] == x) & (x[:, None] >= 0)
+        assert found.dtype == torch.int32
+        assert not found.numel() or 0 <= found.min() <= found.max() <= len(ids)
+        assert torch.equal(found[:, None] == found, equal | torch.eye(len(ids), dtype=torch.bool))
+    with FakeTensorMode():
+        assert classes(torch.zeros(5, dtype=torch.int32)).shape == (5,)

@@ -9,6 +9,7 @@ import time
 import torch
 
 import sslops
+from sslops import _sums
 
 
 def test_ctrl_c_ends_a_long_call():
@@ -101,6 +102,26 @@ def test_the_same_bits_over_many_runs(isa):
             assert all(torch.equal(x, y) for each in found for x, y in zip(each, found[0], strict=True))
     finally:
         torch.set_num_threads(count)
+
+
+def test_the_same_bits_of_long_sums():
+    """torch cuts them among its threads: those over losses, for a temperature's gradient, over views and columns"""
+    query, key = torch.randn(2, 70001, 2)
+    tau, z, directions = torch.tensor(0.3, requires_grad=True), torch.randn(3, 3000, 8), torch.randn(4, 8)
+    count, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss, metrics = sslops.info_nce(query, key, key[:3], temperature=tau, return_metrics=True, backend="cpu")
+            others = [sslops.lejepa(z, directions=directions, lambd=0.0), _sums.total(query.t()), _sums.mean(query)]
+            found.append([loss, *torch.autograd.grad(loss, tau), *metrics, *others])
+    finally:
+        torch.set_num_threads(count)
+    assert all(torch.equal(x, y) for each in found for x, y in zip(each, found[0], strict=True))
+    torch.testing.assert_close(_sums.total(query).double(), query.double().sum(), rtol=0, atol=1e-2)
+    weight = query.clone().requires_grad_()
+    _sums.mean(weight.square()).backward()
+    torch.testing.assert_close(weight.grad, query * (2 / query.numel()))
 
 
 def test_workers_of_a_data_loader(tmp_path):

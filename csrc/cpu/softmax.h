@@ -66,7 +66,8 @@ struct Close {
   // Decoupled (arXiv 2110.06848): the positive is no term of the sum, and is weighted.
   static Close decoupled(float s, float r_neg, float top_neg, float weight, const Scale& scale) {
     const float top = scale.fixed ? scale.top : top_neg;
-    return {logf(r_neg) + static_cast<float>((top - weight * s) / scale.tau), top, 1.f / r_neg, weight, 1.f};
+    const float inverse = r_neg == 0.f ? 0.f : 1.f / r_neg;  // without a negative there is nothing to weigh
+    return {logf(r_neg) + static_cast<float>((top - weight * s) / scale.tau), top, inverse, weight, 1.f};
   }
 
  private:

@@ -78,6 +78,7 @@ def _mass(scores, b, stats, sums, temperature, inverse, B, K, V, height, BLOCK_R
     tl.store(sums + (tl.cast(block, tl.int64) * V + v) * K + column, tl.sum(total, 0), mask=column < K)
 
 
+VIEWS = 8  # of a chunk at most: a program of the first sweep has an example's of all
 Chunks = Callable[[], Iterable[tuple[slice, Tensor]]]  # all scores, as often as they are wanted: [n, rows, K] of views
 
 
@@ -127,10 +128,11 @@ def _count(x: Arguments) -> int:
 def _chunks(x: Arguments) -> Chunks:
     views, rows, _ = x.scores.shape
     if x.prototypes is None:
-        return lambda: [(slice(None), x.scores)] if rows else []
+        some = [slice(view, view + VIEWS) for view in range(0, views, VIEWS)] if rows else []
+        return lambda: [(own, x.scores[own]) for own in some]
     weight, _ = last_layer.operand(x.prototypes, x.unit_prototypes, x.operand_dtype)
     most = last_layer.chunk_of(len(weight))
-    step = max(1, most // max(1, rows))  # views
+    step = min(VIEWS, max(1, most // max(1, rows)))
 
     def chunks() -> Iterator[tuple[slice, Tensor]]:
         for view in range(0, views, step):

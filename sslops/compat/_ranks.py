@@ -1,8 +1,8 @@
-"""What lightly and solo-learn do over ranks, alike, where our own ops do something else."""
+"""What lightly, solo-learn and stable-pretraining do or keep alike, most of it over ranks, where our own ops differ."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import distributed
 from .._columns import off_identity
@@ -40,3 +40,13 @@ def moved(center: Tensor, mean: Tensor, momentum: float) -> Tensor:
     """By the mean of the ranks' means, wherever there are ranks"""
     mean = distributed.mean(mean, distributed.name("Center", world()))
     return center * momentum + mean * (1 - momentum)
+
+
+def register_knots(module: nn.Module, knots: int, t_max: float) -> None:
+    """The buffers of SIGReg's integral that are in their state_dicts; `sigreg` does not read them"""
+    t = torch.linspace(0, t_max, knots)
+    weights = torch.full((knots,), 2 * t_max / (knots - 1))
+    weights[[0, -1]] /= 2
+    phi = (-t.square() / 2).exp()
+    for name, values in (("t", t), ("phi", phi), ("weights", weights * phi)):
+        module.register_buffer(name, values)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.nt_xent import nt_xent
 from ..ops.sigreg import sigreg
-from ._ranks import vicreg_of_own_invariance, world
+from ._ranks import register_knots, vicreg_of_own_invariance, world
 
 
 class NTXEntLoss(nn.Module):
@@ -46,13 +46,8 @@ class SlicedEppsPulley(nn.Module):
         if n_points % 2 == 0:
             raise ValueError(f"n_points: wanted an odd number, got {n_points}")
         self.num_slices, self._t_max, self._knots = num_slices, t_max, n_points
-        t = torch.linspace(0, t_max, n_points)
-        weights = torch.full((n_points,), 2 * t_max / (n_points - 1))
-        weights[[0, -1]] /= 2
-        phi = (-t.square() / 2).exp()
         self.ep = nn.Module()
-        for name, values in (("t", t), ("phi", phi), ("weights", weights * phi)):
-            self.ep.register_buffer(name, values)  # not read
+        register_knots(self.ep, n_points, t_max)
         self.register_buffer("global_step", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -151,4 +151,4 @@ def dino(
     )  # fmt: skip
     if isinstance(bias, Tensor) and isinstance(students[0], Tensor):
         x = x._replace(bias=_prototypes.wide(bias[None] if bias.dim() == 1 else bias, students[0]))
-    return _prototypes.call("dino", _run, x, ranks, return_metrics, backend)
+    return _prototypes.call("dino", _run, x, ranks, return_metrics, backend, views, same_view)

@@ -10,6 +10,7 @@ from .. import _check, distributed
 from .._check import Of
 from .._contrastive import IDS, check_options, check_version, metrics, reduce, version
 from .._library import Out, register
+from .._sums import total
 from ..backend import kernel
 
 _MASK = (torch.bool,)
@@ -193,7 +194,7 @@ def _backward(
         grad = distributed.own_rows(grad, x.group) * (distributed.size(x.group) if x.shared else 1)
     query_grad, key_grad, negatives_grad, temperature_grad, paired_grad = x.needs_grad
     if key_grad or negatives_grad or paired_grad:
-        of_kernel, *part = _to_kernel(x)
+        of_kernel, *part = _to_kernel(x if key_grad else x._replace(group=""))  # others' keys are of use to dkey alone
         dkey, dnegatives, dpaired = kernel(x.backend, "info_nce").backward(grad, of_kernel, stats, *part)
         if x.group and key_grad and x.negatives is None:
             dkey = distributed.reduce_scatter(dkey.float(), x.group, 0).to(x.key.dtype)
@@ -204,7 +205,7 @@ def _backward(
         (dquery * grad[:, None]).to(x.query.dtype) if query_grad else x.query.new_empty(0),
         dkey,
         dnegatives,
-        (grad * dtemperature).sum() if temperature_grad else grad.new_empty(0),
+        total(grad * dtemperature) if temperature_grad else grad.new_empty(0),
         dpaired,
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _check, distributed
 from .._check import Of
 from .._library import Out, register
+from .._sums import mean
 
 
 class Arguments(NamedTuple):
@@ -75,9 +76,10 @@ def nearest(
 ) -> Nearest:
     """The rows of the support that have the largest inner products with each query, as NNCLR looks them up in a queue.
 
-    The candidates pass by, and each query keeps its best: nothing is of size [B, K], and the support is neither copied
-    nor written, normalised or not; the values of k > 1 come from the found rows, [B, k, D]. 2 B K D FLOP. Which rows
-    they are has no gradient; `values` have the query's and the support's, that of a row being summed in a fixed order.
+    The candidates pass by, and each query keeps its best: nothing is of size [B, K], and without a group the support
+    is neither copied nor written, normalised or not; the values of k > 1 come from the found rows, [B, k, D]. 2 B K D
+    FLOP. Which rows they are has no gradient; `values` have the query's and the support's, that of a row being summed
+    in a fixed order.
 
     Args:
         query: [B, D]; float32, float16, bfloat16 or float64 (float64 runs the eager reference). Under autocast the
@@ -86,10 +88,10 @@ def nearest(
         k: how many of each query's, at most as many as there are; the others cost more as k grows.
         normalize: by the cosine: every row is scaled to unit length first (F.normalize, eps 1e-12).
         exclude_self: query i is row i of the support, and not its own neighbour.
-        group: None, or "world" or a ProcessGroup over whose ranks the support lies, K rows on each: ids count the rows
-            of all ranks in their order, and query i is row i of the own ones. The queries are the rank's own, and so
-            are the results; gradients of values are those of all ranks' together. A support that is replicated, as a
-            queue is, needs no group.
+        group: None, or "world" or a ProcessGroup over whose ranks the support lies, K rows on each, gathered in float32
+            (float64): ids count the rows of all ranks in their order, and query i is row i of the own ones. The queries
+            are the rank's own, and so are the results; gradients of values are those of all ranks' together. A support
+            that is replicated, as a queue is, needs no group.
         backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
@@ -151,7 +153,7 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: distributed.Group = None, back
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
-            initialised; other shapes on other ranks (see `info_nce`).
+            initialised; other shapes or another eps on other ranks (see `info_nce`).
         RuntimeError: the backend that was asked for cannot run here.
 
     Source: Sablayrolles et al., Spreading Vectors for Similarity Search, arXiv:1806.03198, Eq. 2.
@@ -162,7 +164,8 @@ def koleo(x: Tensor, *, eps: float = 1e-8, group: distributed.Group = None, back
     if x.shape[0] * distributed.size(group) < 2:
         _check.bad_value("koleo", "x", "at least 2 rows", list(x.shape))
     unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)).contiguous())
-    (rows,) = distributed.gathered("koleo", group, unit)
+    options = distributed.options({"x": x, "eps": eps}) if group else ""
+    (rows,) = distributed.gathered("koleo", group, unit, options=options)
     ids = _ids(unit, rows, 1, False, distributed.rank(group) * x.shape[0], backend)
     distance = torch.linalg.vector_norm(unit - F.embedding(ids, rows), dim=1)
-    return distributed.mean(-(distance + eps).log().mean(), group)
+    return distributed.mean(mean(-(distance + eps).log()), group)

@@ -153,6 +153,7 @@ _run = register(
     gradients=("z0", "z1", "temperature"),
     forward=_forward,
     backward=_backward,
+    kept=lambda x: x._replace(positive_weights=None),  # the stats have them
 )
 
 

@@ -12,6 +12,7 @@ from .. import _check, distributed
 from .._check import Of
 from .._contrastive import Metrics, check_options, metrics, reduce
 from .._library import Out, register
+from .._sums import mean
 from ..backend import BACKENDS, kernel
 
 
@@ -299,4 +300,4 @@ def relic_multicrop(
     }  # fmt: skip
     pairs = _losses(op, named[0] | named[1], named[2], options, generator, group, backend)
     losses, logged = (torch.stack(values, -1) for values in zip(*pairs, strict=True))
-    return (losses.mean(), metrics(*logged)) if return_metrics else losses.mean()
+    return (mean(losses), metrics(*logged)) if return_metrics else mean(losses)

@@ -104,8 +104,8 @@ def siglip(
         logit_scale: what multiplies the cosines: a positive number, or a 0-d tensor on the embeddings' device, which
             gets its gradient and is not checked (the fused backends give NaN if it is not positive). Of a model that
             learns its logarithm, `log_scale.exp()`.
-        bias: any finite number, or a 0-d tensor, which gets its gradient. The default is the paper's: that at first
-            nearly all are thought to be no pairs.
+        bias: any finite number, or a 0-d tensor, which gets its gradient; open_clip's logit_bias. The default is the
+            paper's: that at first nearly all are thought to be no pairs.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W pairs on each: the loss is
             that of all N^2 pairs, the same on every rank, and so must be what is built on it. Gradients, those of

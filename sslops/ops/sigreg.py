@@ -10,6 +10,7 @@ from .. import _check, distributed
 from .._check import Of
 from .._library import Out, register
 from .._random import RandomStream, draw_key, normals
+from .._sums import mean
 from ..backend import kernel
 
 
@@ -160,6 +161,7 @@ def sigreg(
     return loss
 
 
+@distributed.in_step
 def lejepa(
     global_views: Tensor | Sequence[Tensor],
     local_views: Tensor | Sequence[Tensor] | None = None,
@@ -188,6 +190,7 @@ def lejepa(
     Source: Balestriero and LeCun, LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics,
     arXiv:2511.08544; without local views, the mean is over the pair, say, that SimCLR has.
     """
+    name = distributed.name("lejepa", group)
     _check.probability("lejepa", lambd=lambd)
     views = _views("global_views", global_views)
     everyone = views if local_views is None else [*views, *_views("local_views", local_views, views[0])]
@@ -197,8 +200,10 @@ def lejepa(
         z, slices=slices, knots=knots, t_max=t_max, directions=directions, generator=generator, group=group,
         backend=backend,
     )  # fmt: skip
-    apart = (wide - wide[: sum(map(len, views))].mean(0)).square().mean()
-    return lambd * regularity + (1 - lambd) * distributed.mean(apart, distributed.name("lejepa", group))
+    count = sum(map(len, views))
+    apart = mean((wide - wide[:count].mean(0)).square().mean(2))
+    options = distributed.options({"z": z, "lambd": lambd, "global_views": count}) if name else ""
+    return lambd * regularity + (1 - lambd) * distributed.mean(apart, name, "lejepa", options)
 
 
 def _views(name: str, views: Tensor | Sequence[Tensor], like: Tensor | None = None) -> list[Tensor]:

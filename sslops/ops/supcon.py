@@ -10,6 +10,7 @@ from .. import _check, distributed
 from .._check import Of
 from .._contrastive import IDS, by_views, check_options, check_version, classes, reduce, version
 from .._library import Out, register
+from .._sums import total
 from ..backend import kernel
 
 WHERE = ("out", "in")
@@ -201,7 +202,7 @@ def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
         if x.group:
             own = distributed.own_rows(grad, x.group, parts=_sizes(x)[0])
             grad = own * (distributed.size(x.group) if x.shared else 1)
-        found = (dz * grad[:, None]).to(x.z.dtype).view(x.z.shape), (grad * dtemperature).sum()
+        found = (dz * grad[:, None]).to(x.z.dtype).view(x.z.shape), total(grad * dtemperature)
     return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(found, x.needs_grad, strict=True))
 
 

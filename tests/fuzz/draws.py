@@ -113,11 +113,22 @@ def _ids(rows: int, count: int, of: int, seed: int) -> Tensor:
     return torch.stack([torch.randperm(of, generator=_generator(seed + k))[:count] for k in range(rows)])
 
 
+def _perhaps_decoupled(draw: Any, case: Case, *shape: int) -> Case:
+    """Perhaps with weights of its positives [shape]; not where a row without a negative would have -inf"""
+    weights = torch.rand(shape, generator=_generator(draw(SEEDS))) * 2 if draw(st.booleans()) else None
+    found = case._replace(options=case.options | {"decoupled": True, "positive_weights": weights})
+    return found if draw(st.booleans()) and found.run("eager").isfinite().all() else case
+
+
 @st.composite
 def nt_xent(draw: Any) -> Case:
-    inputs, *_ = _pair(draw, ("z0", "z1"))
+    inputs, n, seed = _pair(draw, ("z0", "z1"))
     options = _options(draw, temperature=TEMPERATURES, normalize=[True, False], reduction=["mean", "none"])
-    return Case("nt_xent", "", sslops.nt_xent, inputs, options, ("z0", "z1"))
+    if many := draw(st.booleans()):
+        inputs = {"z0": torch.stack([inputs["z0"], inputs["z1"], inputs["z0"].flip(0)])}
+    if draw(st.booleans()):
+        options["query_ids"] = torch.randint(-1, 5, (n,), generator=_generator(seed))
+    return _perhaps_decoupled(draw, Case("nt_xent", "", sslops.nt_xent, inputs, options, tuple(inputs)), 2 + many, n)
 
 
 @st.composite
@@ -177,7 +188,7 @@ def info_nce(draw: Any) -> Case:
         graded += ("paired_negatives",) * draw(st.booleans())
         if draw(st.booleans()):
             options["paired_mask"] = _noise((n, m), seed + 7) > -0.5
-    return Case("info_nce", "", sslops.info_nce, inputs, options, graded)
+    return _perhaps_decoupled(draw, Case("info_nce", "", sslops.info_nce, inputs, options, graded), n)
 
 
 @st.composite

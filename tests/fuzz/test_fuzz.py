@@ -59,7 +59,7 @@ def cancelling(case: Case) -> dict[str, float]:
         weight *= 0.1 * options.get("alpha", 1.0) + options.get("beta", 0.0)
         views = [case.inputs[name] for name in case.graded]
         if options["reduction"] == "mean":
-            weight /= len(views[0])
+            weight /= views[0].shape[-2]
         if options["normalize"]:
             sizes = [(1 / x.norm(dim=-1).clamp(min=1e-12)).square().mean() / x.shape[-1] for x in views]
         else:

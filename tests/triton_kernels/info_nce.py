@@ -178,16 +178,6 @@ def accuracy_of(op: Callable, b: int, d: int, kind: str, dtype: torch.dtype, tem
     of_info_nce.check(make(b, d, 100, dtype=dtype), "triton", kind, op, temperature=temperature)
 
 
-def no_negative_when_decoupled(temperature: float) -> None:
-    """-inf, and its gradient is the positive's"""
-    query, key, _ = (x.requires_grad_() for x in of_info_nce.pairs(5, 16, 7).values())
-    options = {"temperature": temperature, "negative_mask": torch.ones(5, 5, dtype=torch.bool).triu(1)}
-    losses = [of_info_nce.decoupled(query, key, **options, backend=each) for each in ("triton", "eager")]
-    torch.testing.assert_close(*losses)
-    assert losses[0].isinf().tolist() == [False] * 4 + [True]
-    assert all(x.isfinite().all() for x in torch.autograd.grad(losses[0].sum(), (query, key)))
-
-
 KINDS = ("queue", "trainable", "in-batch")
 SHAPES = (  # on a chip without configs, whose blocks have 64 or 32 columns
     (67, 100, 33, 0.02),  # several blocks of rows, several spans; the fixed maximum with its bias
@@ -248,7 +238,7 @@ CASES = [
         for options in ((float("nan"), True), (float("inf"), False))
     ),
     case(of_info_nce.test_masks_of_any_strides, "triton"),
-    *(case(no_negative_when_decoupled, temperature) for temperature in (0.2, 0.005)),
+    *(case(of_info_nce.test_no_negative_when_decoupled, *TARGET, temperature) for temperature in (0.2, 0.005)),
 ]
 
 

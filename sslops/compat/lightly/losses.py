@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._sums import mean
 from ...ops.barlow_twins import barlow_twins
 from ...ops.nearest import nearest
 from ...ops.sigreg import sigreg
-from .._ranks import barlow_twins_of_average, vicreg_of_own_invariance
+from .._ranks import barlow_twins_of_average, register_knots, vicreg_of_own_invariance
 from .state import check_gather, group_of
 
 
@@ -82,12 +83,7 @@ class SIGReg(nn.Module):
         self.num_vectors = num_vectors
         self.gather_distributed = gather_distributed
         self._t_max = t_max
-        t = torch.linspace(0, t_max, knots)
-        weights = torch.full((knots,), 2 * t_max / (knots - 1))
-        weights[[0, -1]] /= 2
-        phi = (-t.square() / 2).exp()
-        for name, values in (("t", t), ("phi", phi), ("weights", weights * phi)):
-            self.register_buffer(name, values)  # not read
+        register_knots(self, knots, t_max)
 
     def forward(self, proj: Tensor) -> Tensor:
         """proj: [.., N, D]. Along lightly's own directions, from torch's generator."""
@@ -125,9 +121,12 @@ class LeJEPALoss(nn.Module):
                 raise ValueError(f"{name}_proj must have shape (V_{name}, N, D), got {views.shape}.")
             if not len(views):
                 raise ValueError(f"{name}_proj must have at least one {name} view, got {views.shape}.")
+        if local_proj.shape[1:] != global_proj.shape[1:]:
+            shapes = f"{local_proj.shape} and {global_proj.shape}"
+            raise ValueError(f"local_proj and global_proj must have the same N and D, got {shapes}.")
         everyone = torch.cat([global_proj, local_proj])
         wide = everyone.to(torch.promote_types(everyone.dtype, torch.float32))
-        apart = (wide - wide[: len(global_proj)].mean(0)).square().mean()
+        apart = mean((wide - wide[: len(global_proj)].mean(0)).square().mean(2))
         loss: Tensor = self.lambda_param * self.sigreg(everyone) + (1 - self.lambda_param) * apart
         return loss
 

@@ -78,8 +78,9 @@ class IBOTPatchLoss(nn.Module):
         self, teacher_out: Tensor, student_out: Tensor, mask: Tensor, teacher_temp: float | None = None
     ) -> Tensor:
         """teacher_out, student_out: [masked tokens, K]; mask: [B, H, W], True for these."""
-        count = mask.sum((1, 2), keepdim=True).clamp(min=1)
-        return self._loss(teacher_out, student_out, (1 / (count * len(mask))).expand_as(mask)[mask], teacher_temp)
+        counts = mask.sum((1, 2))
+        weights = (1 / (counts.clamp(min=1) * len(mask))).repeat_interleave(counts, output_size=len(student_out))
+        return self._loss(teacher_out, student_out, weights, teacher_temp)
 
     def _loss(
         self, teacher_out: Tensor, student_out: Tensor, weights: Tensor | None, teacher_temp: float | None
