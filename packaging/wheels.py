@@ -2,7 +2,8 @@
 
 The objects are those of `make build`, GCC's and nvcc's; zig only links them, with the C++ and CUDA runtimes inside. A
 wheel names these in an SBOM (CycloneDX, where PEP 770 has it), and its core is loaded by its Python;
-tests/test_wheel.py installs and runs one beside torch alone.
+tests/test_wheel.py installs and runs one beside torch alone. Not cibuildwheel: that needs containers, with a CUDA
+toolkit in each; CI has none, and a release would be the first to try what it publishes.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def build(python: str, tree: Path, out: Path) -> tuple[Path, dict]:
     # The tools are this interpreter's: another one imports them from here, and finds ninja on PATH.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     tools = {"PYTHONPATH": sysconfig.get_path("purelib"), "PATH": path, "SSLOPS_ZIG": zig}
-    run(shutil.which(python), "setup.py", "-q", "bdist_wheel", "-d", work, cwd=tree, **tools)
+    run(shutil.which(python) or python, "setup.py", "-q", "bdist_wheel", "-d", work, cwd=tree, **tools)
     run(sys.executable, "-m", "wheel", "unpack", next(work.glob("*.whl")), "-d", work)
     (folder,) = (path for path in work.iterdir() if path.is_dir())
     (work / "packed").mkdir()
