@@ -77,10 +77,11 @@ def linker(nvcc: str | None) -> tuple[str, str]:
     """The command that links objects, and the libraries that come after them"""
     if zig := os.environ.get("SSLOPS_ZIG"):
         # GCC's objects fit every glibc. It is the linker who writes down which one it has met: zig brings an old one's.
-        link = f"{zig} cc -target {platform.machine()}-linux-gnu.2.28 -shared -s"
+        link = f"{zig} cc -target {platform.machine()}-linux-gnu.2.28 -shared -s -Wl,--gc-sections"
         link += " -Wl,--version-script=csrc/manylinux/exports.map"
-        static = ["libstdc++.a", "libgcc_eh.a", "libgcc.a"]
-        found = [subprocess.check_output([*shlex.split(CXX), f"-print-file-name={name}"], text=True) for name in static]
+        # Inside, but for the unwinder, which torch needs too: inside, GCC 12's would ask for glibc 2.35.
+        names = ["libstdc++.a", "libgcc_s.so.1", "libgcc.a"]
+        found = [subprocess.check_output([*shlex.split(CXX), f"-print-file-name={name}"], text=True) for name in names]
         libraries = " ".join(map(str.strip, found))
         if nvcc:
             told = subprocess.run([nvcc, "-dryrun", "-shared", "x.o"], stderr=subprocess.PIPE, text=True).stderr

@@ -11,6 +11,7 @@ import ast
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -85,6 +86,12 @@ def sbom(info: dict) -> dict:
     }
 
 
+def unversioned(core: Path) -> list[str]:
+    """What the core wants of no library, Python apart: of a newer glibc, then, which is what auditwheel cannot tell"""
+    names = re.findall(r"^ +U ([^@\n]+)$", run("nm", "--dynamic", "--undefined-only", core), re.M)
+    return [name for name in names if not name.startswith(("Py", "_Py"))]
+
+
 def build(python: str, tree: Path, out: Path) -> tuple[Path, dict]:
     """A wheel in `out`, and its core's build_info()"""
     work = Path(tempfile.mkdtemp(dir=tree.parent))
@@ -97,6 +104,9 @@ def build(python: str, tree: Path, out: Path) -> tuple[Path, dict]:
     (folder,) = (path for path in work.iterdir() if path.is_dir())
     (work / "packed").mkdir()
     (core,) = folder.glob("sslops/_C*.so")
+    missing = unversioned(core)
+    if missing:
+        raise SystemExit(f"{core.name} would not load beside a {POLICY} glibc, which lacks {', '.join(missing)}")
     info = ast.literal_eval(run(python, "-I", "-c", LOAD, core))
     (about,) = folder.glob("*.dist-info")
     (about / "sboms").mkdir()
