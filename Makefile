@@ -21,14 +21,14 @@ build: .venv/installed
 test: build .venv/peers .venv-wheel/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(nproc) --dist loadfile --no-loadscope-reorder
 
-# The sdist, and wheels for every Python here, in dist/.
+# The sdist, and wheels for every Python here, or those of PYTHONS, in dist/.
 .venv-wheel/installed: packaging/requirements.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q -r $<
 	touch $@
 
 wheel: .venv-wheel/installed
-	.venv-wheel/bin/python packaging/wheels.py
+	.venv-wheel/bin/python packaging/wheels.py $(PYTHONS)
 
 # The site, in build/site: opens from there, or `.venv-docs/bin/mkdocs serve -f docs/mkdocs.yml`. Strict about its links.
 .venv-docs/installed: docs/requirements.txt

@@ -10,7 +10,6 @@ SSLOPS_ZIG          a command that runs zig: links for glibc 2.28 and later, wit
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -36,7 +35,8 @@ HOST_FLAGS = "-fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall
 
 # Every csrc/cpu/<op>.cpp is compiled once per ISA, as namespace sslops::<isa>; which one runs is decided at run time.
 ISAS = {"portable": ""}
-if platform.machine() == "x86_64":
+MACHINE = sysconfig.get_platform().rpartition("-")[2]  # another than this one for a cross-compiler: packaging/wheels.py
+if MACHINE == "x86_64":
     ISAS["avx2"] = "-mavx2 -mfma -mf16c"
     ISAS["avx512"] = ISAS["avx2"] + " -mavx512f -mavx512bw -mavx512dq -mavx512vl"
     ISAS["amx"] = ISAS["avx512"] + " -mavx512bf16 -mamx-tile -mamx-bf16"
@@ -77,10 +77,11 @@ def linker(nvcc: str | None) -> tuple[str, str]:
     """The command that links objects, and the libraries that come after them"""
     if zig := os.environ.get("SSLOPS_ZIG"):
         # GCC's objects fit every glibc. It is the linker who writes down which one it has met: zig brings an old one's.
-        link = f"{zig} cc -target {platform.machine()}-linux-gnu.2.28 -shared -s"
+        link = f"{zig} cc -target {MACHINE}-linux-gnu.2.28 -shared -s -Wl,--gc-sections"
         link += " -Wl,--version-script=csrc/manylinux/exports.map"
-        static = ["libstdc++.a", "libgcc_eh.a", "libgcc.a"]
-        found = [subprocess.check_output([*shlex.split(CXX), f"-print-file-name={name}"], text=True) for name in static]
+        # Inside, but for the unwinder, which torch needs too: inside, GCC 12's would ask for glibc 2.35.
+        names = ["libstdc++.a", "libgcc_s.so.1", "libgcc.a"]
+        found = [subprocess.check_output([*shlex.split(CXX), f"-print-file-name={name}"], text=True) for name in names]
         libraries = " ".join(map(str.strip, found))
         if nvcc:
             told = subprocess.run([nvcc, "-dryrun", "-shared", "x.o"], stderr=subprocess.PIPE, text=True).stderr

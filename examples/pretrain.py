@@ -153,19 +153,23 @@ def encode(network: Method, images: Tensor) -> Tensor:
     return network.eval().encoder(images)
 
 
-def plot_curves(runs: dict[str, Run], path: Path) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
+def plot_curves(runs: dict[str, Run], title: str, path: Path) -> None:
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, run in runs.items():
-        style = "--" if name == "eager" else "-"  # the curves lie on each other
-        left.plot(run.losses, style, label=name)
-        right.plot([1e3 * seconds for seconds in run.loss_seconds], style, label=name)
-    left.set(title="loss", xlabel="step", ylabel="loss")
-    right.set(title="time of the loss, forward and backward", xlabel="step", ylabel="ms", yscale="log")
+    for name, run in reversed(runs.items()):
+        color, milliseconds = "C1" if name == "eager" else "C0", 1e3 * np.array(run.loss_seconds)
+        under = {"lw": 6, "alpha": 0.4} if name == "eager" else {}  # the curves lie on each other
+        left.plot(run.losses, color, label=name, **under)
+        right.plot(milliseconds, color, label=f"{name}, median {np.median(milliseconds):.1f} ms")
+    left.set(title="the loss", xlabel="step")
+    slowest = 1e3 * max(np.median(run.loss_seconds) for run in runs.values())
+    right.set(title="its time, forward and backward", xlabel="step", ylabel="ms", ylim=(0, 1.6 * slowest))
     for axes in (left, right):
-        axes.legend()
+        axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, metadata={"Date": None})
 
 
 @torch.no_grad()
@@ -317,8 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     network = method(side=train.shape[-1])
     network.see(train, known[0])
+    things = "passages" if data == "kjv" else "images"
     if spread.leads():
-        things = "passages" if data == "kjv" else "images"
         print(f"{args.method} on {data}: {len(train)} {things} to pretrain on, {len(test)} held out")
         print(f"{steps} steps of {batch} {things}, {torch.get_num_threads()} threads")
     runs = pretrain(network, names, train, batch, steps)
@@ -359,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     (folder / "report.txt").write_text(report + "\n")
     curves = np.column_stack([run.losses for run in runs.values()])
     np.savetxt(folder / "curves.csv", curves, delimiter=",", header=",".join(names), comments="", fmt="%.9g")
-    plot_curves(runs, folder / "curves.png")
+    plot_curves(runs, f"{args.method} on {data}, {steps} steps of {batch} {things}", folder / "curves.svg")
     if isinstance(network, TwoViews):
         networks = {"before training": network} | {f"after, {name}": run.network for name, run in runs.items()}
         plot_correlation(networks, test, folder / "cross_correlation.png")
