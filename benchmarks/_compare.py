@@ -1,6 +1,8 @@
 """What a row of a benchmark is: its case, its variants timed by sslops/_timer.py, and what is written down of them."""
 
+import functools
 import itertools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,15 @@ def cases(shapes: str, dtypes: str, parts: str) -> list[Case]:
         Case(tuple(map(int, shape.split("x"))), getattr(torch, dtype), part)
         for shape, dtype, part in itertools.product(shapes.split(), dtypes.split(), parts.split())
     ]
+
+
+@functools.cache
+def products_are_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for torch's: in bfloat16 one of 2048 x 2048 then takes 13 seconds"""
+    a = torch.randn(256, 256).to(dtype)
+    start = time.perf_counter()
+    torch.mm(a, a)
+    return 2 * 256**3 / (time.perf_counter() - start) < 5e9
 
 
 # From the command line, by conftest.py. beside: of the variants that are not ours these only, and the limit. busy: how
