@@ -273,7 +273,7 @@ def backward(
     own = None if part is None else slice(part.first, part.first + part.rows)
     v, n, d = _sizes(x)
     if n == 0:
-        return torch.empty_like(x.z0), x.z0.new_empty(0 if x.z1 is None else x.z1.shape), grad.new_empty(0)
+        return torch.empty_like(x.z0), x.z0.new_empty(0 if x.z1 is None else x.z1.shape), grad.new_zeros(())
     precision = launch.precision(x.operand_dtype)
     configs = launch.nearest("nt_xent", x.z0.device, x.operand_dtype, d)
     maximum, scale = _maximum(x.temperature, x.normalize, v * n, own), log2_scale(x.temperature, x.z0)
@@ -300,4 +300,4 @@ def backward(
             (dx,), dots = input_gradients((flat, flat), 1, dz, norms.repeat(2), none, w_scale, scale, x.normalize)
             dz0, dz1 = dx.view(of_all.shape), x.z0.new_empty(0)
         # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
-        return dz0, dz1, dots * (-0.5 / x.temperature)
+        return dz0, dz1, dots.sum() * (-0.5 / x.temperature)

@@ -319,7 +319,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     dz, dots = _gradient(grad, x, inv_norm, stats, part, x.z.dtype)
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
-    return dz, dots * (-0.5 / x.temperature)
+    return dz, dots.sum() * (-0.5 / x.temperature)
 
 
 def among_keys(x: Arguments) -> tuple[Tensor, ...]:

@@ -205,7 +205,7 @@ def test_parts_of_the_batch() -> None:
     dz, dtemperature = supcon.backward(grad, x, inv_norm, stats)
     shares = [supcon.backward(grad, x, inv_norm, stats, part) for part in parts]
     torch.testing.assert_close(torch.cat([each[0] for each in shares], 1), dz)
-    torch.testing.assert_close(joined([each[1] for each in shares]), dtemperature)
+    torch.testing.assert_close(sum(each[1] for each in shares), dtemperature)
 
 
 def test_the_same_bits_no_positives_and_an_empty_batch() -> None:
