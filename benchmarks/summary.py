@@ -50,7 +50,7 @@ def usual(op: str, contents: dict) -> Row | None:
     return None
 
 
-def _theirs(name: str, row: Row) -> bool:
+def is_theirs(name: str, row: Row) -> bool:
     return name not in (row["ours"], row.get("limit"), *OWN) and not name.startswith("sslops")
 
 
@@ -59,7 +59,7 @@ def fastest(row: Row, compiled: bool) -> tuple[float, str] | None:
     others = [
         (times["median"], name)
         for name, times in row["times_ms"].items()
-        if times and _theirs(name, row) and ("compile" in name) == compiled
+        if times and is_theirs(name, row) and ("compile" in name) == compiled
     ]
     return min(others, default=None)
 
@@ -69,7 +69,7 @@ def _peaks(contents: dict, op: str) -> str:
     for row in contents["rows"]:
         if row["bench"] == "memory" and all(row.get(n, v) == v for n, v in (wanted | {"dtype": "float32"}).items()):
             ours = row["peak_mb"][row["ours"]]
-            others = [mb for name, mb in row["peak_mb"].items() if mb is not None and _theirs(name, row)]
+            others = [mb for name, mb in row["peak_mb"].items() if mb is not None and is_theirs(name, row)]
             return f"{ours:.0f} MB, {min(others):.0f} MB" if others else f"{ours:.0f} MB"
     return ""
 

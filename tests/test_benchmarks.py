@@ -98,6 +98,15 @@ def report(ms: float, m: int = 8, commit: str = "a" * 40) -> dict:
     }
 
 
+def test_what_is_slower_is_explained():
+    """In <op>.md beside the rows, where another's form takes less than 0.95 of our time"""
+    for file in (ROOT / "benchmarks/results").glob("cpu-*/*.json"):
+        for row in json.loads(file.read_text())["rows"]:
+            times = {name: each["median"] for name, each in row.get("times_ms", {}).items() if each}
+            lost = [name for name in times if summary.is_theirs(name, row) and times[name] < 0.95 * times[row["ours"]]]
+            assert not lost or file.with_suffix(".md").exists(), f"{file.parent.name}/{file.stem}: {lost} {row}"
+
+
 def test_the_model_of_many_cores_has_the_panels_of_the_code():
     source = (ROOT / "csrc/cpu/correlation.h").read_text()
     assert int(re.search(r"kSide = (\d+);", source)[1]) == cores.SIDE
