@@ -96,7 +96,7 @@ def eager_decoupled(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
 def decoupled_losses() -> dict[str, Callable]:
     found = {
         "sslops": lambda z0, z1: sslops.nt_xent(z0, z1, temperature=TEMPERATURE, decoupled=True),
-        "nt_xent": fused,
+        "sslops nt_xent": fused,
         "eager": eager_decoupled,
         "compile": torch.compile(eager_decoupled, dynamic=False),
         "lightly": lightly_loss("DCLLoss", temperature=TEMPERATURE),
