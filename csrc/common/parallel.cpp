@@ -61,6 +61,7 @@ void pool_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* ctx
 struct Team {
   void (*body)(void* ctx);
   void* body_ctx;
+  Habit& habit;
   int64_t most;  // threads that there is work for
   int64_t began;
   int64_t threads = 1;
@@ -124,12 +125,9 @@ thread_local int64_t spun = 0;  // by this thread, nanoseconds
 // Nanoseconds that this thread has had its core, and used it
 int64_t worked() { return now(CLOCK_THREAD_CPUTIME_ID) - spun; }
 
-// Calls that are still to be one thread's, and how many that were the last time.
-int32_t calls_alone = 0, most_alone = 0;
-
-bool is_alone() {
-  const int32_t left = __atomic_load_n(&calls_alone, __ATOMIC_RELAXED);
-  if (left > 0) __atomic_store_n(&calls_alone, left - 1, __ATOMIC_RELAXED);
+bool is_alone(Habit& habit) {
+  const int32_t left = __atomic_load_n(&habit.calls_alone, __ATOMIC_RELAXED);
+  if (left > 0) __atomic_store_n(&habit.calls_alone, left - 1, __ATOMIC_RELAXED);
   return left > 0;
 }
 
@@ -137,9 +135,10 @@ bool is_alone() {
 // again after 1, 3, 7 .. 63 calls.
 void judge(const Team& t) {
   const bool late = now() - t.began > __atomic_load_n(&t.worked, __ATOMIC_ACQUIRE);
-  const int32_t before = __atomic_load_n(&most_alone, __ATOMIC_RELAXED), next = late ? (2 * before + 1) & 63 : 0;
-  __atomic_store_n(&most_alone, next, __ATOMIC_RELAXED);
-  __atomic_store_n(&calls_alone, next, __ATOMIC_RELAXED);
+  const int32_t before = __atomic_load_n(&t.habit.most_alone, __ATOMIC_RELAXED),
+                next = late ? (2 * before + 1) & 63 : 0;
+  __atomic_store_n(&t.habit.most_alone, next, __ATOMIC_RELAXED);
+  __atomic_store_n(&t.habit.calls_alone, next, __ATOMIC_RELAXED);
 }
 
 constexpr int64_t kLittle = 8192;  // work that is not worth a second thread
@@ -165,14 +164,14 @@ int64_t work_of(const Tensors& x) {
   return most;
 }
 
-void run_together(int64_t work, void (*body)(void* ctx), void* ctx) {
-  if (work <= kLittle || !torch_pool() || is_alone()) {
+void run_together(int64_t work, Habit& habit, void (*body)(void* ctx), void* ctx) {
+  if (work <= kLittle || !torch_pool() || is_alone(habit)) {
     alone = true;
     body(ctx);
     alone = false;
     return;
   }
-  Team t{body, ctx, work / (kLittle / 2), now()};
+  Team t{body, ctx, habit, work / (kLittle / 2), now()};
   const RangeFn each = [](int64_t begin, int64_t end, void* ctx) {
     Team& t = *static_cast<Team*>(ctx);
     const int64_t before = worked();

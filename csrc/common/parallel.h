@@ -24,8 +24,12 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 // body() on this thread, while the others of the pool stand by: its loops are for whoever is free, and end without
 // those that are not. (At the end of a loop of the pool's own, a thread that lost its core to another process is waited
 // for, though it has nothing to do.) Little work is for this thread alone, and so is what is much for a while after a
-// call that the pool's threads, busy elsewhere, have held up for longer than their help was worth.
-void run_together(int64_t work, void (*body)(void* ctx), void* ctx);
+// call that the pool's threads, busy elsewhere, have held up for longer than their help was worth: `habit`, of the
+// function, knows.
+struct Habit {
+  int32_t calls_alone, most_alone;  // that are still to be one thread's, and how many that were the last time
+};
+void run_together(int64_t work, Habit& habit, void (*body)(void* ctx), void* ctx);
 
 // How many numbers, or logits of a loss of so many rows
 int64_t work_of(const Tensor& x);
@@ -51,7 +55,8 @@ struct Together<kFunction, Result (*)(Arguments...)> {
     };
     int64_t work = 0;
     (join(work, arguments), ...);
-    run_together(work, [](void* run) { (*static_cast<decltype(body)*>(run))(); }, &body);
+    static Habit habit;
+    run_together(work, habit, [](void* run) { (*static_cast<decltype(body)*>(run))(); }, &body);
     if constexpr (!std::is_void_v<Result>) return result;
   }
 };
