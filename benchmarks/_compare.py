@@ -3,7 +3,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -40,6 +40,13 @@ def products_are_slow(dtype: torch.dtype) -> bool:
     start = time.perf_counter()
     torch.mm(a, a)
     return 2 * 256**3 / (time.perf_counter() - start) < 5e9
+
+
+def eager_and_compiled(ours: Callable, eager: Callable, lean: Callable | None = None) -> dict[str, Callable]:
+    """Ours beside the usual eager form and the strongest one that we found, if that is another, and both compiled"""
+    written = {"eager": eager} | ({"lean eager": lean} if lean else {})
+    compiled = {name.replace("eager", "compile"): torch.compile(form, dynamic=False) for name, form in written.items()}
+    return {"sslops": ours, **written, **compiled}
 
 
 # From the command line, by conftest.py. beside: of the variants that are not ours these only, and the limit. busy: how

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import cases
+from ._compare import cases, eager_and_compiled
 from ._views import Loss, products, time_row
 
 CASES = {
@@ -23,7 +23,7 @@ def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
 
 
 def losses() -> dict[str, Loss]:
-    return {"sslops": sslops.cross_correlation, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    return eager_and_compiled(sslops.cross_correlation, eager)
 
 
 @pytest.mark.usefixtures("threads")

@@ -2,8 +2,8 @@
 V x B x K x D from features, with a last layer of unit prototypes on either side. Part swav: SwAV's loss of V crops.
 """
 
-import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 import sslops
 
-from . import peers
-from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from ._compare import Variant, cases, eager_and_compiled, matmul, peak_memory, record, record_memory, settings
 from .bench_sinkhorn import ITERATIONS, TEMPERATURE, kept, matrix
 from .peers import lightly_loss
 
@@ -98,16 +97,10 @@ def lean_swav(scores: Crops) -> torch.Tensor:
 
 
 def swav_losses() -> dict[str, Callable]:
-    found = {
-        "sslops": lambda scores: sslops.swav(scores, temperature=STUDENT_TEMP, epsilon=TEMPERATURE),
-        "eager": swavs_own,
-        "lean eager": lean_swav,
-        "compile": torch.compile(swavs_own, dynamic=False),
-        "lean compile": torch.compile(lean_swav, dynamic=False),
-    }
-    if peers.lightly():
-        make = importlib.import_module("lightly.loss.swav_loss").SwaVLoss
-        theirs = make(STUDENT_TEMP, sinkhorn_iterations=ITERATIONS, sinkhorn_epsilon=TEMPERATURE)
+    ours = partial(sslops.swav, temperature=STUDENT_TEMP, epsilon=TEMPERATURE)
+    found = eager_and_compiled(ours, swavs_own, lean_swav)
+    options = {"temperature": STUDENT_TEMP, "sinkhorn_iterations": ITERATIONS, "sinkhorn_epsilon": TEMPERATURE}
+    if theirs := lightly_loss("SwaVLoss", **options):
         found["lightly"] = lambda scores: theirs(scores[:2], scores[2:])
     return found
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from ._compare import Variant, cases, eager_and_compiled, matmul, peak_memory, record, record_memory, settings
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.07
 CASES = {
@@ -64,13 +64,7 @@ def fused_features(student: torch.Tensor, prototypes: torch.Tensor, teacher: tor
 
 def losses(layer: bool) -> dict[str, Callable]:
     usual, lean = (from_features(loss) if layer else loss for loss in (usual_eager, lean_eager))
-    return {
-        "sslops": fused_features if layer else fused,
-        "eager": usual,
-        "lean eager": lean,
-        "compile": torch.compile(usual, dynamic=False),
-        "lean compile": torch.compile(lean, dynamic=False),
-    }
+    return eager_and_compiled(fused_features if layer else fused, usual, lean)
 
 
 def rows(r: int, k: int, *d: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:

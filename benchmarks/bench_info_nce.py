@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from ._compare import Variant, cases, eager_and_compiled, matmul, peak_memory, record, record_memory, settings
 from .peers import inf_cl_info_nce, liger_info_nce, lightly_loss, memeff_info_nce, solo_loss
 
 TEMPERATURE = 0.1
@@ -141,18 +141,12 @@ def in_batch_libraries() -> dict[str, Callable | None]:
 
 def losses(k: int, d: int, dtype: torch.dtype, device: str, beside: str = "") -> dict[str, Callable]:
     """beside: "paired" or "masked" for negatives of that kind"""
-    ours, usual, lean = {
+    written = {
         "": (fused, usual_eager, lean_eager) if k else (fused, usual_in_batch, lean_in_batch),
         "paired": (fused_paired, usual_paired, lean_paired),
         "masked": (fused_masked, usual_masked, lean_masked),
     }[beside]
-    found = {
-        "sslops": ours,
-        "eager": usual,
-        "lean eager": lean,
-        "compile": torch.compile(usual, dynamic=False),
-        "lean compile": torch.compile(lean, dynamic=False),
-    }
+    found: dict[str, Callable | None] = {**eager_and_compiled(*written)}
     if not beside:
         found |= queue_libraries(k, d, dtype, device) if k else in_batch_libraries()
     return {name: loss for name, loss in found.items() if loss}

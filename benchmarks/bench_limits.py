@@ -12,16 +12,12 @@ CASES = {
 }
 
 
-def square(n: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    return torch.randn(n, n, device=device).to(dtype)  # zeros would be faster than data
-
-
 @pytest.mark.usefixtures("threads")
 def test_matmul(benchmark, device, case):
     (n,), dtype, _ = case
     if device == "cpu" and products_are_slow(dtype):
         n = min(n, 512)
-    a, b = (square(n, dtype, device) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))  # zeros would be faster than data
     out = torch.empty_like(a)
     record(benchmark, {"torch": lambda: torch.mm(a, b, out=out)}, "torch", n=n, dtype=dtype, flop=2 * n**3)
 

@@ -3,6 +3,7 @@ decoupled: DCL, forward and backward, beside nt_xent itself too.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from ._compare import Variant, cases, eager_and_compiled, matmul, peak_memory, record, record_memory, settings
 from .peers import lightly_loss, solo_loss
 
 TEMPERATURE = 0.1
@@ -70,11 +71,7 @@ def fused(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
 
 def losses(m: int, device: str) -> dict[str, Callable]:
     found = {
-        "sslops": fused,
-        "eager": usual_eager,
-        "lean eager": lean_eager,
-        "compile": torch.compile(usual_eager, dynamic=False),
-        "lean compile": torch.compile(lean_eager, dynamic=False),
+        **eager_and_compiled(fused, usual_eager, lean_eager),
         "lightly": lightly_loss("NTXentLoss", temperature=TEMPERATURE),
         "solo-learn": solo_loss("simclr", temperature=TEMPERATURE),
     }
@@ -95,10 +92,8 @@ def eager_decoupled(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
 
 def decoupled_losses() -> dict[str, Callable]:
     found = {
-        "sslops": lambda z0, z1: sslops.nt_xent(z0, z1, temperature=TEMPERATURE, decoupled=True),
+        **eager_and_compiled(partial(sslops.nt_xent, temperature=TEMPERATURE, decoupled=True), eager_decoupled),
         "sslops nt_xent": fused,
-        "eager": eager_decoupled,
-        "compile": torch.compile(eager_decoupled, dynamic=False),
         "lightly": lightly_loss("DCLLoss", temperature=TEMPERATURE),
     }
     return {name: loss for name, loss in found.items() if loss}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import Variant, cases, matmul, peak_memory, record, record_memory, settings
+from ._compare import Variant, cases, eager_and_compiled, matmul, peak_memory, record, record_memory, settings
 
 TEMPERATURE, ALPHA, BETA = 0.1, 1.0, 1.0
 MULTICROP = "1024x256x2x6x1023"
@@ -82,7 +82,7 @@ def eager(crops: Crops, negatives: int) -> torch.Tensor:
 
 
 def losses() -> dict[str, Loss]:
-    return {"sslops": fused, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    return eager_and_compiled(fused, eager)
 
 
 def crops(shape: Sequence[int], dtype: torch.dtype, device: str) -> Crops:

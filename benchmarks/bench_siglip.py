@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import cases, matmul, record
+from ._compare import cases, eager_and_compiled, matmul, record
 from ._views import memory_row, variant, views
 
 SCALE, BIAS = 10.0, -10.0
@@ -48,13 +48,7 @@ def fused(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def losses(d: int, device: str) -> dict[str, Callable]:
-    return {
-        "sslops": fused,
-        "eager": eager,
-        "lean eager": lean_eager,
-        "compile": torch.compile(eager, dynamic=False),
-        "lean compile": torch.compile(lean_eager, dynamic=False),
-    }
+    return eager_and_compiled(fused, eager, lean_eager)
 
 
 @pytest.mark.usefixtures("threads")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import sslops
 
 from . import peers
-from ._compare import cases, peak_memory, record, record_memory, settings
+from ._compare import cases, eager_and_compiled, peak_memory, record, record_memory, settings
 
 TEMPERATURE, ITERATIONS = 0.05, 3
 CASES = {
@@ -49,13 +49,7 @@ def fused(scores: torch.Tensor) -> torch.Tensor:
 
 
 def forms() -> dict[str, Callable]:
-    found = {
-        "sslops": fused,
-        "eager": matrix,
-        "lean eager": kept,
-        "compile": torch.compile(matrix, dynamic=False),
-        "lean compile": torch.compile(kept, dynamic=False),
-    }
+    found = eager_and_compiled(fused, matrix, kept)
     if peers.lightly():
         theirs = importlib.import_module("lightly.loss.swav_loss").sinkhorn
         found["lightly"] = lambda x: theirs(x, ITERATIONS, TEMPERATURE)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import sslops
 
-from ._compare import cases, matmul, peak_memory, record, record_memory, settings
+from ._compare import cases, eager_and_compiled, matmul, peak_memory, record, record_memory, settings
 
 TEMPERATURE = 0.1
 CASES = {
@@ -84,15 +84,9 @@ def nt_xent(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def losses(keys: bool = False) -> dict[str, Callable]:
-    ours, usual, lean = (fused_keys, eager_keys, lean_eager_keys) if keys else (fused, eager, lean_eager)
-    return {
-        "sslops": ours,
-        "eager": usual,
-        "lean eager": lean,
-        "compile": torch.compile(usual, dynamic=False),
-        "lean compile": torch.compile(lean, dynamic=False),
-        **({"sslops info_nce": info_nce} if keys else {"sslops nt_xent": nt_xent}),
-    }
+    if keys:
+        return eager_and_compiled(fused_keys, eager_keys, lean_eager_keys) | {"sslops info_nce": info_nce}
+    return eager_and_compiled(fused, eager, lean_eager) | {"sslops nt_xent": nt_xent}
 
 
 def inputs(m: int, d: int, *k: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:

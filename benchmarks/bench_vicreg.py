@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import sslops
 from sslops.ops import vicreg
 
-from ._compare import cases
+from ._compare import cases, eager_and_compiled
 from ._views import Loss, memory_row, products, time_row
 from .peers import lightly_loss, solo_loss
 
@@ -38,7 +38,7 @@ def eager(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
 
 
 def losses(d: int, device: str) -> dict[str, Loss]:
-    found = {"sslops": sslops.vicreg, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+    found = eager_and_compiled(sslops.vicreg, eager)
     if device == "cuda" or d <= 2048:  # beyond, several seconds a step on a CPU, for what eager shows too
         found |= {"lightly": lightly_loss("VICRegLoss"), "solo-learn": solo_loss("vicreg")}
     return {name: loss for name, loss in found.items() if loss}
