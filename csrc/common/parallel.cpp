@@ -62,7 +62,6 @@ struct Team {
   void (*body)(void* ctx);
   void* body_ctx;
   Habit& habit;
-  int64_t most;  // threads that there is work for
   int64_t began;
   int64_t threads = 1;
   RangeFn fn = nullptr;
@@ -141,7 +140,7 @@ void judge(const Team& t) {
   __atomic_store_n(&t.habit.calls_alone, next, __ATOMIC_RELAXED);
 }
 
-constexpr int64_t kLittle = 8192;  // work that is not worth a second thread
+constexpr int64_t kMany = 1 << 20;  // more than a pool has threads
 
 }  // namespace
 
@@ -153,25 +152,24 @@ void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void*
 }
 
 // A loss of N rows has at most N x N logits.
-int64_t work_of(const Tensor& x) {
-  const int64_t logits = x.dim ? x.sizes[0] * x.sizes[0] : 0;
-  return x.numel < logits ? logits : x.numel;
+bool is_small(const Tensor& x) {
+  constexpr int64_t kSmall = 8192;
+  return x.numel <= kSmall && (x.dim == 0 || x.sizes[0] * x.sizes[0] <= kSmall);
 }
-int64_t work_of(const Tensors& x) {
-  int64_t most = 0;
+bool is_small(const Tensors& x) {
   for (int64_t k = 0; k < x.count; ++k)
-    if (const int64_t work = work_of(x.data[k]); work > most) most = work;
-  return most;
+    if (!is_small(x.data[k])) return false;
+  return true;
 }
 
-void run_together(int64_t work, Habit& habit, void (*body)(void* ctx), void* ctx) {
-  if (work <= kLittle || !torch_pool() || is_alone(habit)) {
+void run_together(bool small, Habit& habit, void (*body)(void* ctx), void* ctx) {
+  if (small || !torch_pool() || is_alone(habit)) {
     alone = true;
     body(ctx);
     alone = false;
     return;
   }
-  Team t{body, ctx, habit, work / (kLittle / 2), now()};
+  Team t{body, ctx, habit, now()};
   const RangeFn each = [](int64_t begin, int64_t end, void* ctx) {
     Team& t = *static_cast<Team*>(ctx);
     const int64_t before = worked();
@@ -180,7 +178,7 @@ void run_together(int64_t work, Habit& habit, void (*body)(void* ctx), void* ctx
       __atomic_fetch_add(&t.worked, worked() - before, __ATOMIC_RELAXED);
       return advance(&t.gone);
     }
-    t.threads = (t.most + end - 1) / end;
+    t.threads = (kMany + end - 1) / end;
     if (t.threads > 1) team = &t;
     t.body(t.body_ctx);
     team = nullptr;
@@ -191,7 +189,7 @@ void run_together(int64_t work, Habit& habit, void (*body)(void* ctx), void* ctx
     __atomic_fetch_add(&t.worked, worked() - before, __ATOMIC_RELAXED);
     if (t.threads > 1) judge(t);
   };
-  pool_range(0, t.most, 1, each, &t);
+  pool_range(0, kMany, 1, each, &t);
 }
 
 namespace {
@@ -245,9 +243,9 @@ void wait_for(const int32_t* progress, int32_t wanted) {
   constexpr int kSpins = 10000;  // some 200 microseconds
   const auto there = [&] { return __atomic_load_n(progress, __ATOMIC_ACQUIRE) >= wanted; };
   if (there()) return;
-  const int64_t before = now();
+  const int64_t before = now(CLOCK_THREAD_CPUTIME_ID);
   for (int spins = 0; !there() && spins < kSpins; ++spins) relax();
-  spun += now() - before;
+  spun += now(CLOCK_THREAD_CPUTIME_ID) - before;
   if (there()) return;
   __atomic_fetch_add(&sleepers, 1, __ATOMIC_SEQ_CST);
   for (int32_t seen; (seen = __atomic_load_n(progress, __ATOMIC_SEQ_CST)) < wanted;) sleep_while(progress, seen);

@@ -29,11 +29,10 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 struct Habit {
   int32_t calls_alone, most_alone;  // that are still to be one thread's, and how many that were the last time
 };
-void run_together(int64_t work, Habit& habit, void (*body)(void* ctx), void* ctx);
+void run_together(bool small, Habit& habit, void (*body)(void* ctx), void* ctx);
 
-// How many numbers, or logits of a loss of so many rows
-int64_t work_of(const Tensor& x);
-int64_t work_of(const Tensors& x);
+bool is_small(const Tensor& x);
+bool is_small(const Tensors& x);
 
 // A function of several loops, to be run together.
 template <auto kFunction, typename Function = decltype(kFunction)>
@@ -41,9 +40,11 @@ struct Together;
 template <auto kFunction, typename Result, typename... Arguments>
 struct Together<kFunction, Result (*)(Arguments...)> {
   template <typename Argument>
-  static void join(int64_t& work, const Argument& x) {
+  static bool small(const Argument& x) {
     if constexpr (std::is_same_v<Argument, Tensor> || std::is_same_v<Argument, Tensors>)
-      if (const int64_t more = work_of(x); more > work) work = more;
+      return is_small(x);
+    else
+      return true;
   }
   static Result run(Arguments... arguments) {
     std::conditional_t<std::is_void_v<Result>, char, Result> result{};
@@ -53,10 +54,8 @@ struct Together<kFunction, Result (*)(Arguments...)> {
       else
         result = kFunction(arguments...);
     };
-    int64_t work = 0;
-    (join(work, arguments), ...);
     static Habit habit;
-    run_together(work, habit, [](void* run) { (*static_cast<decltype(body)*>(run))(); }, &body);
+    run_together((small(arguments) && ...), habit, [](void* run) { (*static_cast<decltype(body)*>(run))(); }, &body);
     if constexpr (!std::is_void_v<Result>) return result;
   }
 };

@@ -1,7 +1,6 @@
 #include "masked_prediction.h"
 
 #include "../common/huge_pages.h"
-#include "../common/parallel.h"
 #include "parts.h"
 #include "patches.h"
 

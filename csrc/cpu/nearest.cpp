@@ -7,11 +7,11 @@
 namespace sslops::nearest {
 namespace {
 
-constexpr int64_t kBlock = 256;   // queries that a tile has at most
-constexpr int64_t kSpan = 1024;   // queries that meet a chunk of candidates while it is in the caches
-constexpr int64_t kTickets = 64;  // to aim at: if the queries do not fill the threads, the candidates are split
-constexpr int64_t kTogether = 4;  // candidates that are looked at at once
-constexpr int64_t kKept = 1024;   // of a query's best, over all parts, unless k is more
+constexpr int64_t kBlock = 256;     // queries that a tile has at most
+constexpr int64_t kSpan = 1024;     // queries that meet a chunk of candidates while it is in the caches
+constexpr int64_t kTickets = 64;    // to aim at: if the queries do not fill the threads, the candidates are split
+constexpr int64_t kTogether = 4;    // candidates that are looked at at once
+constexpr int64_t kKept = 1 << 20;  // of all queries' best, over all parts, unless one part has more
 
 // The k best candidates that have passed of each query, best first, those of one rank side by side.
 struct Best {
@@ -76,8 +76,8 @@ void forward(Tensor query, Tensor support, bool normalize, DType operand, int64_
     q.fill(from, count, [&](int64_t i, int64_t j, int lanes) { return round_to(operand, queries.at(i, j, lanes)); });
   });
 
-  const int64_t spans = ceil_div(b, kSpan),
-                most = spans && k < kKept ? at_most(ceil_div(kTickets, spans), kKept / k) : 1;
+  const int64_t spans = ceil_div(b, kSpan), fit = spans ? kKept / (k * padded) : 0;
+  const int64_t most = fit > 1 ? at_most(ceil_div(kTickets, spans), fit) : 1;
   const int64_t length = ceil_div(chunks, at_most(chunks, most)), parts = ceil_div(chunks, length);
   Buffer<float> value(parts * k * padded);
   Buffer<int32_t> id(parts * k * padded);

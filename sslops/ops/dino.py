@@ -121,7 +121,7 @@ def dino(
             (`norm_last_layer`; F.normalize, eps 1e-12). Of a g that is learned, give the weight that it makes.
         same_view: also the pairs t = v, as DINOv3 may have it.
         reduction: over the images, "mean" or "sum", or "none": the losses [B].
-        return_metrics: return (loss, Metrics): the mean entropy of the q, and the mean divergence KL(q, student).
+        return_metrics: return (loss, Metrics): the means over the pairs of the entropy of q and of KL(q, student).
         group: None, or "world" or a ProcessGroup over whose ranks the images lie, also if they are not as many on each:
             a mean or a sum is that of all, the same on every rank; "none" gives the rank's own. Gradients are those of
             the whole batch after DDP's averaging.
