@@ -119,9 +119,11 @@ def device_name(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = dict(re.findall(r"(.*?)\s*: (.*)", Path("/proc/cpuinfo").read_text()))
         noise = r"\(\w+\)|@.*|\b(?:CPU|Processor|Intel|AMD|\d+-Core)\b"
-        words = re.sub(noise, " ", model[1] if model else platform.machine())
+        words = re.sub(noise, " ", cpu.get("model name", platform.machine()))
+        if (cpu.get("vendor_id"), cpu.get("cpu family")) == ("AuthenticAMD", "26"):  # a rented one hides its number
+            words += " zen5"
         name = f"cpu {words} {_C.isa()} {len(os.sched_getaffinity(0))}core"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
