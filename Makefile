@@ -37,7 +37,7 @@ wheel: .venv-wheel/installed
 	touch $@
 
 docs: .venv-docs/installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q --strict -f docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict -f docs/mkdocs.yml
 
 # An hour: random calls against float64, wrong ones in a process of their own, memory and bits over thousands of steps.
 fuzz: build

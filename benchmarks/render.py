@@ -233,10 +233,12 @@ def plot(rows: list[Row], file: Path) -> None:
             axes.annotate(f"{', '.join(names)}: out of memory", (at, 0.98), xycoords=("data", "axes fraction"),
                           rotation=90, ha="right", va="top", fontsize="small")  # fmt: skip
         rest = {k: v for k, v in facts(series[0]).items() if k not in (x, "bench")}
+        said = {"dtype": "{}", "part": "{}", "threads": "{} threads"}
+        title = ", ".join(said.get(k, f"{k.upper()} = {{}}").format(v) for k, v in rest.items())
         axes.set(xscale="log", yscale="log", xlabel=x.upper(), ylabel="ms" if measure == "times_ms" else "peak MB")
         axes.set_xticks([row[x] for row in series], [str(row[x]) for row in series], minor=False)
         axes.set_xticks([], minor=True)
-        axes.set_title(", ".join(f"{k} {v}" for k, v in rest.items()), fontsize="medium")
+        axes.set_title(title.replace("both", "forward and backward"), fontsize="medium")
         axes.legend(fontsize="small")
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)

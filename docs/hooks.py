@@ -40,6 +40,6 @@ def _pictures(op: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    markdown = re.sub(r"\[([^]]+)\]\(benchmarks/results\)", r"\1", markdown)  # a folder, of which there is no page
+    markdown = re.sub(r"\[([^]]+)\]\((benchmarks|tests)/[^)]*(?<!svg)\)", r"\1", markdown)  # of which there is no page
     markdown = re.sub(r"\{\{ README: (.*?) \}\}", lambda m: _lines(m[1]), markdown)
     return re.sub(r"\{\{ results: (\w+) \}\}", lambda m: _pictures(m[1]), markdown)

@@ -267,7 +267,7 @@ def neighbours(networks: dict[str, Word2Vec], _: Tensor, test: Tensor, words: li
             f"{title:32}{100 * (near > torch.bmm(v[negatives], u[:, :, None])[:, :, 0]).float().mean():11.1f}%"
         )
 
-    title, network = list(networks.items())[-1]
+    title, network = next((each for each in networks.items() if "sslops" in each[0]), [*networks.items()][-1])
     table = network.words.weight
     asked = torch.tensor([words.index(word) for word in ASKED])
     found = sslops.nearest(table[asked], table, k=7, normalize=True).ids[:, 1:]  # without the word itself
@@ -312,12 +312,15 @@ def main(argv: list[str] | None = None) -> None:
     if min(steps, batch) < 1:
         parser.error(f"--steps and --batch must be at least 1, got {steps} and {batch}")
 
-    if spread.start() and ((args.method, args.loss) != ("simclr", "sslops") or batch % dist.get_world_size()):
-        parser.error("torchrun takes --method simclr --loss sslops and a --batch that its processes can share")
+    is_spread = spread.start()
+    if is_spread and (args.method, args.loss) != ("simclr", "sslops"):
+        parser.error("torchrun takes --method simclr --loss sslops")
     began = time.perf_counter()
     names = ["sslops", "eager"] if args.loss == "both" else [args.loss]
     train, test, *known = king_james() if data == "kjv" else load(data)
     batch = min(batch, len(train))
+    if is_spread and batch % dist.get_world_size():
+        parser.error(f"--batch must be one that {dist.get_world_size()} processes can share, got {batch}")
     torch.manual_seed(args.seed)
     network = method(side=train.shape[-1])
     network.see(train, known[0])

@@ -77,10 +77,13 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
                 bad_value(op, name, f"shape {whole}", list(value.shape))
         elif value.dim() < len(wanted) if wanted[-1:] == ["..."] else value.dim() != len(wanted):
             bad_value(op, name, f"shape [{', '.join(wanted)}]", list(value.shape))
+        before, sizes = sizes, sizes.copy()
         for dimension, size in zip(wanted, value.shape, strict=False):
+            if dimension in ("*", "..."):
+                continue
             known = sizes.setdefault(dimension, given.get(dimension, size))
-            if known != size and dimension not in ("*", "..."):
-                shape = ", ".join(str(sizes.get(each, each)) for each in wanted)
+            if known != size:
+                shape = ", ".join(str(known if each == dimension else before.get(each, each)) for each in wanted)
                 bad_value(op, name, f"shape [{shape}]", list(value.shape))
         if of.like and value.dtype != (like := given[of.like]).dtype:
             bad_value(op, name, f"the dtype of {of.like}, {like.dtype}", value.dtype)

@@ -150,11 +150,13 @@ def pair(target: Members, online: Members, rules: Rules, vectors: set[int]) -> l
             if rules.exclude is not None and rules.exclude(name, source):
                 continue
             if name not in sources:
-                _check.bad_value("EMA", f"online.{name}", f"one of target's {kind}", "none of that name")
+                _check.bad_value("EMA", f"online.{name}", f"one of that name, as among target's {kind}", "none")
             for side, tensor in (("target", x), ("online", source)):
                 if is_lazy(tensor):
                     wanted = "a parameter that has its shape (run a batch through the model first)"
                     _check.bad_value("EMA", f"{side}.{name}", wanted, type(tensor).__name__)
+            if x.shape != source.shape:
+                _check.bad_value("EMA", f"online.{name}", f"shape {list(x.shape)}, as target has", list(source.shape))
             if x is source:
                 if x.requires_grad:
                     _check.bad_value("EMA", f"target.{name}", "a tensor of its own, or a frozen one", "online's own")

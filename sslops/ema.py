@@ -22,8 +22,7 @@ def cosine_momentum(steps: int, start: float = 0.996, end: float = 1.0) -> Calla
     Source: Grill et al., Bootstrap Your Own Latent, arXiv:2006.07733, Section 3.2.
     """
     _check.positive("cosine_momentum", steps=steps)
-    for value in (start, end):
-        check_momentum("cosine_momentum", value, None)
+    _check.probability("cosine_momentum", start=start, end=end)
     return functools.partial(_cosine, steps, start, end)
 
 

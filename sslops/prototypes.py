@@ -152,7 +152,9 @@ def swav(
             _check.bad_type("swav", name, wanted, [list(getattr(x, "shape", [type(x).__name__])) for x in given])
     crops = [scores] if isinstance(scores, Tensor) else list(scores)
     views = [view for crop in crops for view in (crop[None] if crop.dim() == 2 else crop).detach()]
-    _check.count("swav", "assign", assign, 1, len(views))
+    _check.count("swav", "assign", assign, 1)
+    if assign > len(views):
+        _check.bad_value("swav", "assign", f"at most {len(views)}, the crops of scores", assign)
     if queue is not None and len(queue) != assign:
         _check.bad_value("swav", "queue", f"scores for each of the {assign} assigned views", f"{len(queue)}")
     balanced = views[:assign]

@@ -72,4 +72,4 @@ def patch_solo() -> Patch:
     For version 1.0.6, which only its repository has: the last release, 1.0.2, is refused. Returns and raises as
     `patch_lightly`; see `sslops.compat.solo` for what is replaced.
     """
-    return _patch("solo", "solo-learn", "1.0.6, from its repository: the last release, 1.0.2, is too old")
+    return _patch("solo", "solo-learn", "1.0.6 (its repository's; the last release, 1.0.2, is too old)")
