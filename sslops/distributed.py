@@ -35,6 +35,7 @@ __all__ = [
     "name",
     "own_rows",
     "part",
+    "pass_on",
     "rank",
     "reduce_scatter",
     "size",
@@ -128,6 +129,23 @@ def reduce_scatter(x: Tensor, group: str, dim: int) -> Tensor:
     out = x.new_empty(parts.shape[1:])
     collective(out.view(-1), parts.view(-1), group=resolved(group))
     return out
+
+
+@contextlib.contextmanager
+def pass_on(tensors: list[Tensor], group: str) -> Iterator[list[Tensor]]:
+    """`tensors` go to the next rank of the ring, and those of the rank before, of the same shapes, come meanwhile: they
+    are there, and these free, at the end of the `with`. Empty ones do not travel.
+    """
+    come, among, moves = [torch.empty_like(x) for x in tensors], resolved(group), []
+    after, before = ((among.rank() + step) % among.size() for step in (1, -1))
+    for tag, (x, to) in enumerate(zip(tensors, come, strict=True)):
+        if x.numel():
+            moves.append(dist.P2POp(dist.isend, x, group=among, group_peer=after, tag=tag))
+            moves.append(dist.P2POp(dist.irecv, to, group=among, group_peer=before, tag=tag))
+    works = dist.batch_isend_irecv(moves) if moves else []
+    yield come
+    for work in works:
+        work.wait()
 
 
 # ---- the same on every rank ----

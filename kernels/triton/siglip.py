@@ -31,7 +31,6 @@ from .pairs import (
 from .rows import LOG2E
 
 if TYPE_CHECKING:
-    from sslops.distributed import Part
     from sslops.ops.siglip import Arguments
 
 DISTRIBUTED = True
@@ -111,10 +110,13 @@ def _finish(parts, loss, dlogit_scale, dbias, N, cells, BLOCK: tl.constexpr):
     tl.store(dlogit_scale, mean, mask=k == 2)
 
 
-def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
-    """loss and the gradients of image, text, logit_scale and bias, in float32; of a part, what its rows add to them"""
+def forward(x: Arguments, first: int = 0) -> tuple[Tensor, ...]:
+    """loss and the gradients of image, text, logit_scale and bias, in float32: what these images and texts add to them.
+
+    Image i's text is row first + i, or not among these.
+    """
     image, text, operand_dtype, wanted = x.image, x.text, x.operand_dtype, x.needs_grad
-    (b, d), n, first = image.shape, len(text), part.first if part else 0
+    (b, d), n = image.shape, len(text)
     config = launch.nearest("pairs", image.device, operand_dtype, d)["siglip"]
     loss, dlogit_scale, dbias = (image.new_empty((), dtype=torch.float32) for _ in range(3))
     with launch.on(image.device):
@@ -124,7 +126,8 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
         dright = right.new_empty(right.shape, dtype=torch.float32) if wanted[1] else None
         tiles = triton.cdiv(min(n, W_BLOCK), config["BLOCK_N"])
         parts = loss.new_empty(3, triton.cdiv(b, config["BLOCK_M"]) * tiles, dtype=torch.float64)
-        pull, numbers = loss.new_empty(b), (*given(x.logit_scale), *given(x.bias))
+        pull = loss.new_empty(b) if first < n else loss.new_zeros(b)
+        numbers = *given(x.logit_scale), *given(x.bias)
         weight = 2.0**14 if operand_dtype == torch.float16 else 1.0  # 5 bits of exponent, and W is at most 1
 
         def weigh(w: Tensor | None, i: int, j: int, rows: int, columns: int) -> None:
@@ -136,17 +139,16 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
 
         multiply_blocks(left, right, dleft, dright, weigh, 1 / weight)
         _finish[3,](parts, loss, dlogit_scale, dbias, n, parts.shape[1], 1024, **launch.FUSED)
-        factor, own = (
-            torch.full((), LOG2E.value / max(n, 1), device=loss.device) * x.logit_scale,
-            slice(first, first + b),
-        )
+        factor = torch.full((), LOG2E.value / max(n, 1), device=loss.device) * x.logit_scale
+        at = first if first < n else 0  # those do not draw
+        own = slice(at, at + b)
         dimage = dtext = loss.new_empty(0)
         if dleft is not None:
             dimage = input_gradient(
                 image.float(), text[own], dleft, inv_left, inv_right[own], pull, None, factor, x.normalize
             )
         if dright is not None:
-            others, inv, pulls = (spread(each, first, n) for each in (image, inv_left, pull))
+            others, inv, pulls = (spread(each, at, n) for each in (image, inv_left, pull))
             dtext = input_gradient(text.float(), others, dright, inv_right, inv, pulls, None, factor, x.normalize)
     found = (dimage, dtext, dlogit_scale, dbias)
     return loss, *(each if want else loss.new_empty(0) for each, want in zip(found, wanted, strict=True))

@@ -1,5 +1,6 @@
 """SigLIP: each image and text of a batch is a pair or is none, by itself."""
 
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -50,16 +51,42 @@ def reference(x: Arguments) -> tuple[Tensor]:
     return (-F.logsigmoid(sign * logits).sum(1).mean(),)
 
 
+# A kernel with a distributed form also takes which text is the first image's: 0, or of another rank's texts len(text),
+# none.
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
     """The loss and its gradients, in float32"""
     run = kernel(x.backend, "siglip").forward
-    if not x.group:
-        return tuple(run(x))
-    texts, part = distributed.all_gather(x.text, x.group), distributed.part(x.group, len(x.image))
-    loss, *gradients = run(x._replace(text=texts), part)
-    if x.needs_grad[1]:
-        gradients[1] = distributed.reduce_scatter(gradients[1], x.group, 0)
-    return distributed.all_reduce(loss, x.group, "sum"), *(each.mul_(part.group.size()) for each in gradients)
+    return _around(run, x) if x.group else tuple(run(x))
+
+
+def _around(run: Callable[..., tuple[Tensor, ...]], x: Arguments) -> tuple[Tensor, ...]:
+    """The ranks' images stay and their texts go round, the next ones on their way while a rank works on these. What
+    others add to a text's gradient goes round a step behind it, from the rank after its own until it is home.
+
+    A kernel's sums are over the number of texts that it sees, N / W: gradients are W times the rank's share by that.
+    """
+    group, behind = x.group, x.text.new_empty(0)
+    with distributed.pass_on([x.text], group) as (text,):
+        loss, dimage, dtext, *dnumbers = run(x)
+    found = [loss, dimage, *dnumbers]
+    for left in reversed(range(distributed.size(group) - 1)):
+        with distributed.pass_on([text if left else text[:0], behind], group) as come:
+            behind = _add(found, run(x._replace(text=text), len(text)))
+        text = come[0]
+        if come[1].numel():
+            behind += come[1]
+    with distributed.pass_on([behind], group) as (behind,):
+        pass
+    loss, dimage, *dnumbers = found
+    return distributed.all_reduce(loss, group, "sum") / distributed.size(group), dimage, dtext.add_(behind), *dnumbers
+
+
+def _add(found: list[Tensor], share: tuple[Tensor, ...]) -> Tensor:
+    """To all but the texts' gradient, which is returned"""
+    loss, dimage, dtext, *dnumbers = share
+    for total, each in zip(found, (loss, dimage, *dnumbers), strict=True):
+        total += each
+    return dtext
 
 
 def _backward(grad: Tensor, x: Arguments) -> tuple[Tensor, ...]:
@@ -110,7 +137,8 @@ def siglip(
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W pairs on each: the loss is
             that of all N^2 pairs, the same on every rank, and so must be what is built on it. Gradients, those of
             logit_scale and bias too, are W times the rank's share, which DDP's averaging makes those of the whole
-            batch. Each rank takes its images' rows of the logits; texts travel, and their gradients back, in forward.
+            batch. Each rank keeps its images, and the texts go round from rank to rank in forward, their gradients with
+            them: memory is linear in N / W.
         backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:

@@ -49,7 +49,7 @@ def call(
             nearest.forward(Nearest(left, right, k, normalize, first, compute, "triton"))
         elif op == "siglip":
             rest = normalize, "", compute, "triton", [needs_grad] * 4
-            siglip.forward(SigLIP(left, right, number, number if learned else -10.0, *rest), part)
+            siglip.forward(SigLIP(left, right, number, number if learned else -10.0, *rest), max(first, 0))
         else:
             x = CLIP(left, right, number, normalize, "", True, compute, "triton", [needs_grad] * 3)
             losses, stats = clip.forward(x, part, None if part is None else lambda sums: sums.repeat(2, 1, 1))
@@ -83,7 +83,8 @@ def small() -> Iterator[Callable[[], None]]:
         ("clip", 150, 150, 20, {}),
         ("clip", 40, 80, 100, {"learned": False, "part": Part(40, 40, None)}),
         ("siglip", 150, 150, 20, {}),
-        ("siglip", 40, 80, 100, {"learned": False, "normalize": False, "part": Part(40, 40, None)}),
+        ("siglip", 40, 80, 100, {"learned": False, "normalize": False, "first": 40}),
+        ("siglip", 40, 40, 20, {"first": 40}),
         ("nearest", 70, 300, 100, {"k": 2, "first": 3}),
         ("nearest", 70, 130, 20, {"normalize": False}),
     ):
@@ -175,7 +176,7 @@ def test_as_on_the_cpu(test: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("scale", [torch.tensor(20.0), 10.0])
 def test_parts_of_the_batch(scale: float | Tensor) -> None:
-    """As ranks have them: clip's joined sums and the shares of the gradients, siglip's shares"""
+    """As ranks have them: clip's joined sums and the shares of the gradients, siglip's of the others' texts too"""
     image, text = of_clip.pairs(40, 20).values()
     rest = torch.float32, "triton", [True] * 4
     parts = [Part(0, 20, None), Part(20, 20, None)]
@@ -201,15 +202,19 @@ def test_parts_of_the_batch(scale: float | Tensor) -> None:
 
     y = SigLIP(image, text, scale, -10.0, True, "", *rest)
     whole, *gradients = siglip.forward(y)
-    each = [siglip.forward(y._replace(image=own), part) for own, part in zip(images, parts, strict=True)]
+    each = [siglip.forward(y._replace(image=own), part.first) for own, part in zip(images, parts, strict=True)]
     torch.testing.assert_close(sum(share[0] for share in each), whole)
     assert_whole([share[1:] for share in each], gradients)
+    texts, order = text.split(20), (2, 0, 1, 3, 4)  # texts' gradients, which lie beside each other, first
+    for i, share in enumerate(each):
+        blocks = [siglip.forward(y._replace(image=images[i], text=texts[j]), 20 * (i != j)) for j in range(2)]
+        assert_whole([[block[k] / 2 for k in order] for block in blocks], [share[k] for k in order])
 
 
 def assert_whole(shares: list, whole: list) -> None:
-    """Images' rows lie beside each other, all else adds up"""
-    images, *others = zip(*shares, strict=True)
-    for found, expected in zip([torch.cat(images), *map(sum, others)], whole, strict=True):
+    """The rows of the first lie beside each other, all else adds up"""
+    rows, *others = zip(*shares, strict=True)
+    for found, expected in zip([torch.cat(rows), *map(sum, others)], whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
