@@ -56,7 +56,7 @@ def by_views(
     to_kernel: Callable[..., Any],
 ) -> tuple[Direction, Direction]:
     """forward and backward by an op's kernels, which with a group are given the views of all ranks, the last output.
-    Of the temperature's gradient they find the sum, or what each row adds to it.
+    Of the temperature's gradient, if it is wanted, they find the sum, or what each row adds to it.
 
     sizes: V, N, D of the arguments; gather: the views of all ranks; to_kernel: from both a kernel's arguments.
     """
@@ -78,10 +78,10 @@ def by_views(
             v, own, _ = sizes(x)
             grad = gradient_over_ranks(grad, x, v)
             *dz, dtemperature = run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
-        if dtemperature.dim():  # A number has no gradient: what is returned for it is not looked at
-            learned = isinstance(x.temperature, Tensor)
-            dtemperature = total(dtemperature) if learned else dtemperature.new_zeros(())
-        return *dz, dtemperature
+        if x.needs_grad[-1] and dtemperature.dim():
+            dtemperature = total(dtemperature)
+        found = zip((*dz, dtemperature), x.needs_grad, strict=True)
+        return tuple(each if wanted else each.new_empty(0) for each, wanted in found)
 
     return forward, backward
 

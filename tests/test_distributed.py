@@ -872,7 +872,12 @@ def opcheck(rank, world, inputs):
     torch.library.opcheck(ops.reduce_scatter.default, (z0, name, 0, "opcheck"))
     float32, both = torch.float32, [True, True]
     calls = [
-        (ops.nt_xent, nt_xent_op.Arguments(z0, z1, None, None, 0.3, True, False, True, name, True, float32, "cpu")),
+        (
+            ops.nt_xent,
+            nt_xent_op.Arguments(
+                z0, z1, None, None, 0.3, True, False, True, name, True, float32, "cpu", [*both, False]
+            ),
+        ),
         (ops.cross_correlation, cross_correlation.Arguments(z0, z1, 1e-5, name, True, float32, both, "cpu")),
     ]
     for route in ("gram", "panels"):

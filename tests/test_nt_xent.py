@@ -29,9 +29,9 @@ def losses(z0, z1=None, **kwargs):
 
 def lowered(z0, z1, backend, temperature=0.5, count_exceeding=False):
     """The arguments of a direct call of the registered op"""
-    return oracle.lowered(
-        Arguments(z0, z1, None, None, temperature, True, False, count_exceeding, "", False, torch.float32, backend)
-    )
+    options = True, False, count_exceeding, "", False, torch.float32, backend
+    needs_grad = [True, True, isinstance(temperature, torch.Tensor)]
+    return oracle.lowered(Arguments(z0, z1, None, None, temperature, *options, needs_grad))
 
 
 def losses_of_tensor_temperature(z0, z1, temperature, **kwargs):
@@ -591,10 +591,10 @@ def test_bad_input_to_the_registered_op():
     grad = torch.ones(8)
     for backend in ("eager", "tpu"):
         with pytest.raises(ValueError, match="nt_xent: backend"):
-            torch.ops.sslops.nt_xent(*arguments[:-1], backend)
+            torch.ops.sslops.nt_xent(*arguments[:-2], backend, arguments[-1])
     for backend, operand in (("triton", torch.float32), ("cpu", torch.float64)):
         with pytest.raises(RuntimeError, match="nt_xent: backend"):
-            torch.ops.sslops.nt_xent(*arguments[:-2], operand, backend)
+            torch.ops.sslops.nt_xent(*arguments[:-3], operand, backend, arguments[-1])
     for bad in ((z0, z1[:3]), (z0, z1.double()), (z0[0], z1[0])):
         with pytest.raises(ValueError, match="nt_xent: z"):
             torch.ops.sslops.nt_xent(*bad, *arguments[2:])

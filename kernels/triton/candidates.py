@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .rows import LOG2E, guarded, ragged_tile, tile_inv_norms
+from .rows import ragged_tile, tile_inv_norms
 
 
 @triton.jit
@@ -39,14 +39,6 @@ def unit_tile(x, i, N, D, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K:
     x = ragged_tile(x, i, 0, N, D, BLOCK, BLOCK_K).to(tl.float32)
     inv = tile_inv_norms(x) if NORMALIZE else tl.full([BLOCK], 1.0, tl.float32)
     return x * inv[:, None], inv
-
-
-@triton.jit
-def log2_of(temperature, scale):
-    """log2(e) / tau; of a tau on the device guarded, so -inf stays -inf at an infinite one"""
-    if temperature is not None:
-        scale = guarded(tl.div_rn(LOG2E, tl.load(temperature)))
-    return scale
 
 
 @triton.jit(do_not_specialize=("along_row", "K", "words"))

@@ -169,7 +169,7 @@ def _weigh(
     if others:
         pull = g * tl.load(stats + 4 * step + partner, mask=rows < B, other=0.0)
         v = tl.where((rows < B)[:, None] & (partner[:, None] == columns[None, :]), -pull[:, None], v)
-    add_to(parts, i // BLOCK_M * tiles + tl.program_id(1), v * s, column0 > 0)
+    add_to(parts, i // BLOCK_M * tiles + tl.program_id(1), 0.5 * v * s, column0 > 0)
 
 
 def _fixed_top(x: Arguments) -> float | None:
@@ -234,13 +234,13 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
     image, text, operand_dtype = x.image, x.text, x.operand_dtype
     (b, d), n, first = image.shape, len(text), part.first if part else 0
     config = launch.nearest("pairs", image.device, operand_dtype, d)["weigh"]
-    dimage, dtext, dlogit_scale = image.new_empty(0), text.new_empty(0), grad.new_zeros(() if x.needs_grad[2] else 0)
+    dimage, dtext, dlogit_scale = image.new_empty(0), text.new_empty(0), grad.new_empty(0)
     if n == 0:
-        return torch.empty_like(image), torch.empty_like(text), dlogit_scale
-    grad = 0.5 * grad
-    pull = grad * stats[4]
+        return torch.empty_like(image), torch.empty_like(text), grad.new_zeros(() if x.needs_grad[2] else 0)
     with launch.on(image.device):
-        w_scale, step = launch.half_scale(operand_dtype, pull), config["BLOCK_K"]
+        w_scale, step = None, config["BLOCK_K"]
+        if operand_dtype == torch.float16:
+            w_scale = launch.half_scale(operand_dtype, grad * stats[4])
         left, inv_left = operand(image, x.normalize, operand_dtype, step)
         right, inv_right = operand(text, x.normalize, operand_dtype, step)
         dleft = left.new_empty(left.shape, dtype=torch.float32) if x.needs_grad[0] else None
@@ -256,16 +256,19 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
             )  # fmt: skip
 
         multiply_blocks(left, right, dleft, dright, weigh)
-        factor = torch.full((), LOG2E.value, device=grad.device) * x.logit_scale
+        factor = 0.5 * LOG2E.value * x.logit_scale  # a loss is the mean of its row's and its column's
         own = slice(first, first + b)
         if dleft is not None:
             dimage = input_gradient(
-                image, text[own], dleft, inv_left, inv_right[own], pull[own], w_scale, factor, x.normalize
-            )
+                image, text[own], dleft, inv_left, inv_right[own], stats[4][own], w_scale, factor, x.normalize,
+                grad=grad[own],
+            )  # fmt: skip
         if dright is not None:
-            others, inv, pulls = (spread(each, first, n) for each in (image, inv_left, pull[own]))
+            others, inv, of_pairs = (spread(each, first, n) for each in (image, inv_left, grad[own]))
             wide = text if part is None else text.float()
-            dtext = input_gradient(wide, others, dright, inv_right, inv, pulls, w_scale, factor, x.normalize)
+            dtext = input_gradient(
+                wide, others, dright, inv_right, inv, stats[4], w_scale, factor, x.normalize, grad=of_pairs
+            )
         if x.needs_grad[2]:
             dlogit_scale = parts.sum().float()
     return dimage, dtext, dlogit_scale

@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .candidates import candidate_tile, log2_of, of_negatives, packed, store_gradient, strided, unit_row, unit_tile
+from .candidates import candidate_tile, of_negatives, packed, store_gradient, strided, unit_row, unit_tile
 from .launch import refuses  # noqa: F401
 from .paired import add_paired, paired_gradient, tiles
-from .rows import LN2, LOWEST, close, close_decoupled, fixed_maximum, inverse, operand, row_tile
+from .rows import LN2, LOWEST, close, close_decoupled, fixed_maximum, inverse, log2_of, operand, row_tile
 
 if TYPE_CHECKING:
     from sslops.distributed import Part
@@ -175,13 +175,14 @@ def _join(
 
 @triton.jit(do_not_specialize=SIZES)
 def _weigh_back(
-    z, c, inv_c, query_ids, negative_ids, bits, words, m, a, parts, temperature, scale,
+    z, c, inv_c, query_ids, negative_ids, bits, words, grad, stats, w_scale, parts, temperature, scale,
     B, K, D, stride, first, span,
     IN_BATCH: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, K, stride], BLOCK_K columns a program: sum_i w_ij q_i over a span of rows, w_ij = e_ij a_i.
+    """parts [splits, K, stride], BLOCK_K columns a program: sum_i w_ij q_i over a span of rows.
 
+    w_ij = e_ij g_i / r_i, times w_scale.
     Exact float32 has the forward pass's BLOCK_K: s is rounded as there, and in e / r most of that error cancels.
     """
     DTYPE: tl.constexpr = z.dtype.element_ty
@@ -203,8 +204,12 @@ def _weigh_back(
                 b = candidate_tile(c, inv_c, j, k, K, D, NORMALIZE, SOME, DTYPE, BLOCK_M, BLOCK_K)
                 s = tl.dot(b, tl.trans(row_tile(z + k, i, B, stride, BLOCK_N, BLOCK_K)), s, input_precision=PRECISION)
         rows = i + tl.arange(0, BLOCK_N)
-        top = tl.load(m + rows, mask=rows < B, other=0.0)
-        w = tl.exp2((s - top[None, :]) * scale) * tl.load(a + rows, mask=rows < B, other=0.0)[None, :]
+        top = tl.load(stats + rows, mask=rows < B, other=0.0)
+        weight = tl.load(grad + rows, mask=rows < B, other=0.0)
+        weight = weight * tl.load(stats + B + rows, mask=rows < B, other=0.0)
+        if w_scale is not None:
+            weight = weight * tl.load(w_scale)
+        w = tl.exp2((s - top[None, :]) * scale) * weight[None, :]
         others = (i + BLOCK_N > B) | (IN_BATCH & (j < first + i + BLOCK_N) & (first + i < j + BLOCK_M))
         if SOME | (query_ids is not None) | others:
             w = of_negatives(
@@ -221,7 +226,7 @@ def _weigh_back(
 
 @triton.jit(do_not_specialize=SIZES)
 def _join_back(
-    x, inv_x, query, inv_query, pull, parts, w_scale, temperature, scale, dx,
+    x, inv_x, query, inv_query, grad, stats, parts, w_scale, temperature, scale, dx,
     B, K, D, stride, first, splits,
     PULLED: tl.constexpr, SOME: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +235,7 @@ def _join_back(
     j = tl.program_id(0).to(tl.int64)
     inv = tl.load(inv_x + j) if inv_x is not None else 1.0
     i = tl.minimum(tl.maximum(j - first, 0), B - 1)
-    strength = tl.load(pull + i)
+    strength = tl.load(grad + i) * tl.load(stats + 2 * tl.cast(B, tl.int64) + i)
     inv_positive = tl.load(inv_query + i)
     strength = tl.where((j == i + first) & PULLED, strength, 0.0)
     dot = 0.0
@@ -319,10 +324,10 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
     _, key_grad, negatives_grad, _, paired_grad = x.needs_grad
     (b, d), first = query.shape, part.first if part else 0
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["backward"]
-    scale, pull, weights = launch.scale_of(x.temperature), grad * stats[2], grad * stats[1]
-    # what a row's weights add up to: of the decoupled form 1, whatever its positive's is
-    w_scale = launch.half_scale(operand_dtype, grad if x.decoupled else pull) if b else None
-    a = weights if w_scale is None else weights * w_scale
+    scale, w_scale = launch.scale_of(x.temperature), None
+    if b and operand_dtype == torch.float16:
+        # what a row's weights add up to: of the decoupled form 1, whatever its positive's is
+        w_scale = launch.half_scale(operand_dtype, grad if x.decoupled else grad * stats[2])
 
     def gradient(c: Tensor, with_pull: bool, with_weights: bool) -> Tensor:
         if b == 0 or (k := len(c)) == 0:
@@ -334,13 +339,14 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
         parts = c.new_empty((splits, k, stride), dtype=torch.float32)
         if with_weights:
             _weigh_back[blocks, splits, slices](
-                z, c, inv_c, x.query_ids, x.negative_ids, *packed(x.negative_mask), stats, a, parts, *scale,
+                z, c, inv_c, x.query_ids, x.negative_ids, *packed(x.negative_mask), grad, stats, w_scale, parts,
+                *scale,
                 b, k, d, stride, first, span,
                 with_pull, normalize, launch.precision(operand_dtype), slices == 1, **config,
             )  # fmt: skip
         _join_back[k,](
-            c, inv_c if normalize else None, query, inv_norm, pull, parts, w_scale, *scale, out, b, k, d, stride, first,
-            splits if with_weights else 0, with_pull, some, CHUNK, **launch.row_a_program(d),
+            c, inv_c if normalize else None, query, inv_norm, grad, stats, parts, w_scale, *scale, out,
+            b, k, d, stride, first, splits if with_weights else 0, with_pull, some, CHUNK, **launch.row_a_program(d),
         )  # fmt: skip
         return out
 
@@ -358,7 +364,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
             if dpaired.numel():
                 options = tiles(paired.shape[1], d)
                 paired_gradient[b, triton.cdiv(paired.shape[1], options["BLOCK_R"])](
-                    query, inv_norm, paired, *strided(x.paired_mask), stats, weights, dpaired, *scale,
-                    paired.shape[1], d, normalize, _dtype(operand_dtype), **options,
+                    query, inv_norm, paired, *strided(x.paired_mask), grad, stats, dpaired, *scale,
+                    b, paired.shape[1], d, normalize, _dtype(operand_dtype), **options,
                 )  # fmt: skip
     return dkey, dnegatives, dpaired

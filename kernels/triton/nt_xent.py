@@ -34,8 +34,7 @@ from .rows import (
     column_tile,
     fixed_maximum,
     input_gradients,
-    load_scale,
-    log2_scale,
+    log2_of,
     operand,
     row_tile,
 )
@@ -55,7 +54,7 @@ PANELS = 31  # odd, see _negative_sums; 31 * 16 programs fill 3.8 waves of an H1
 
 @triton.jit(do_not_specialize=SIZES)
 def _negative_sums(
-    z, classes, r_parts, m_parts, scale, maximum, N, M, stride, panel, row0, row1,
+    z, classes, r_parts, m_parts, temperature, scale, maximum, N, M, stride, panel, row0, row1,
     SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +64,7 @@ def _negative_sums(
     d <= P / 2 every pair once, which gives part b of panel a's rows and, by symmetry, part a of panel b's. With the
     maximum to search, columns would cost more than they save: all d, rows only, and maybe only those from row0 to row1.
     """
-    scale = tl.load(scale)
+    scale = log2_of(temperature, scale)
     a = tl.program_id(0)
     b = (a + tl.program_id(1)) % (tl.num_programs(1) if SEARCH else tl.num_programs(0))
     columns_part = r_parts + a.to(tl.int64) * M
@@ -110,7 +109,7 @@ def _positives(s_pos, i, N, VIEWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _losses(
-    r_parts, m_parts, s_pos, weights, losses, stats, scale, maximum, N, M, panels,
+    r_parts, m_parts, s_pos, weights, losses, stats, temperature, scale, maximum, N, M, panels,
     SEARCH: tl.constexpr, VIEWS: tl.constexpr, DECOUPLED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """losses [M] and stats [VIEWS + 1, M] of ops/nt_xent.py from the parts, in their order"""
@@ -121,7 +120,7 @@ def _losses(
     at = part.to(tl.int64) * M + i[None, :]
     mask = (part < panels) & inside[None, :]
     r = tl.load(r_parts + at, mask=mask, other=0.0)
-    scale, s_pos, step = load_scale(scale), _positives(s_pos, i, N, VIEWS), M.to(tl.int64)
+    scale, s_pos, step = log2_of(temperature, scale), _positives(s_pos, i, N, VIEWS), M.to(tl.int64)
     if SEARCH:
         tops = tl.load(m_parts + at, mask=mask, other=LOWEST)
         m = tl.max(tops, 0)
@@ -232,7 +231,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
         return losses, logged, torch.empty_like(losses), stats
     precision = launch.precision(x.operand_dtype)
     config = launch.nearest("nt_xent", x.z0.device, x.operand_dtype, d)["forward"]
-    maximum, scale = _maximum(x.temperature, x.normalize, m, own), log2_scale(x.temperature, x.z0)
+    maximum, scale = _maximum(x.temperature, x.normalize, m, own), launch.scale_of(x.temperature)
     search, classes = maximum is None, _classes(x)
     if classes is not None:  # larger tiles spill with them
         config |= {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8}
@@ -250,11 +249,11 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
         for row0, row1 in row_ranges(v, n, own):
             grid = (triton.cdiv(row1 - row0, panel), odd) if search else (odd, odd // 2 + 1)
             _negative_sums[grid](
-                z, classes, r_parts, m_parts, scale, maximum, n, m, stride, panel, row0, row1,
+                z, classes, r_parts, m_parts, *scale, maximum, n, m, stride, panel, row0, row1,
                 search, precision, stride == config["BLOCK_K"], **config,
             )  # fmt: skip
         _losses[triton.cdiv(m, 128),](
-            r_parts, m_parts, s_pos, x.positive_weights, losses, stats, scale, maximum, n, m, panels,
+            r_parts, m_parts, s_pos, x.positive_weights, losses, stats, *scale, maximum, n, m, panels,
             search, v, x.decoupled, 32, 128, **launch.FUSED,
         )  # fmt: skip
         if x.count_exceeding:
@@ -272,32 +271,39 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     own = None if part is None else slice(part.first, part.first + part.rows)
     v, n, d = _sizes(x)
+    learned = x.needs_grad[2]
+    dtemperature = grad.new_empty(0)
     if n == 0:
-        return torch.empty_like(x.z0), x.z0.new_empty(0 if x.z1 is None else x.z1.shape), grad.new_zeros(())
+        none = x.z0.new_empty(0 if x.z1 is None else x.z1.shape)
+        return torch.empty_like(x.z0), none, grad.new_zeros(()) if learned else dtemperature
     precision = launch.precision(x.operand_dtype)
     configs = launch.nearest("nt_xent", x.z0.device, x.operand_dtype, d)
-    maximum, scale = _maximum(x.temperature, x.normalize, v * n, own), log2_scale(x.temperature, x.z0)
+    maximum, scale = _maximum(x.temperature, x.normalize, v * n, own), launch.scale_of(x.temperature)
     of_rows, config = (w_z.flash, configs["flash"]) if "flash" in configs else (w_z.panels, configs["panels"])
     with launch.on(x.z0.device):
         z, _, _ = _operand(x, config["BLOCK_K"])
-        pulls = grad * stats[2:]
-        # what a row's weights add up to: of the decoupled form 1, whatever its positive's is
-        w_scale = launch.half_scale(x.operand_dtype, grad if x.decoupled else pulls.sum(0))
-        rows = (_classes(x), grad * stats[1], stats[0] if maximum is None else None, scale, maximum, w_scale)
+        w_scale = None
+        if x.operand_dtype == torch.float16:
+            # what a row's weights add up to: of the decoupled form 1, whatever its positive's is
+            w_scale = launch.half_scale(x.operand_dtype, grad if x.decoupled else grad * stats[2:].sum(0))
+        rows = _classes(x), grad, stats, *scale, maximum, w_scale
         dz = of_rows(z, v, rows, maximum is None, precision, config, own)
         norms, pair = _of(own, v, inv_norm), _two(x)
         if pair is not None:
             of_pair = pair if own is None else (pair[0][own], pair[1][own])
             # (1 - p) of the positive, of both its rows; 1 - p itself would cancel
-            pull = _of(own, v, pulls).reshape(-1)
-            found, dots = input_gradients(of_pair, 2, dz, norms, pull, w_scale, scale, x.normalize)
+            pull = _of(own, v, stats[2])
+            found, dots = input_gradients(
+                of_pair, 2, dz, norms, pull, w_scale, scale, x.normalize, grad=_of(own, v, grad), dotted=learned
+            )
             dz0, dz1 = found if x.z1 is not None else (torch.stack(found), x.z0.new_empty(0))
         else:
             of_all = x.z0 if own is None else x.z0[:, own].contiguous()
-            views.subtract_pulls(x.z0, inv_norm, pulls, w_scale, dz[0], own or slice(0, n))
-            flat = of_all.flatten(0, 1)
-            none = grad.new_zeros(len(flat))
-            (dx,), dots = input_gradients((flat, flat), 1, dz, norms.repeat(2), none, w_scale, scale, x.normalize)
+            views.subtract_pulls(x.z0, inv_norm, grad, stats[2:], w_scale, dz[0], own or slice(0, n))
+            (dx,), dots = input_gradients(
+                (of_all.flatten(0, 1),), 1, dz, norms, None, w_scale, scale, x.normalize, dotted=learned
+            )
             dz0, dz1 = dx.view(of_all.shape), x.z0.new_empty(0)
-        # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
-        return dz0, dz1, dots.sum() * (-0.5 / x.temperature)
+        if learned:  # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
+            dtemperature = -0.5 * dots.sum() / x.temperature
+    return dz0, dz1, dtemperature

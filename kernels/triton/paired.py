@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .candidates import log2_of, unit_row
-from .rows import LN2, LOWEST, address, tile_inv_norms
+from .candidates import unit_row
+from .rows import LN2, LOWEST, address, log2_of, tile_inv_norms
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("B", "M", "along_row", "part")
@@ -76,16 +76,17 @@ def add_paired(
 
 @triton.jit(do_not_specialize=SIZES)
 def paired_gradient(
-    query, inv_norm, paired, mask, along_row, along_column, m, weights, dpaired, temperature, scale, M, D,
+    query, inv_norm, paired, mask, along_row, along_column, grad, stats, dpaired, temperature, scale, B, M, D,
     NORMALIZE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dpaired [B, M, D], weights [B] = grad / r"""
+    """dpaired [B, M, D]"""
     scale = log2_of(temperature, scale)
     i, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_R
     q = unit_row(query, tl.load(inv_norm + i), i, 0, D, BLOCK_D).to(DTYPE).to(tl.float32)
     unit, own, inv = _own_tile(paired, mask, along_row, along_column, i, j, M, D, NORMALIZE, BLOCK_R, BLOCK_D)
     s = tl.sum(unit.to(DTYPE).to(tl.float32) * q[None, :], 1)
-    w = tl.exp2((s - tl.load(m + i)) * scale) * (tl.load(weights + i) * (scale * LN2))
+    weight = tl.load(grad + i) * tl.load(stats + B + i)
+    w = tl.exp2((s - tl.load(stats + i)) * scale) * (weight * (scale * LN2))
     g = w[:, None] * q[None, :]
     if NORMALIZE:  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
         along = tl.where(inv < 1e12, w * tl.sum(unit * q[None, :], 1), 0.0)

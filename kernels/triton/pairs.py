@@ -147,10 +147,13 @@ def spread(x: Tensor, first: int, n: int) -> Tensor:
 
 def input_gradient(
     x: Tensor, other: Tensor, dz: Tensor, inv_norm: Tensor, inv_other: Tensor, pull: Tensor, w_scale: Tensor | None,
-    factor: Tensor, normalize: bool,
+    factor: float | Tensor, normalize: bool, grad: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """dx [N, D]: of the unit rows factor LN2 (dz / w_scale - pull * other's unit row)"""
+    """dx [N, D]: of the unit rows factor LN2 (dz / w_scale - pull * other's unit row); grad, if given, is times pull"""
     if not len(x):
         return torch.empty_like(x)
-    norms = torch.cat([inv_norm, inv_other])
-    return input_gradients((x, other), 1, dz[None], norms, pull, w_scale, factor, normalize)[0][0]
+    found, _ = input_gradients(
+        (x, other), 1, dz[None], inv_norm, pull, w_scale, (None, factor), normalize, grad=grad, dotted=False,
+        inv_other=inv_other,
+    )  # fmt: skip
+    return found[0]

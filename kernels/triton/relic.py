@@ -25,10 +25,9 @@ from .rows import (
     LN2,
     LOWEST,
     atanh_series,
-    base2,
     close,
     input_gradients,
-    load_scale,
+    log2_of,
     logits_range,
     operand,
     row_tile,
@@ -89,7 +88,7 @@ def _is_negative(rows, columns, B, negatives):
 
 @triton.jit(do_not_specialize=SIZES)
 def _weigh(
-    z, s_pos, parts, scale, B, negatives, stride, tiles, span,
+    z, s_pos, parts, temperature, scale, B, negatives, stride, tiles, span,
     SEARCH: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +97,7 @@ def _weigh(
     A: exp(a - m), B: exp(b - m'), Y: exp(a - m) (b - s), E: exp(a - m) d, V: exp(a - m) (exp(d) - 1 - d), all over tau;
     the maxima m and m' where they are searched for, and V where they are not; how many a exceed s.
     """
-    scale = load_scale(scale)
+    scale = log2_of(temperature, scale)
     i, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     stride = BLOCK_K if STATIONARY else stride
     o, t = z, z + tl.cast(B, tl.int64) * stride
@@ -163,11 +162,11 @@ def _weigh(
 
 @triton.jit(do_not_specialize=SIZES)
 def _losses(
-    s_pos, parts, scale, alpha, beta, losses, stats, B, splits,
+    s_pos, parts, temperature, scale, alpha, beta, losses, stats, B, splits,
     SEARCH: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """losses [B] and stats [8, B] from the parts, in their order"""
-    scale = load_scale(scale)
+    scale = log2_of(temperature, scale)
     inv_tau = scale * LN2
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < B
@@ -286,12 +285,12 @@ def _weigh_view(
 
 @triton.jit(do_not_specialize=SIZES)
 def _weigh_back(
-    z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span,
+    z, grad, stats, dz, temperature, scale, beta, B, M, negatives, stride, tiles, span,
     BOTH: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dz [splits, M, stride], BLOCK_K columns a program: dL/dS tau times the target over a span of tiles; or BOTH"""
-    scale = load_scale(scale)
+    scale = log2_of(temperature, scale)
     stride = BLOCK_K if STATIONARY else stride
     blocks = stride // BLOCK_K
     column = tl.program_id(2) % blocks * BLOCK_K
@@ -345,18 +344,18 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
     if b == 0:
         return losses, stats
     config = launch.nearest("relic", online.device, operand_dtype, d)["forward"]
-    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), base2(temperature)
+    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), launch.scale_of(temperature)
     with launch.on(online.device):
         z, _, s_pos = operand(online, target, x.normalize, operand_dtype, config["BLOCK_K"], rounded=True)
         stride = z.shape[1]
         blocks, tiles, span, splits = _spans(online, 0, negatives, config)
         parts = losses.new_empty(SUMS, splits, b)
         _weigh[blocks, splits](
-            z, s_pos, parts, scale, b, negatives, stride, tiles, span, search, x.count_exceeding,
+            z, s_pos, parts, *scale, b, negatives, stride, tiles, span, search, x.count_exceeding,
             launch.precision(operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
         _losses[triton.cdiv(b, 16),](
-            s_pos, parts, scale, x.alpha, x.beta, losses, stats, b, splits, search, x.count_exceeding, PARTS, 16,
+            s_pos, parts, *scale, x.alpha, x.beta, losses, stats, b, splits, search, x.count_exceeding, PARTS, 16,
             **launch.FUSED,
         )  # fmt: skip
     return losses, stats
@@ -369,7 +368,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
     if b == 0:
         return torch.empty_like(online), target.new_empty(target.shape if gradients == 2 else 0), grad.new_zeros(())
     config = launch.nearest("relic", online.device, operand_dtype, d)["backward"]
-    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), base2(temperature)
+    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), launch.scale_of(temperature)
     with launch.on(online.device):
         z, inv_norm, _ = operand(online, target, x.normalize, operand_dtype, config["BLOCK_K"], rounded=True)
         stride = z.shape[1]
@@ -381,7 +380,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
         blocks, tiles, span, splits = _spans(online, negatives, negatives, config)
         dz = grad.new_empty(splits, gradients * b, stride)
         _weigh_back[blocks, splits, gradients * stride // config["BLOCK_K"]](
-            z, weights, stats, dz, scale, x.beta, b, gradients * b, negatives, stride, tiles, span,
+            z, weights, stats, dz, *scale, x.beta, b, gradients * b, negatives, stride, tiles, span,
             gradients == 2, search, launch.precision(operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
         learned = x.needs_grad[2]
@@ -390,4 +389,4 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
             grad=grad, dotted=learned,
         )  # fmt: skip
     dtarget = found[1] if gradients == 2 else target.new_empty(0)
-    return found[0], dtarget, dots[:b].sum() * (-1 / temperature) if learned else grad.new_empty(0)
+    return found[0], dtarget, -dots[:b].sum() / temperature if learned else grad.new_empty(0)

@@ -132,7 +132,7 @@ def _prepare(
 @triton.jit
 def _gradient_tile(
     x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
-    BLOCK_D: tl.constexpr,
+    PULLED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The unit row and its gradient [rows, k : k + BLOCK_D]: the splits' sum less the positive's share, over tau"""
     columns = k + tl.arange(0, BLOCK_D)
@@ -144,28 +144,30 @@ def _gradient_tile(
     if w_inverse is not None:
         total = total * w_inverse
     own = load(x, rows, k, N, D, BLOCK_D) * inv[:, None]
-    if z is None:
-        positive = load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None]
-    else:
-        positive = tl.load(address(z, N - first + rows, columns, stride), mask=mask, other=0.0).to(tl.float32)
-    return own, (total - pull[:, None] * positive) * inv_tau
+    if PULLED:
+        if z is None:
+            positive = load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None]
+        else:
+            positive = tl.load(address(z, N - first + rows, columns, stride), mask=mask, other=0.0).to(tl.float32)
+        total = total - pull[:, None] * positive
+    return own, total * inv_tau
 
 
 @triton.jit
 def _view_gradient(
-    x, other, z, dz, inv_norm, pull, w_inverse, inv_tau, dx, dots, rows, first, N, M, D, stride, splits,
-    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, other, z, dz, inv_norm, inv_other, pull, w_inverse, inv_tau, dx, dots, rows, first, N, M, D, stride, splits,
+    PULLED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D] of the view x, whose dz starts at row `first`, 0 or N"""
     inside = rows < N
-    inv = tl.load(inv_norm + first + rows, mask=inside, other=0.0)
-    inv_other = tl.load(inv_norm + (N - first) + rows, mask=inside, other=0.0)
+    inv = tl.load(inv_norm + rows, mask=inside, other=0.0)
+    inv_other = tl.load(inv_other + rows, mask=inside, other=0.0) if PULLED else inv
     dot = tl.zeros_like(pull)
     if NORMALIZE or dots is not None:
         for k in range(0, D, BLOCK_D):
             own, d = _gradient_tile(
                 x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
-                BLOCK_D,
+                PULLED, BLOCK_D,
             )  # fmt: skip
             dot += tl.sum(own * d, 1)
     if dots is not None:
@@ -173,8 +175,9 @@ def _view_gradient(
     along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
     for k in range(0, D, BLOCK_D):
         own, d = _gradient_tile(
-            x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits, BLOCK_D
-        )
+            x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
+            PULLED, BLOCK_D,
+        )  # fmt: skip
         if NORMALIZE:
             d = (d - own * along[:, None]) * inv[:, None]
         columns = k + tl.arange(0, BLOCK_D)
@@ -184,13 +187,18 @@ def _view_gradient(
 
 @triton.jit(do_not_specialize=("N", "M", "splits"))
 def _gradient(
-    x0, x1, z, dz, inv_norm, pull, grad, w_scale, scale, dx0, dx1, dots, N, M, D, stride, splits,
+    x0, x1, z, dz, inv_norm, inv_other, pull, grad, w_scale, temperature, scale, dx0, dx1, dots,
+    N, M, D, stride, splits,
     PULLS: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx0 and, unless it is None, dx1 [N, D] of the views; dz [splits, M, stride]; dots [M] = <row, gradient>, or None.
 
-    pull [PULLS, N] is added up, each times its grad, if that is given.
+    pull [PULLS, N] is added up, each times its grad, if that is given. inv_norm [N] and inv_other [N] of the views, or
+    inv_norm [2N] and None.
     """
+    PULLED: tl.constexpr = PULLS > 0
+    if inv_other is None:
+        inv_other = inv_norm + N
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     pulls = tl.zeros([BLOCK_R], tl.float32)
     for k in tl.static_range(PULLS):
@@ -198,17 +206,17 @@ def _gradient(
         if grad is not None:
             share = share * tl.load(grad + k * N + rows, mask=rows < N, other=0.0)
         pulls += share
-    inv_tau = number(scale) * LN2
+    inv_tau = log2_of(temperature, number(scale)) * LN2
     w_inverse = 1.0 / tl.load(w_scale) if w_scale is not None else None
     if tl.program_id(1) == 0:
         _view_gradient(
-            x0, x1, z, dz, inv_norm, pulls, w_inverse, inv_tau, dx0, dots, rows, 0, N, M, D, stride, splits,
-            NORMALIZE, BLOCK_D,
+            x0, x1, z, dz, inv_norm, inv_other, pulls, w_inverse, inv_tau, dx0, dots, rows, 0, N, M, D, stride, splits,
+            PULLED, NORMALIZE, BLOCK_D,
         )  # fmt: skip
     elif dx1 is not None:
         _view_gradient(
-            x1, x0, z, dz, inv_norm, pulls, w_inverse, inv_tau, dx1, dots, rows, N, N, M, D, stride, splits,
-            NORMALIZE, BLOCK_D,
+            x1, x0, z, dz, inv_other, inv_norm, pulls, w_inverse, inv_tau, dx1, dots, rows, N, N, M, D, stride, splits,
+            PULLED, NORMALIZE, BLOCK_D,
         )  # fmt: skip
 
 
@@ -257,9 +265,11 @@ def number(x):
 
 
 @triton.jit
-def load_scale(scale):
-    """base2's, guarded"""
-    return guarded(number(scale))
+def log2_of(temperature, scale):
+    """log2(e) / tau; of a tau on the device guarded, so -inf stays -inf at an infinite one"""
+    if temperature is not None:
+        scale = guarded(tl.div_rn(LOG2E, tl.load(temperature)))
+    return scale
 
 
 @triton.jit
@@ -316,32 +326,36 @@ def operand(
 
 
 def input_gradients(
-    views: tuple[Tensor, Tensor],
+    views: tuple[Tensor, ...],
     count: int,
     dz: Tensor,
     inv_norm: Tensor,
-    pull: Tensor,
+    pull: Tensor | None,
     w_scale: Tensor | None,
-    scale: float | Tensor,
+    scale: tuple[Tensor | None, float | Tensor],
     normalize: bool,
     z: Tensor | None = None,
     dtype: torch.dtype | None = None,
     grad: Tensor | None = None,
     dotted: bool = True,
+    inv_other: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Of the first `count` views [N, D], in their dtype or another; dots [count * N] of unit rows and their gradients,
     if `dotted`.
 
     dz [splits, count * N, stride]: what adds up to the unit rows' gradients, times tau and w_scale, but for the
     positives' share: the other view's row, as the operand z has it, or not rounded, times pull [N], or the sum of pull
-    [2N] over its halves; times grad, of pull's shape, if it is given.
+    [2N] over its halves; times grad, of pull's shape, if it is given. Without pull there is none, and one view will do.
+    inv_norm: of all views, or of the first, beside inv_other of the second. scale: launch.scale_of's.
     """
     n, d = views[0].shape
-    blocks, dots = row_blocks(d), pull.new_empty(count * n if dotted else 0)
+    blocks, dots = row_blocks(d), dz.new_empty(count * n if dotted else 0)
+    pulls = 0 if pull is None else pull.numel() // n
     found = [torch.empty_like(x, dtype=dtype) for x in views[:count]]
     _gradient[triton.cdiv(n, blocks["BLOCK_R"]), count](
-        *views, z, dz, inv_norm, pull, grad, w_scale, scale, found[0], found[1] if count == 2 else None,
-        dots if dotted else None, n, count * n, d, dz.shape[2], len(dz), pull.numel() // n, normalize, **blocks,
+        views[0], views[-1], z, dz, inv_norm, inv_other, pull, grad, w_scale, *scale,
+        found[0], found[1] if count == 2 else None, dots if dotted else None,
+        n, count * n, d, dz.shape[2], len(dz), pulls, normalize, **blocks,
     )  # fmt: skip
     return found, dots
 
@@ -355,15 +369,3 @@ def inverse(x: Tensor, normalize: bool) -> Tensor | None:
     if n:
         _inv_norms[triton.cdiv(n, blocks["BLOCK_R"]),](x, out, n, d, **blocks)
     return out
-
-
-def base2(temperature: float | Tensor) -> float | Tensor:
-    """log2(e) / tau, exp(s / tau) = exp2(s * scale): a number, or [] where the temperature is, and stays"""
-    return LOG2E.value / (temperature.float() if isinstance(temperature, Tensor) else temperature)
-
-
-def log2_scale(temperature: float | Tensor, z: Tensor) -> Tensor:
-    """log2(e) / tau [] on z's device: exp(s / tau) = exp2(s * scale), and nothing is read on the host"""
-    if isinstance(temperature, Tensor):
-        return LOG2E.value / temperature.float()
-    return torch.full((), LOG2E.value / temperature, dtype=torch.float32, device=z.device)

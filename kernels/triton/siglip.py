@@ -139,7 +139,7 @@ def forward(x: Arguments, first: int = 0) -> tuple[Tensor, ...]:
 
         multiply_blocks(left, right, dleft, dright, weigh, 1 / weight)
         _finish[3,](parts, loss, dlogit_scale, dbias, n, parts.shape[1], 1024, **launch.FUSED)
-        factor = torch.full((), LOG2E.value / max(n, 1), device=loss.device) * x.logit_scale
+        factor = LOG2E.value / max(n, 1) * x.logit_scale
         at = first if first < n else 0  # those do not draw
         own = slice(at, at + b)
         dimage = dtext = loss.new_empty(0)

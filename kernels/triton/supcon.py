@@ -23,7 +23,7 @@ from torch import Tensor
 from . import launch
 from .launch import refuses  # noqa: F401
 from .pairs import given, log2_parts, number, operand, positive, power
-from .rows import LOWEST, address, column_tile, input_gradients, log2_scale, logits_range, own_rows, row_tile
+from .rows import LOWEST, address, column_tile, input_gradients, logits_range, own_rows, row_tile
 
 if TYPE_CHECKING:
     from sslops.distributed import Part
@@ -289,9 +289,9 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
 
 
 def _gradient(
-    grad: Tensor, x: Arguments, inv_norm: Tensor, stats: Tensor, part: Part | None, dtype: torch.dtype
+    grad: Tensor, x: Arguments, inv_norm: Tensor, stats: Tensor, part: Part | None, dtype: torch.dtype, dotted: bool
 ) -> tuple[Tensor, Tensor]:
-    """dz of the own rows, in dtype, and dots of unit rows and their gradients; grad of all rows"""
+    """dz of the own rows, in dtype, and dots of unit rows and their gradients, if dotted; grad of all rows"""
     config = launch.nearest("supcon", x.z.device, x.operand_dtype, x.z.shape[-1])["backward"]
     with launch.on(x.z.device):
         _, tensors, (m, n, rows, count, first) = _operands(x, part, config["BLOCK_K"])
@@ -299,27 +299,30 @@ def _gradient(
         if rows == 0:
             return torch.empty_like(own, dtype=dtype), grad.new_empty(0)
         blocks, span, splits = _spans(rows, m, config)
-        weights = grad if x.weights is None else grad * x.weights.repeat(len(grad) // n)  # in the stats already
-        w_scale = launch.half_scale(x.operand_dtype, weights)
+        w_scale = None
+        if x.operand_dtype == torch.float16:
+            weights = grad if x.weights is None else grad * x.weights.repeat(len(grad) // n)  # in the stats already
+            w_scale = launch.half_scale(x.operand_dtype, weights)
         dz = grad.new_empty(splits, rows, stride)
         _weigh_back[blocks, splits, stride // config["BLOCK_K"]](
             *tensors, grad if w_scale is None else grad * w_scale, stats, dz, *given(x.temperature),
             m, n, rows, count, first, stride, span, *_kind(x), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
         norms = inv_norm if part is None else inv_norm.view(-1, n)[:, first : first + count].flatten()
-        flat, scale = own.flatten(0, -2), log2_scale(x.temperature, x.z)
         (dx,), dots = input_gradients(
-            (flat, flat), 1, dz, norms.repeat(2), grad.new_zeros(rows), w_scale, scale, x.normalize, dtype=dtype
-        )
+            (own.flatten(0, -2),), 1, dz, norms, None, w_scale, launch.scale_of(x.temperature), x.normalize,
+            dtype=dtype, dotted=dotted,
+        )  # fmt: skip
     return dx.view(own.shape), dots
 
 
 def backward(
     grad: Tensor, x: Arguments, inv_norm: Tensor, stats: Tensor, part: Part | None = None
 ) -> tuple[Tensor, Tensor]:
-    dz, dots = _gradient(grad, x, inv_norm, stats, part, x.z.dtype)
+    learned = x.needs_grad[1]
+    dz, dots = _gradient(grad, x, inv_norm, stats, part, x.z.dtype, learned)
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
-    return dz, dots.sum() * (-0.5 / x.temperature)
+    return dz, -0.5 * dots.sum() / x.temperature if learned else dots
 
 
 def among_keys(x: Arguments) -> tuple[Tensor, ...]:
@@ -327,5 +330,5 @@ def among_keys(x: Arguments) -> tuple[Tensor, ...]:
     losses, positives, inv_norm, stats = forward(x)
     if not any(x.needs_grad):
         return losses, positives, losses.new_empty(0, x.z.shape[-1]), losses.new_empty(0)
-    dz, dots = _gradient(torch.ones_like(losses), x, inv_norm, stats, None, torch.float32)
+    dz, dots = _gradient(torch.ones_like(losses), x, inv_norm, stats, None, torch.float32, True)
     return losses, positives, dz.flatten(0, -2), dots * (-1 / x.temperature)

@@ -55,12 +55,15 @@ def _products(x, inv_norm, s_pos, N, D, VIEWS: tl.constexpr, BLOCK_R: tl.constex
 
 @triton.jit(do_not_specialize=("N", "rows", "count", "first"))
 def _pull(
-    x, inv_norm, pulls, w_scale, dz, N, rows, count, first, D, stride,
+    x, inv_norm, grad, shares, w_scale, dz, N, rows, count, first, D, stride,
     VIEWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dz [rows, stride] less w_scale times the positives of the own rows, each as much as both rows of the pair pull"""
+    """dz [rows, stride] less w_scale times the positives of the own rows, each as much as both rows of the pair pull:
+    each its grad times its share.
+    """
     k, M = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), VIEWS * N
     own, inside = own_rows(k, N, count, first), k < rows
+    of_own = tl.load(grad + own, mask=inside, other=0.0)
     w = 1.0
     if w_scale is not None:
         w = tl.load(w_scale)
@@ -68,8 +71,9 @@ def _pull(
         total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         for v in range(1, VIEWS):
             other = (own + v * N) % M
-            pull = tl.load(pulls + (v - 1) * M + own, mask=inside, other=0.0)
-            pull += tl.load(pulls + (VIEWS - 1 - v) * M + other, mask=inside, other=0.0)
+            pull = of_own * tl.load(shares + (v - 1) * M + own, mask=inside, other=0.0)
+            of_other = tl.load(grad + other, mask=inside, other=0.0)
+            pull += of_other * tl.load(shares + (VIEWS - 1 - v) * M + other, mask=inside, other=0.0)
             inv = tl.load(inv_norm + other, mask=inside, other=0.0)
             total += load(x, other, column, M, D, BLOCK_D) * inv[:, None] * (w * pull)[:, None]
         columns = column + tl.arange(0, BLOCK_D)
@@ -85,12 +89,14 @@ def products(x: Tensor, inv_norm: Tensor) -> Tensor:
     return s_pos
 
 
-def subtract_pulls(x: Tensor, inv_norm: Tensor, pulls: Tensor, w_scale: Tensor | None, dz: Tensor, own: slice) -> None:
-    """From dz [rows, stride] of the examples `own`, each view's; pulls [V - 1, V N]: of each row on its positives"""
+def subtract_pulls(
+    x: Tensor, inv_norm: Tensor, grad: Tensor, shares: Tensor, w_scale: Tensor | None, dz: Tensor, own: slice
+) -> None:
+    """From dz [rows, stride] of the examples `own`, each view's; shares [V - 1, V N]: of each row in its positives"""
     (v, n, d), (rows, stride) = x.shape, dz.shape
     blocks = row_blocks(d)
     _pull[triton.cdiv(rows, blocks["BLOCK_R"]),](
-        x, inv_norm, pulls, w_scale, dz, n, rows, rows // v, own.start, d, stride, v, **blocks
+        x, inv_norm, grad, shares, w_scale, dz, n, rows, rows // v, own.start, d, stride, v, **blocks
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """W z of NT-Xent's backward pass, W_ij = g_i E_ij / r_i + g_j E_ji / r_j, and 0 where the pair is no negative.
 
 `flash` makes the tiles of W where they are used; `panels`, of rows that are wider than a block, writes blocks of W and
-multiplies them by the library's matmul. rows: classes, g / r, m, scale, maximum and w_scale, as kernels take them.
+multiplies them by the library's matmul. rows: classes, g, stats, temperature, scale, maximum and w_scale, as
+kernels take them.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import launch
 from .pairs import products
-from .rows import LOG2E, column_tile, row_tile
+from .rows import LOG2E, column_tile, log2_of, row_tile
 from .views import of_negatives, row_ranges
 
 # These change from batch to batch: no compilation for each.
@@ -24,12 +25,13 @@ W_BLOCK = 4096  # rows and columns of the panel backward's W: 32 MiB in bf16
 
 
 @triton.jit
-def _row_stats(weights, m, i, M, maximum, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
+def _row_stats(grad, stats, i, M, maximum, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
     """g / r, zeros from row M on, and the maximum times log2(e) of the rows from i"""
     rows = i + tl.arange(0, BLOCK)
-    weight = tl.load(weights + rows, mask=rows < M, other=0.0)
+    weight = tl.load(grad + rows, mask=rows < M, other=0.0)
+    weight = weight * tl.load(stats + tl.cast(M, tl.int64) + rows, mask=rows < M, other=0.0)
     if SEARCH:
-        maximum = tl.load(m + rows, mask=rows < M, other=0.0)
+        maximum = tl.load(stats + rows, mask=rows < M, other=0.0)
     return weight, maximum * LOG2E
 
 
@@ -51,20 +53,20 @@ def _w_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def _flash(
-    z, dz, classes, weights, m, scale, maximum, w_scale, N, M, span, row0, row1, total,
+    z, dz, classes, grad, stats, temperature, scale, maximum, w_scale, N, M, span, row0, row1, total,
     SEARCH: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dz [splits, total, BLOCK_K]: rows row0 to row1 of W z over the span of columns of each split"""
-    scale = tl.load(scale)
+    scale = log2_of(temperature, scale)
     i = row0 + tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
     zi = row_tile(z, i, M, BLOCK_K, BLOCK_M, BLOCK_K)
-    weight_i, top_i = _row_stats(weights, m, i, M, maximum, SEARCH, BLOCK_M)
+    weight_i, top_i = _row_stats(grad, stats, i, M, maximum, SEARCH, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for j in range(split * span, tl.minimum(split * span + span, M), BLOCK_N):
         s = tl.dot(zi, column_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K), input_precision=PRECISION)
-        weight_j, top_j = _row_stats(weights, m, j, M, maximum, SEARCH, BLOCK_N)
+        weight_j, top_j = _row_stats(grad, stats, j, M, maximum, SEARCH, BLOCK_N)
         w = _w_tile(s, i, j, weight_i, top_i, weight_j, top_j, scale, w_scale, classes, N, M, SEARCH, BLOCK_M, BLOCK_N)
         zj = row_tile(z, j, M, BLOCK_K, BLOCK_N, BLOCK_K)
         acc = tl.dot(w.to(z.dtype.element_ty), zj, acc, input_precision=PRECISION)
@@ -75,17 +77,17 @@ def _flash(
 
 @triton.jit(do_not_specialize=SIZES)
 def _w_block(
-    z, w, classes, weights, m, scale, maximum, w_scale, N, M, stride, row0, column0, width,
+    z, w, classes, grad, stats, temperature, scale, maximum, w_scale, N, M, stride, row0, column0, width,
     SEARCH: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """w [.., width]: W of the rows from row0 and the width columns from column0, in the operands' dtype"""
-    scale = tl.load(scale)
+    scale = log2_of(temperature, scale)
     i = row0 + tl.program_id(0) * BLOCK_M
     j = column0 + tl.program_id(1) * BLOCK_N
     s = products(z, z, i, j, M, M, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    weight_i, top_i = _row_stats(weights, m, i, M, maximum, SEARCH, BLOCK_M)
-    weight_j, top_j = _row_stats(weights, m, j, M, maximum, SEARCH, BLOCK_N)
+    weight_i, top_i = _row_stats(grad, stats, i, M, maximum, SEARCH, BLOCK_M)
+    weight_j, top_j = _row_stats(grad, stats, j, M, maximum, SEARCH, BLOCK_N)
     tile = _w_tile(s, i, j, weight_i, top_i, weight_j, top_j, scale, w_scale, classes, N, M, SEARCH, BLOCK_M, BLOCK_N)
     rows = i + tl.arange(0, BLOCK_M)[:, None]
     columns = j + tl.arange(0, BLOCK_N)[None, :]

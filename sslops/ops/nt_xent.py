@@ -25,6 +25,7 @@ class Arguments(NamedTuple):
     shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
     operand_dtype: torch.dtype = torch.float32
     backend: str = ""
+    needs_grad: list[bool] = []  # noqa: RUF012
 
 
 class Outputs(NamedTuple):

@@ -197,12 +197,11 @@ def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
     *of_views, dz, dtemperature, seen = saved
     check_version("supcon", "keys", x.version, seen)
     if x.version < 0:
-        found = _backward_views(grad, x, *of_views)
-    else:
-        if x.group:
-            own = distributed.own_rows(grad, x.group, parts=_sizes(x)[0])
-            grad = own * (distributed.size(x.group) if x.shared else 1)
-        found = (dz * grad[:, None]).to(x.z.dtype).view(x.z.shape), total(grad * dtemperature)
+        return _backward_views(grad, x, *of_views)
+    if x.group:
+        own = distributed.own_rows(grad, x.group, parts=_sizes(x)[0])
+        grad = own * (distributed.size(x.group) if x.shared else 1)
+    found = (dz * grad[:, None]).to(x.z.dtype).view(x.z.shape), total(grad * dtemperature)
     return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(found, x.needs_grad, strict=True))
 
 

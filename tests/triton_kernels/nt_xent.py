@@ -44,6 +44,7 @@ def call(
     tau = torch.ones((), device=device) if temperature is None else temperature
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
         x = arguments(z, None if views else z, tau, True, compute, count)
+        x = x._replace(needs_grad=[True, not views, temperature is None])
         if decoupled:
             x = x._replace(decoupled=True, positive_weights=torch.ones(views or 2, n, device=device))
         losses, _, *saved = nt_xent.forward(x)
@@ -62,7 +63,8 @@ def arguments(
     operand: torch.dtype,
     count: bool = False,
 ) -> Arguments:
-    return Arguments(z0, z1, None, None, temperature, normalize, False, count, "", False, operand, "triton")
+    needs_grad = [True, z1 is not None, True]
+    return Arguments(z0, z1, None, None, temperature, normalize, False, count, "", False, operand, "triton", needs_grad)
 
 
 def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:

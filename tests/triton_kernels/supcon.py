@@ -33,7 +33,7 @@ def call(
     z = torch.ones(shape, dtype=compute, device=device)
     labels = torch.ones(shape[-2], dtype=torch.int32, device=device)
     tau = torch.ones((), device=device) if temperature is None else temperature
-    x = arguments(z, labels, tau, normalize, where)
+    x = arguments(z, labels, tau, normalize, where)._replace(needs_grad=[True, temperature is None])
     if ids:
         x = x._replace(query_ids=labels, weights=torch.ones(shape[-2], device=device))
     if keys is not None:
