@@ -36,6 +36,7 @@ SHARED = {
     "kernels/triton/pairs.json",
     "kernels/triton/pairs.py",
     "kernels/triton/prototypes.py",
+    "kernels/triton/relic_tiles.py",
     "kernels/triton/rows.py",
     "kernels/triton/views.py",
     "kernels/triton/w_z.py",

@@ -350,7 +350,10 @@ def test_backward_twice(device, backend):
 
 def lowered(online, target, backend, *, negatives=None, temperature=0.3, of_target=True) -> list:
     """The arguments of torch.ops.sslops.relic"""
-    order = None if negatives is None else torch.arange(len(online), device=online.device).flip(0)
+    order = None
+    if negatives is not None:
+        pairs = len(online) * len(target) if online.dim() == 3 else 1
+        order = torch.arange(online.shape[-2], device=online.device).flip(0).repeat(pairs, 1)
     needs_grad = [True, of_target, isinstance(temperature, torch.Tensor)]
     options = (negatives, order, True, True, torch.float32, needs_grad, backend)
     return oracle.lowered(Arguments(online, target, temperature, 1.0, 2.0, *options))
@@ -514,12 +517,45 @@ class TestMultiCrop:
         assert 0 <= logged.top1 <= logged.top5 <= 1
 
     @each_target
-    def test_accuracy(self, device, backend):
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("n", "negatives"), [(300, None), (300, 20)])
+    def test_accuracy(self, device, backend, dtype, n, negatives):
         def op(*crops, **kwargs):
-            return sslops.relic_multicrop(crops[:2], crops[2:5], crops[5:], temperature=0.1, **WEIGHTS, **kwargs)
+            *crops, temperature = crops
+            generator = torch.Generator(device).manual_seed(5)
+            options = {"temperature": temperature, "num_negatives": negatives, "generator": generator}
+            return sslops.relic_multicrop(crops[:2], crops[2:5], crops[5:], **options, **WEIGHTS, **kwargs)
 
-        crops = {f"crop {k}": x.to(device) for k, x in enumerate(x for each in self.crops(n=300) for x in each)}
-        oracle.check(op, crops, backend)
+        crops = {f"crop {k}": x.to(device, dtype) for k, x in enumerate(x for each in self.crops(n=n) for x in each)}
+        oracle.check(op, crops | {"temperature": torch.tensor(0.1, device=device)}, backend)
+
+    @each_target
+    @pytest.mark.parametrize("negatives", [None, 3])
+    def test_opcheck(self, device, backend, negatives):
+        crops = torch.randn(5, 6, 8, device=device, requires_grad=True)
+        arguments = lowered(crops[:3], crops[3:], backend, negatives=negatives)
+        torch.library.opcheck(torch.ops.sslops.relic.default, arguments)
+        with torch.no_grad():
+            found, *saved = torch.ops.sslops.relic(*arguments)
+            detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+            torch.library.opcheck(torch.ops.sslops.relic_backward.default, (found, *detached, *saved))
+
+    @each_target
+    def test_bad_input_to_the_registered_op(self, device, backend):
+        crops = torch.randn(5, 6, 8, device=device)
+
+        def refused(argument, online, target, negatives=None, pairs=6):
+            arguments = lowered(online, target, backend, negatives=negatives)
+            order = [k for k, x in enumerate(arguments) if isinstance(x, torch.Tensor) and not x.is_floating_point()]
+            for k in order:
+                arguments[k] = arguments[k][:pairs]
+            oracle.assert_refused(ValueError, "relic", argument, lambda: torch.ops.sslops.relic(*arguments))
+
+        refused("online", crops[:0], crops[3:])
+        refused("target", crops[:3], crops[3:, :5])
+        refused("target", crops[:3], crops[:0])
+        refused("target", crops[:3], crops[0])
+        refused("order", crops[:3], crops[3:], negatives=3, pairs=5)
 
     def test_bad_input(self):
         large, small, targets = self.crops()

@@ -100,11 +100,13 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: flo
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
 
 
-def half_scale(operand: torch.dtype, values: Tensor) -> Tensor | None:
-    """[]: what takes the largest of values near the top of float16, which has 5 bits of exponent; None elsewhere"""
+def half_scale(operand: torch.dtype, values: Tensor, dim: int | None = None) -> Tensor | None:
+    """What takes the largest of values, [] or along dim, near the top of float16, which has 5 bits of exponent; None
+    elsewhere.
+    """
     if operand != torch.float16:
         return None
-    return 2.0**14 / torch.linalg.vector_norm(values, float("inf")).clamp(min=1e-30)
+    return 2.0**14 / torch.linalg.vector_norm(values, float("inf"), dim=dim).clamp(min=1e-30)
 
 
 def row_a_program(width: int) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """RELIC in Triton: the tiles of a = S and of b = S^T pass by together, nothing of size B x B in memory.
 
+All pairs of crops are in the same three launches a direction, each pair in programs of its own.
+
 Forward, 4 B^2 D FLOP: blocks of rows, by as many spans of column tiles as fill the chip, add up what a row needs of its
 negatives; what the spans found is joined in their order. Backward, 6 B^2 D for each input that learns: the tiles again,
 and their weights times the other view. The positives stay out of the weights, where rounding would drown the gradient
 of aligned pairs. Few negatives: only the tiles of their band. Rows wider than a block: each slice of their columns
 makes the tiles anew.
 
-Order of every sum is fixed, so the same input gives the same bits. Scratch, in bytes: both views in the operands'
-dtype; forward 28 a row and span, backward 4 D a row and span, BLOCKS blocks of rows a multiprocessor at least.
+Order of every sum is fixed, so the same input gives the same bits. Scratch, in bytes: the crops in the operands' dtype,
+or where negatives are drawn both of each pair, in its order; forward 28 a pair, row and span, backward 4 D a pair, row
+and span, BLOCKS blocks of rows a multiprocessor at least.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,15 +25,18 @@ from torch import Tensor
 
 from . import launch
 from .launch import refuses  # noqa: F401
+from .relic_tiles import has_others, is_negative, logits, pair_views, row_stats, weights, wrapped
 from .rows import (
     LN2,
     LOWEST,
+    address,
     atanh_series,
     close,
-    input_gradients,
+    inv_norms,
+    load,
     log2_of,
     logits_range,
-    operand,
+    row_blocks,
     row_tile,
 )
 
@@ -37,74 +44,70 @@ if TYPE_CHECKING:
     from sslops.ops.relic import Arguments
 
 # These change from batch to batch: no compilation for each.
-SIZES = ("B", "M", "negatives", "tiles", "span", "splits")
+SIZES = ("B", "negatives", "tiles", "span", "splits", "onlines", "targets")
 
 BLOCKS = 2  # of a multiprocessor, about; but at most PARTS spans
 PARTS = 64
-SUMS = 7  # A, B, Y, E, V or a's maximum, b's maximum, how many exceed: of a row and span
+SUMS = tl.constexpr(7)  # A, B, Y, E, V or a's maximum, b's maximum, how many exceed: of a row and span
 
 
-@triton.jit
-def _wrapped(begin, tile, B, BLOCK: tl.constexpr):
-    """Where the block of BLOCK rows starts that is `tile` blocks, in cyclic order, after that of row `begin`"""
-    return (begin // BLOCK + tile) % tl.cdiv(B, BLOCK) * BLOCK
-
-
-@triton.jit
-def _logits(
-    x, y, xi, yi, i, j, column, B, stride, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def _prepare(
+    online, target, order, z, inv_norm, s_pos, B, D, stride, onlines, targets,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_j> and <y_i, x_j> of the rows from i and from j, and y_j from `column` on; xi, yi: where stationary"""
-    if STATIONARY:
-        yj = row_tile(y, j, B, stride, BLOCK_N, BLOCK_K)
-        u = tl.dot(xi, tl.trans(yj), input_precision=PRECISION)
-        v = tl.dot(yi, tl.trans(row_tile(x, j, B, stride, BLOCK_N, BLOCK_K)), input_precision=PRECISION)
-    else:
-        u = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        v = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, stride, BLOCK_K):
-            a = row_tile(x + k, i, B, stride, BLOCK_M, BLOCK_K)
-            u = tl.dot(a, tl.trans(row_tile(y + k, j, B, stride, BLOCK_N, BLOCK_K)), u, input_precision=PRECISION)
-            b = row_tile(y + k, i, B, stride, BLOCK_M, BLOCK_K)
-            v = tl.dot(b, tl.trans(row_tile(x + k, j, B, stride, BLOCK_N, BLOCK_K)), v, input_precision=PRECISION)
-        yj = row_tile(y + column, j, B, stride, BLOCK_N, BLOCK_K)
-    return u, v, yj
-
-
-@triton.jit
-def _has_others(i, j, B, negatives, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether the tile at (i, j) holds anything but negatives"""
-    return (negatives < B - 1) | ((i < j + BLOCK_N) & (j < i + BLOCK_M)) | (j + BLOCK_N > B)
-
-
-@triton.jit
-def _is_negative(rows, columns, B, negatives):
-    """Which columns are among the `negatives` rows that follow the row in cyclic order; rows below B"""
-    steps = columns - rows
-    steps = tl.where(steps < 0, steps + B, steps)
-    return (steps > 0) & (steps <= negatives) & (columns < B)
+    """z, the matmuls' operands: crops normalised, rounded, padded, and in order; inv_norm [O + T, B]; s_pos [P, B]"""
+    blocks = tl.cdiv(B, BLOCK_R)
+    pair, rows = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    o, t, inside = pair // targets, pair % targets, rows < B
+    given = rows
+    if order is not None:
+        given = tl.load(order + tl.cast(pair, tl.int64) * B + rows, mask=inside, other=B)
+    online += tl.cast(o, tl.int64) * B * D
+    target += tl.cast(t, tl.int64) * B * D
+    inv0 = tl.full([BLOCK_R], 1.0, tl.float32)
+    inv1 = inv0
+    if NORMALIZE:
+        inv0 = inv_norms(online, given, B, D, BLOCK_R, BLOCK_D)
+        inv1 = inv_norms(target, given, B, D, BLOCK_R, BLOCK_D)
+    z0, z1 = pair_views(z, pair, B, stride, onlines, targets, order is not None)
+    # One pair of each crop writes what is the crop's.
+    first0, first1 = rows < tl.where(t == 0, B, 0), rows < tl.where(o == 0, B, 0)
+    own0, own1 = (inside, inside) if order is not None else (first0, first1)
+    s = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(0, stride, BLOCK_D):
+        a = (load(online, given, k, B, D, BLOCK_D) * inv0[:, None]).to(z.dtype.element_ty)
+        b = (load(target, given, k, B, D, BLOCK_D) * inv1[:, None]).to(z.dtype.element_ty)
+        s += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+        columns = k + tl.arange(0, BLOCK_D)
+        wide = (columns < stride)[None, :]
+        tl.store(address(z0, rows, columns, stride), a, mask=own0[:, None] & wide)
+        tl.store(address(z1, rows, columns, stride), b, mask=own1[:, None] & wide)
+    tl.store(inv_norm + tl.cast(o, tl.int64) * B + given, inv0, mask=first0)
+    tl.store(inv_norm + tl.cast(onlines + t, tl.int64) * B + given, inv1, mask=first1)
+    tl.store(s_pos + tl.cast(pair, tl.int64) * B + rows, s, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _weigh(
-    z, s_pos, parts, temperature, scale, B, negatives, stride, tiles, span,
-    SEARCH: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
+    z, s_pos, parts, temperature, scale, B, negatives, stride, tiles, span, onlines, targets,
+    SEARCH: tl.constexpr, COUNT: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """parts [SUMS, splits, B] of a span of tiles: over a row's negatives, with d = (b - a) / tau, the sums of
+    """parts [P, SUMS, splits, B] of a span of tiles: over a row's negatives, with d = (b - a) / tau, the sums of
 
     A: exp(a - m), B: exp(b - m'), Y: exp(a - m) (b - s), E: exp(a - m) d, V: exp(a - m) (exp(d) - 1 - d), all over tau;
     the maxima m and m' where they are searched for, and V where they are not; how many a exceed s.
     """
     scale = log2_of(temperature, scale)
-    i, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    blocks, split = tl.cdiv(B, BLOCK_M), tl.program_id(1)
+    pair, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     stride = BLOCK_K if STATIONARY else stride
-    o, t = z, z + tl.cast(B, tl.int64) * stride
+    o, t = pair_views(z, pair, B, stride, onlines, targets, ORDERED)
     oi = row_tile(o, i, B, stride, BLOCK_M, BLOCK_K)
     ti = row_tile(t, i, B, stride, BLOCK_M, BLOCK_K)
     rows = i + tl.arange(0, BLOCK_M)
-    s = tl.load(s_pos + rows, mask=rows < B, other=0.0)
+    s = tl.load(s_pos + tl.cast(pair, tl.int64) * B + rows, mask=rows < B, other=0.0)
     top_a = s if SEARCH else tl.full([BLOCK_M], 1.0, tl.float32)
     top_b = top_a
     sum_a = tl.zeros([BLOCK_M], tl.float32)
@@ -114,12 +117,12 @@ def _weigh(
     sum_v = tl.zeros([BLOCK_M], tl.float32)
     above = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(split * span, tl.minimum(split * span + span, tiles)):
-        j = _wrapped(i, tile, B, BLOCK_N)
-        a, b, _ = _logits(o, t, oi, ti, i, j, 0, B, stride, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K)
+        j = wrapped(i, tile, B, BLOCK_N)
+        a, b, _ = logits(o, t, oi, ti, i, j, 0, B, stride, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K)
         columns = j + tl.arange(0, BLOCK_N)
-        others = _has_others(i, j, B, negatives, BLOCK_M, BLOCK_N)
+        others = has_others(i, j, B, negatives, BLOCK_M, BLOCK_N)
         if others:
-            negative = _is_negative(rows[:, None], columns[None, :], B, negatives)
+            negative = is_negative(rows[:, None], columns[None, :], B, negatives)
             a = tl.where(negative, a, s[:, None])  # adds nothing to any sum but A and B
             b = tl.where(negative, b, s[:, None])
         if SEARCH:
@@ -131,7 +134,7 @@ def _weigh(
         p = tl.exp2((a - top_a[:, None]) * scale)
         q = tl.exp2((b - top_b[:, None]) * scale)
         if others:
-            negative = _is_negative(rows[:, None], columns[None, :], B, negatives)
+            negative = is_negative(rows[:, None], columns[None, :], B, negatives)
             p = tl.where(negative, p, 0.0)
             q = tl.where(negative, q, 0.0)
         d = (b - a) * (scale * LN2)
@@ -146,7 +149,7 @@ def _weigh(
         if COUNT:
             above += tl.sum(tl.where(a > s[:, None], 1.0, 0.0), 1)
     inside, step = rows < B, tl.cast(tl.num_programs(1), tl.int64) * B
-    parts += tl.cast(split, tl.int64) * B + rows
+    parts += (pair * SUMS * tl.num_programs(1) + split) * tl.cast(B, tl.int64) + rows
     tl.store(parts, sum_a, mask=inside)
     tl.store(parts + step, sum_b, mask=inside)
     tl.store(parts + 2 * step, sum_y, mask=inside)
@@ -162,28 +165,28 @@ def _weigh(
 
 @triton.jit(do_not_specialize=SIZES)
 def _losses(
-    s_pos, parts, temperature, scale, alpha, beta, losses, stats, B, splits,
+    s_pos, parts, order, temperature, scale, alpha, beta, losses, stats, B, splits,
     SEARCH: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """losses [B] and stats [8, B] from the parts, in their order"""
+    """losses [P, B] and stats [P, 8, B] from the parts, in their order"""
     scale = log2_of(temperature, scale)
     inv_tau = scale * LN2
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks, step = tl.cdiv(B, BLOCK), tl.cast(B, tl.int64)
+    pair, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = i < B
     part = tl.arange(0, PARTS)[:, None]
     mask = (part < splits) & inside[None, :]
-    step = tl.cast(splits, tl.int64) * B
-    parts += part.to(tl.int64) * B + i[None, :]
-    s = tl.load(s_pos + i, mask=inside, other=0.0)
+    parts += (pair * SUMS * splits + part) * step + i[None, :]
+    s = tl.load(s_pos + pair * step + i, mask=inside, other=0.0)
     a = tl.load(parts, mask=mask, other=0.0)
-    b = tl.load(parts + step, mask=mask, other=0.0)
-    y = tl.load(parts + 2 * step, mask=mask, other=0.0)
-    e = tl.load(parts + 3 * step, mask=mask, other=0.0)
+    b = tl.load(parts + splits * step, mask=mask, other=0.0)
+    y = tl.load(parts + 2 * splits * step, mask=mask, other=0.0)
+    e = tl.load(parts + 3 * splits * step, mask=mask, other=0.0)
     top_a = tl.full([BLOCK], 1.0, tl.float32)
     top_b = top_a
     if SEARCH:
-        tops_a = tl.load(parts + 4 * step, mask=mask, other=LOWEST)
-        tops_b = tl.load(parts + 5 * step, mask=mask, other=LOWEST)
+        tops_a = tl.load(parts + 4 * splits * step, mask=mask, other=LOWEST)
+        tops_b = tl.load(parts + 5 * splits * step, mask=mask, other=LOWEST)
         top_a, top_b = tl.max(tops_a, 0), tl.max(tops_b, 0)
         shrink = tl.exp2((tops_a - top_a[None, :]) * scale)
         a, y, e = a * shrink, y * shrink, e * shrink
@@ -200,14 +203,14 @@ def _losses(
         u = tl.where(near, u, 0.0)
         h = tl.div_rn(u, 2.0 + u)
         k = h * h
-        v = tl.div_rn(tl.sum(tl.load(parts + 4 * step, mask=mask, other=0.0), 0), r_a)
+        v = tl.div_rn(tl.sum(tl.load(parts + 4 * splits * step, mask=mask, other=0.0), 0), r_a)
         divergence = tl.where(near, v + (2.0 * h * k * atanh_series(k) - u * h), divergence)
     above = tl.zeros([BLOCK], tl.float32)
     if COUNT:
-        above = tl.sum(tl.load(parts + 6 * step, mask=mask, other=0.0), 0)
-    tl.store(losses + i, alpha * loss_a + beta * divergence, mask=inside)
-    step = tl.cast(B, tl.int64)
-    stats += i
+        above = tl.sum(tl.load(parts + 6 * splits * step, mask=mask, other=0.0), 0)
+    given = i if order is None else tl.load(order + pair * step + i, mask=inside, other=0)
+    tl.store(losses + pair * step + given, alpha * loss_a + beta * divergence, mask=inside)
+    stats += pair * 8 * step + i
     tl.store(stats, top_a, mask=inside)
     tl.store(stats + step, tl.div_rn(1.0, r_a), mask=inside)
     tl.store(stats + 2 * step, top_b, mask=inside)
@@ -219,102 +222,153 @@ def _losses(
 
 
 @triton.jit
-def _row_stats(grad, stats, rows, B):
-    """grad / r of a and of b, alpha + beta Y, s, and the maxima of a and of b: of the rows, zeros from B on"""
-    inside, step = rows < B, tl.cast(B, tl.int64)
-    g = tl.load(grad + rows, mask=inside, other=0.0)
-    stats += rows
-    top_a = tl.load(stats, mask=inside, other=0.0)
-    p = g * tl.load(stats + step, mask=inside, other=0.0)
-    top_b = tl.load(stats + 2 * step, mask=inside, other=0.0)
-    q = g * tl.load(stats + 3 * step, mask=inside, other=0.0)
-    c = tl.load(stats + 4 * step, mask=inside, other=0.0)
-    s = tl.load(stats + 6 * step, mask=inside, other=0.0)
-    return p, q, c, s, top_a, top_b
-
-
-@triton.jit
-def _weights(u, v, own, other, scale, beta, SEARCH: tl.constexpr):
-    """dL/dS tau, S = u: what is due to the rows of S (`own` their stats), and what to its columns (`other`)"""
-    p, _, c, s, top, _ = own
-    p_other, q_other, _, _, top_a, top_b = other
-    e_own = tl.exp2((u - top) * scale)
-    e_q, e_p = e_own, tl.exp2((v - top_a) * scale)
-    if SEARCH:
-        e_q = tl.exp2((u - top_b) * scale)
-    return e_own * p * (c - beta * (scale * LN2) * (v - s)), beta * (e_q * q_other - e_p * p_other)
-
-
-@triton.jit
 def _weigh_view(
-    z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column,
+    x, y, grad, order, stats, w_scale, dz, scale, beta, B, negatives, stride, tiles, span, i, column,
     TARGET: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """_weigh_back of online, or of the target: the transpose times online, in the next B of the M rows"""
-    i, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
-    next_view = tl.cast(B, tl.int64) * stride
-    x, y = (z + next_view, z) if TARGET else (z, z + next_view)
+    """_weigh_back of one view x, dz [B, stride]: of online, or of the target, which takes the transpose times online"""
+    split = tl.program_id(1)
     xi = row_tile(x, i, B, stride, BLOCK_M, BLOCK_K)
     yi = row_tile(y, i, B, stride, BLOCK_M, BLOCK_K)
     rows = (i + tl.arange(0, BLOCK_M))[:, None]
-    of_rows = _row_stats(grad, stats, rows, B)
+    of_rows = row_stats(grad, order, stats, rows, B, w_scale)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     begin = tl.where(i < negatives, i - negatives + B, i - negatives)
     for tile in range(split * span, tl.minimum(split * span + span, tiles)):
-        j = _wrapped(begin, tile, B, BLOCK_N)
+        j = wrapped(begin, tile, B, BLOCK_N)
         columns = (j + tl.arange(0, BLOCK_N))[None, :]
-        u, v, yj = _logits(x, y, xi, yi, i, j, column, B, stride, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K)
-        of_columns = _row_stats(grad, stats, columns, B)
+        u, v, yj = logits(x, y, xi, yi, i, j, column, B, stride, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K)
+        of_columns = row_stats(grad, order, stats, columns, B, w_scale)
         if TARGET:
-            w, w_other = _weights(u, v, of_columns, of_rows, scale, beta, SEARCH)
+            w, w_other = weights(u, v, of_columns, of_rows, scale, beta, SEARCH)
         else:
-            w, w_other = _weights(u, v, of_rows, of_columns, scale, beta, SEARCH)
-        if _has_others(i, j, B, negatives, BLOCK_M, BLOCK_N):
-            follows = _is_negative(rows, columns, B, negatives)
-            precedes = _is_negative(columns, rows, B, negatives) & (columns < B)
+            w, w_other = weights(u, v, of_rows, of_columns, scale, beta, SEARCH)
+        if has_others(i, j, B, negatives, BLOCK_M, BLOCK_N):
+            follows = is_negative(rows, columns, B, negatives)
+            precedes = is_negative(columns, rows, B, negatives) & (columns < B)
             w = tl.where(precedes if TARGET else follows, w, 0.0)
             w_other = tl.where(follows if TARGET else precedes, w_other, 0.0)
-        acc = tl.dot((w + w_other).to(z.dtype.element_ty), yj, acc, input_precision=PRECISION)
-    dz += (tl.cast(split, tl.int64) * M + i) * stride + column
-    if TARGET:
-        dz += next_view
-    at = tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
-    tl.store(dz + at, acc, mask=rows < B)
+        acc = tl.dot((w + w_other).to(x.dtype.element_ty), yj, acc, input_precision=PRECISION)
+    inside, given = rows < B, rows
+    if order is not None:
+        given = tl.load(order + rows, mask=inside, other=0)
+    pull = tl.load(grad + given, mask=inside, other=0.0)
+    pull = pull * tl.load(stats + 5 * tl.cast(B, tl.int64) + rows, mask=inside, other=0.0)
+    positive = row_tile(y + column, i, B, stride, BLOCK_M, BLOCK_K).to(tl.float32)
+    acc = acc * (1.0 / w_scale) - tl.where(split == 0, pull, 0.0) * positive
+    tl.store(dz + given.to(tl.int64) * stride + (column + tl.arange(0, BLOCK_K))[None, :], acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _weigh_back(
-    z, grad, stats, dz, temperature, scale, beta, B, M, negatives, stride, tiles, span,
+    z, grad, order, stats, w_scale, dz, temperature, scale, beta, B, negatives, stride, tiles, span, onlines, targets,
     BOTH: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz [splits, M, stride], BLOCK_K columns a program: dL/dS tau times the target over a span of tiles; or BOTH"""
-    scale = log2_of(temperature, scale)
+    """dz [P, splits, 1 or 2, B, stride], BLOCK_K columns a program: of a span of tiles dL/dS tau times the target, less
+    once what the positive draws, in the rows' given order; or of BOTH views.
+    """
+    scale, w = log2_of(temperature, scale), 1.0
     stride = BLOCK_K if STATIONARY else stride
-    blocks = stride // BLOCK_K
-    column = tl.program_id(2) % blocks * BLOCK_K
-    if tl.program_id(2) < blocks:
+    blocks, slices, VIEWS = tl.cdiv(B, BLOCK_M), stride // BLOCK_K, 2 if BOTH else 1
+    pair, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    view, column = tl.program_id(2) // slices, tl.program_id(2) % slices * BLOCK_K
+    o, t = pair_views(z, pair, B, stride, onlines, targets, order is not None)
+    step = tl.cast(B, tl.int64)
+    dz += ((pair * tl.num_programs(1) + tl.program_id(1)) * VIEWS + view) * step * stride
+    grad += pair * step
+    stats += pair * 8 * step
+    if order is not None:
+        order += pair * step
+    if w_scale is not None:
+        w = tl.load(w_scale + pair)
+    if view == 0:
         _weigh_view(
-            z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column,
+            o, t, grad, order, stats, w, dz, scale, beta, B, negatives, stride, tiles, span, i, column,
             False, SEARCH, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif BOTH:
         _weigh_view(
-            z, grad, stats, dz, scale, beta, B, M, negatives, stride, tiles, span, column,
+            t, o, grad, order, stats, w, dz, scale, beta, B, negatives, stride, tiles, span, i, column,
             True, SEARCH, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
-def _spans(x: Tensor, before: int, after: int, config: dict[str, int]) -> tuple[int, int, int, int]:
-    """Blocks of rows, the tiles that may hold their pairs, how long spans of tiles are, and how many.
+@triton.jit
+def _gradient_tile(
+    x, dz, inv, inv_tau, rows, k, B, D, stride, step, first, every, count, splits, BLOCK_D: tl.constexpr
+):
+    """The unit row and its gradient [rows, k : k + BLOCK_D]: the sum over its pairs and their spans, over tau"""
+    columns, own = k + tl.arange(0, BLOCK_D), load(x, rows, k, B, D, BLOCK_D) * inv[:, None]
+    mask, total = (rows < B)[:, None] & (columns < D)[None, :], tl.zeros_like(own)
+    for n in range(0, count * splits):
+        at = address(dz + (first + n // splits * every * splits + n % splits) * step, rows, columns, stride)
+        total += tl.load(at, mask=mask, other=0.0)
+    return own, total * inv_tau
+
+
+@triton.jit
+def _crop_gradient(
+    x, dz, inv_norm, inv_tau, dx, dots, rows, B, D, stride, step, first, every, count, splits,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx [B, D] and dots [B], if any, of the crop x [B, D], whose `count` pairs are every so many"""
+    inside = rows < B
+    inv = tl.load(inv_norm + rows, mask=inside, other=0.0)
+    dot = tl.zeros([BLOCK_R], tl.float32)
+    if NORMALIZE or dots is not None:
+        for k in range(0, D, BLOCK_D):
+            own, d = _gradient_tile(
+                x, dz, inv, inv_tau, rows, k, B, D, stride, step, first, every, count, splits, BLOCK_D
+            )
+            dot += tl.sum(own * d, 1)
+    if dots is not None:
+        tl.store(dots + rows, dot, mask=inside)
+    along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
+    for k in range(0, D, BLOCK_D):
+        own, d = _gradient_tile(x, dz, inv, inv_tau, rows, k, B, D, stride, step, first, every, count, splits, BLOCK_D)
+        if NORMALIZE:
+            d = (d - own * along[:, None]) * inv[:, None]
+        columns = k + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (columns < D)[None, :]
+        tl.store(address(dx, rows, columns, D), d.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gradient(
+    online, target, dz, inv_norm, temperature, scale, donline, dtarget, dots, B, D, stride, splits, onlines, targets,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """donline [O, B, D] and, unless it is None, dtarget [T, B, D]; dots [O, B] = <row, gradient>, or None"""
+    BOTH: tl.constexpr = dtarget is not None
+    rows, crop = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
+    inv_tau, all_rows = log2_of(temperature, scale) * LN2, tl.cast(B, tl.int64)
+    step = all_rows * stride * (2 if BOTH else 1)
+    inv_norm += crop * all_rows
+    if crop < onlines:
+        _crop_gradient(
+            online + crop * all_rows * D, dz, inv_norm, inv_tau, donline + crop * all_rows * D,
+            dots if dots is None else dots + crop * all_rows, rows, B, D, stride, step,
+            crop * targets * splits, 1, targets, splits, NORMALIZE, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+    elif BOTH:
+        t = crop - onlines
+        _crop_gradient(
+            target + t * all_rows * D, dz + all_rows * stride, inv_norm, inv_tau, dtarget + t * all_rows * D, None,
+            rows, B, D, stride, step, t * splits, targets, onlines, splits, NORMALIZE, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+
+
+def _spans(x: Arguments, before: int, after: int, config: dict[str, int]) -> tuple[int, int, int, int]:
+    """Blocks of the pairs' rows, the tiles that may hold their pairs, how long spans of tiles are, and how many.
 
     A row has pairs with the rows from `before` before it to `after` after it, in cyclic order.
     """
-    b, m, n = len(x), config["BLOCK_M"], config["BLOCK_N"]
+    b, m, n = x.online.shape[-2], config["BLOCK_M"], config["BLOCK_N"]
     tiles = triton.cdiv(m + before + after, n) + (b % n > 0) + (m % n + before % n > 0)
-    blocks, tiles = triton.cdiv(b, m), min(tiles, triton.cdiv(b, n))
-    span = triton.cdiv(tiles, max(1, min(BLOCKS * launch.processors(x.device) // blocks, PARTS)))
+    blocks, tiles = math.prod(x.crops) * triton.cdiv(b, m), min(tiles, triton.cdiv(b, n))
+    span = triton.cdiv(tiles, max(1, min(BLOCKS * launch.processors(x.online.device) // blocks, PARTS)))
     return blocks, tiles, span, triton.cdiv(tiles, span)
 
 
@@ -325,68 +379,79 @@ def _searches(temperature: float | Tensor, normalize: bool) -> bool:
     return logits_range(temperature, normalize) > 43
 
 
-def _largest_weights(
-    grad: Tensor, stats: Tensor, online: Tensor, target: Tensor, temperature: float | Tensor, beta: float,
-    normalize: bool,
-) -> Tensor:  # fmt: skip
-    """[B]: no weight of the pair i, j is above the sum of i's and j's"""
-    top, inv, s = stats[0:4:2], stats[1:4:2], stats[6]
-    share = (1 - ((s - top) / temperature).exp() * inv).clamp(min=2**-22).amax(0)
-    longest = [1.01 if normalize else torch.linalg.vector_norm(x.float(), dim=1).amax() for x in (online, target)]
-    return grad * share * (stats[4].abs() + beta * (1 + 2 * longest[0] * longest[1] / temperature))
+def _largest_weights(grad: Tensor, x: Arguments, stats: Tensor) -> Tensor:
+    """[P, B]: no weight of the pair i, j is above the sum of i's and j's; grad [P, B], stats [P, 8, B]"""
+    top, inv, s = stats[:, 0:4:2], stats[:, 1:4:2], stats[:, 6:7]
+    share = (1 - ((s - top) / x.temperature).exp() * inv).clamp(min=2**-22).amax(1)
+    longest = [
+        1.01 if x.normalize else torch.linalg.vector_norm(each.float(), dim=-1).amax() for each in (x.online, x.target)
+    ]
+    grad = grad if x.order is None else grad.gather(1, x.order)
+    return grad * share * (stats[:, 4].abs() + x.beta * (1 + 2 * longest[0] * longest[1] / x.temperature))
+
+
+def _operand(x: Arguments, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """z [crops, B, D up to a multiple of step], inv_norm [O + T, B], s_pos [P, B] of the rounded rows"""
+    (*_, b, d), (onlines, targets) = x.online.shape, x.crops or (1, 1)
+    stride, pairs = triton.cdiv(d, step) * step, onlines * targets
+    z = x.online.new_empty((onlines + targets if x.order is None else 2 * pairs, b, stride), dtype=x.operand_dtype)
+    inv_norm, s_pos = (z.new_empty((n, b), dtype=torch.float32) for n in (onlines + targets, pairs))
+    blocks = row_blocks(stride)
+    _prepare[triton.cdiv(b, blocks["BLOCK_R"]) * pairs,](
+        x.online, x.target, x.order, z, inv_norm, s_pos, b, d, stride, onlines, targets, x.normalize, **blocks
+    )
+    return z, inv_norm, s_pos
 
 
 def forward(x: Arguments) -> tuple[Tensor, ...]:
-    online, target, temperature, operand_dtype = x.online, x.target, x.temperature, x.operand_dtype
-    b, d = online.shape
-    losses = online.new_empty(b, dtype=torch.float32)
-    stats = losses.new_empty(8, b)
+    (*_, b, d), (onlines, targets) = x.online.shape, x.crops or (1, 1)
+    losses = x.online.new_empty((*x.crops, b), dtype=torch.float32)
+    stats = losses.new_empty(*x.crops, 8, b)
     if b == 0:
         return losses, stats
-    config = launch.nearest("relic", online.device, operand_dtype, d)["forward"]
-    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), launch.scale_of(temperature)
-    with launch.on(online.device):
-        z, _, s_pos = operand(online, target, x.normalize, operand_dtype, config["BLOCK_K"], rounded=True)
-        stride = z.shape[1]
-        blocks, tiles, span, splits = _spans(online, 0, negatives, config)
-        parts = losses.new_empty(SUMS, splits, b)
+    config = launch.nearest("relic", x.online.device, x.operand_dtype, d)["forward"]
+    search, scale = _searches(x.temperature, x.normalize), launch.scale_of(x.temperature)
+    with launch.on(x.online.device):
+        z, _, s_pos = _operand(x, config["BLOCK_K"])
+        stride = z.shape[2]
+        blocks, tiles, span, splits = _spans(x, 0, x.negatives, config)
+        parts = losses.new_empty(onlines * targets, SUMS.value, splits, b)
         _weigh[blocks, splits](
-            z, s_pos, parts, *scale, b, negatives, stride, tiles, span, search, x.count_exceeding,
-            launch.precision(operand_dtype), stride == config["BLOCK_K"], **config,
+            z, s_pos, parts, *scale, b, x.negatives, stride, tiles, span, onlines, targets, search, x.count_exceeding,
+            x.order is not None, launch.precision(x.operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
-        _losses[triton.cdiv(b, 16),](
-            s_pos, parts, *scale, x.alpha, x.beta, losses, stats, b, splits, search, x.count_exceeding, PARTS, 16,
-            **launch.FUSED,
+        _losses[triton.cdiv(b, 16) * onlines * targets,](
+            s_pos, parts, x.order, *scale, x.alpha, x.beta, losses, stats, b, splits, search, x.count_exceeding,
+            PARTS, 16, **launch.FUSED,
         )  # fmt: skip
     return losses, stats
 
 
 def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    online, target, temperature, operand_dtype = x.online, x.target, x.temperature, x.operand_dtype
-    gradients = x.gradients
-    b, d = online.shape
+    (*_, b, d), (onlines, targets) = x.online.shape, x.crops or (1, 1)
+    pairs, gradients, learned = onlines * targets, x.gradients, x.needs_grad[2]
+    donline = torch.empty_like(x.online)
+    dtarget = torch.empty_like(x.target) if gradients == 2 else None
     if b == 0:
-        return torch.empty_like(online), target.new_empty(target.shape if gradients == 2 else 0), grad.new_zeros(())
-    config = launch.nearest("relic", online.device, operand_dtype, d)["backward"]
-    negatives, search, scale = x.negatives, _searches(temperature, x.normalize), launch.scale_of(temperature)
-    with launch.on(online.device):
-        z, inv_norm, _ = operand(online, target, x.normalize, operand_dtype, config["BLOCK_K"], rounded=True)
-        stride = z.shape[1]
-        w_scale = None
-        if operand_dtype == torch.float16:
-            sizes = _largest_weights(grad, stats, online, target, temperature, x.beta, x.normalize)
-            w_scale = launch.half_scale(operand_dtype, sizes)
-        weights = grad if w_scale is None else grad * w_scale
-        blocks, tiles, span, splits = _spans(online, negatives, negatives, config)
-        dz = grad.new_empty(splits, gradients * b, stride)
+        return donline, x.target.new_empty(0) if dtarget is None else dtarget, grad.new_zeros(())
+    config = launch.nearest("relic", x.online.device, x.operand_dtype, d)["backward"]
+    search, scale = _searches(x.temperature, x.normalize), launch.scale_of(x.temperature)
+    with launch.on(x.online.device):
+        z, inv_norm, _ = _operand(x, config["BLOCK_K"])
+        stride, w_scale = z.shape[2], None
+        if x.operand_dtype == torch.float16:
+            sizes = _largest_weights(grad.view(pairs, b), x, stats.view(pairs, 8, b))
+            w_scale = launch.half_scale(x.operand_dtype, sizes, dim=1)
+        blocks, tiles, span, splits = _spans(x, x.negatives, x.negatives, config)
+        dz = grad.new_empty(pairs, splits, gradients, b, stride)
         _weigh_back[blocks, splits, gradients * stride // config["BLOCK_K"]](
-            z, weights, stats, dz, *scale, x.beta, b, gradients * b, negatives, stride, tiles, span,
-            gradients == 2, search, launch.precision(operand_dtype), stride == config["BLOCK_K"], **config,
+            z, grad, x.order, stats, w_scale, dz, *scale, x.beta, b, x.negatives, stride, tiles, span, onlines, targets,
+            gradients == 2, search, launch.precision(x.operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
-        learned = x.needs_grad[2]
-        found, dots = input_gradients(
-            (online, target), gradients, dz, inv_norm, stats[5], w_scale, scale, x.normalize, z,
-            grad=grad, dotted=learned,
+        rows, dots = row_blocks(d), grad.new_empty(onlines, b) if learned else None
+        _gradient[triton.cdiv(b, rows["BLOCK_R"]), onlines + (targets if gradients == 2 else 0)](
+            x.online, x.target, dz, inv_norm, *scale, donline, dtarget, dots, b, d, stride, splits, onlines, targets,
+            x.normalize, **rows,
         )  # fmt: skip
-    dtarget = found[1] if gradients == 2 else target.new_empty(0)
-    return found[0], dtarget, -dots[:b].sum() / temperature if learned else grad.new_empty(0)
+    dtemperature = grad.new_empty(0) if dots is None else -dots.sum() / x.temperature
+    return donline, x.target.new_empty(0) if dtarget is None else dtarget, dtemperature

@@ -103,9 +103,9 @@ def _inv_norms(x, out, N, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit(do_not_specialize=("N",))
 def _prepare(
     x0, x1, z, inv_norm, s_pos, N, D, stride,
-    NORMALIZE: tl.constexpr, ROUNDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z [2N, stride], the matmuls' operand: both views normalised, rounded, padded; s_pos [N], of the rounded or not"""
+    """z [2N, stride], the matmuls' operand: both views normalised, rounded, padded; s_pos [N], not of the rounded"""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = rows < N
     inv0 = tl.full([BLOCK_R], 1.0, tl.float32)
@@ -117,8 +117,6 @@ def _prepare(
     for k in range(0, stride, BLOCK_D):
         a = load(x0, rows, k, N, D, BLOCK_D) * inv0[:, None]
         b = load(x1, rows, k, N, D, BLOCK_D) * inv1[:, None]
-        if ROUNDED:
-            a, b = a.to(z.dtype.element_ty).to(tl.float32), b.to(z.dtype.element_ty).to(tl.float32)
         s += tl.sum(a * b, 1)
         columns = k + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (columns < stride)[None, :]
@@ -131,7 +129,7 @@ def _prepare(
 
 @triton.jit
 def _gradient_tile(
-    x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
+    x, other, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
     PULLED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The unit row and its gradient [rows, k : k + BLOCK_D]: the splits' sum less the positive's share, over tau"""
@@ -145,17 +143,13 @@ def _gradient_tile(
         total = total * w_inverse
     own = load(x, rows, k, N, D, BLOCK_D) * inv[:, None]
     if PULLED:
-        if z is None:
-            positive = load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None]
-        else:
-            positive = tl.load(address(z, N - first + rows, columns, stride), mask=mask, other=0.0).to(tl.float32)
-        total = total - pull[:, None] * positive
+        total = total - pull[:, None] * (load(other, rows, k, N, D, BLOCK_D) * inv_other[:, None])
     return own, total * inv_tau
 
 
 @triton.jit
 def _view_gradient(
-    x, other, z, dz, inv_norm, inv_other, pull, w_inverse, inv_tau, dx, dots, rows, first, N, M, D, stride, splits,
+    x, other, dz, inv_norm, inv_other, pull, w_inverse, inv_tau, dx, dots, rows, first, N, M, D, stride, splits,
     PULLED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D] of the view x, whose dz starts at row `first`, 0 or N"""
@@ -166,7 +160,7 @@ def _view_gradient(
     if NORMALIZE or dots is not None:
         for k in range(0, D, BLOCK_D):
             own, d = _gradient_tile(
-                x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
+                x, other, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
                 PULLED, BLOCK_D,
             )  # fmt: skip
             dot += tl.sum(own * d, 1)
@@ -175,7 +169,7 @@ def _view_gradient(
     along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
     for k in range(0, D, BLOCK_D):
         own, d = _gradient_tile(
-            x, other, z, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
+            x, other, dz, inv, inv_other, pull, inv_tau, w_inverse, rows, first, k, N, M, D, stride, splits,
             PULLED, BLOCK_D,
         )  # fmt: skip
         if NORMALIZE:
@@ -187,7 +181,7 @@ def _view_gradient(
 
 @triton.jit(do_not_specialize=("N", "M", "splits"))
 def _gradient(
-    x0, x1, z, dz, inv_norm, inv_other, pull, grad, w_scale, temperature, scale, dx0, dx1, dots,
+    x0, x1, dz, inv_norm, inv_other, pull, grad, w_scale, temperature, scale, dx0, dx1, dots,
     N, M, D, stride, splits,
     PULLS: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -210,12 +204,12 @@ def _gradient(
     w_inverse = 1.0 / tl.load(w_scale) if w_scale is not None else None
     if tl.program_id(1) == 0:
         _view_gradient(
-            x0, x1, z, dz, inv_norm, inv_other, pulls, w_inverse, inv_tau, dx0, dots, rows, 0, N, M, D, stride, splits,
+            x0, x1, dz, inv_norm, inv_other, pulls, w_inverse, inv_tau, dx0, dots, rows, 0, N, M, D, stride, splits,
             PULLED, NORMALIZE, BLOCK_D,
         )  # fmt: skip
     elif dx1 is not None:
         _view_gradient(
-            x1, x0, z, dz, inv_other, inv_norm, pulls, w_inverse, inv_tau, dx1, dots, rows, N, N, M, D, stride, splits,
+            x1, x0, dz, inv_other, inv_norm, pulls, w_inverse, inv_tau, dx1, dots, rows, N, N, M, D, stride, splits,
             PULLED, NORMALIZE, BLOCK_D,
         )  # fmt: skip
 
@@ -311,17 +305,15 @@ def row_blocks(d: int) -> dict[str, int]:
 
 
 def operand(
-    z0: Tensor, z1: Tensor, normalize: bool, compute_dtype: torch.dtype, step: int, rounded: bool = False
+    z0: Tensor, z1: Tensor, normalize: bool, compute_dtype: torch.dtype, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z [2N, D up to a multiple of step] in compute_dtype, inv_norm [2N], s_pos [N] before or after rounding"""
+    """z [2N, D up to a multiple of step] in compute_dtype, inv_norm [2N], s_pos [N] before rounding"""
     n, d = z0.shape
     stride = triton.cdiv(d, step) * step
     z = z0.new_empty((2 * n, stride), dtype=compute_dtype)
     inv_norm, s_pos = z0.new_empty(2 * n, dtype=torch.float32), z0.new_empty(n, dtype=torch.float32)
     blocks = row_blocks(stride)
-    _prepare[triton.cdiv(n, blocks["BLOCK_R"]),](
-        z0, z1, z, inv_norm, s_pos, n, d, stride, normalize, rounded, **blocks
-    )  # fmt: skip
+    _prepare[triton.cdiv(n, blocks["BLOCK_R"]),](z0, z1, z, inv_norm, s_pos, n, d, stride, normalize, **blocks)
     return z, inv_norm, s_pos
 
 
@@ -334,7 +326,6 @@ def input_gradients(
     w_scale: Tensor | None,
     scale: tuple[Tensor | None, float | Tensor],
     normalize: bool,
-    z: Tensor | None = None,
     dtype: torch.dtype | None = None,
     grad: Tensor | None = None,
     dotted: bool = True,
@@ -344,16 +335,16 @@ def input_gradients(
     if `dotted`.
 
     dz [splits, count * N, stride]: what adds up to the unit rows' gradients, times tau and w_scale, but for the
-    positives' share: the other view's row, as the operand z has it, or not rounded, times pull [N], or the sum of pull
-    [2N] over its halves; times grad, of pull's shape, if it is given. Without pull there is none, and one view will do.
-    inv_norm: of all views, or of the first, beside inv_other of the second. scale: launch.scale_of's.
+    positives' share: the other view's row, not rounded, times pull [N], or the sum of pull [2N] over its halves; times
+    grad, of pull's shape, if it is given. Without pull there is none, and one view will do. inv_norm: of all views, or
+    of the first, beside inv_other of the second. scale: launch.scale_of's.
     """
     n, d = views[0].shape
     blocks, dots = row_blocks(d), dz.new_empty(count * n if dotted else 0)
     pulls = 0 if pull is None else pull.numel() // n
     found = [torch.empty_like(x, dtype=dtype) for x in views[:count]]
     _gradient[triton.cdiv(n, blocks["BLOCK_R"]), count](
-        views[0], views[-1], z, dz, inv_norm, inv_other, pull, grad, w_scale, *scale,
+        views[0], views[-1], dz, inv_norm, inv_other, pull, grad, w_scale, *scale,
         found[0], found[1] if count == 2 else None, dots if dotted else None,
         n, count * n, d, dz.shape[2], len(dz), pulls, normalize, **blocks,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """RELIC and RELICv2: embeddings find their other view, and two views see the rest of the batch in the same way."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -17,15 +18,15 @@ from ..backend import BACKENDS, kernel
 
 
 class Arguments(NamedTuple):
-    online: Annotated[Tensor, Of("B D")]
-    target: Annotated[Tensor, Of("B D", like="online")]
+    online: Annotated[Tensor, Of("...")]  # [B, D], or crops [O, B, D], each with
+    target: Annotated[Tensor, Of("* ...", like="online")]  # each of these, [T, B, D]
     temperature: float | Tensor
     alpha: float
     beta: float
     num_negatives: int | None  # the rows that follow in cyclic order; None: all others
     order: Annotated[
-        Tensor | None, Of("B", _check.ID_DTYPES, below=lambda x: len(x.online))
-    ]  # of the rows; None: as they come
+        Tensor | None, Of("P B", _check.ID_DTYPES, below=lambda x: x.online.shape[-2])
+    ]  # of the rows, for each of the pairs; None: as they come
     normalize: bool
     count_exceeding: bool  # whether to count the negatives that exceed a positive
     operand_dtype: torch.dtype = torch.float32
@@ -39,18 +40,34 @@ class Arguments(NamedTuple):
 
     @property
     def negatives(self) -> int:
-        return self.online.shape[0] - 1 if self.num_negatives is None else self.num_negatives
+        return self.online.shape[-2] - 1 if self.num_negatives is None else self.num_negatives
+
+    @property
+    def crops(self) -> tuple[int, int] | tuple[()]:
+        """O, T"""
+        return () if self.online.dim() == 2 else (len(self.online), len(self.target))
+
+    def pairs(self) -> Iterator["Arguments"]:
+        """[B, D] each, with an order [1, B] if they have any"""
+        if not self.crops:
+            yield self
+            return
+        for k, (online, target) in enumerate(itertools.product(self.online, self.target)):
+            order = None if self.order is None else self.order[k : k + 1]
+            yield self._replace(online=online, target=target, order=order)
 
     def in_order(self) -> "Arguments":
+        """Of one pair"""
         if self.order is None:
             return self
-        online, target = (x.index_select(0, self.order) for x in (self.online, self.target))
-        return self._replace(online=online, target=target)
+        online, target = (x.index_select(0, self.order[0]) for x in (self.online, self.target))
+        return self._replace(online=online, target=target, order=None)
 
 
 class Outputs(NamedTuple):
     """s_ij = <o_i, t_j>, the rows unit if normalize and rounded to operand_dtype; p_i and q_i are the softmax, over row
-    i's positive and negatives, of s_i. / tau and of s_.i / tau. All but the losses in the order that was drawn.
+    i's positive and negatives, of s_i. / tau and of s_.i / tau. All but the losses in the order that was drawn; for
+    each pair of crops, [O, T, ..].
     """
 
     losses: Out  # alpha (-log p_ii) + beta KL(p_i || q_i)
@@ -60,20 +77,28 @@ class Outputs(NamedTuple):
 
 
 def outputs(x: Arguments) -> Outputs:
-    b, d = x.online.shape
+    *_, b, d = x.online.shape
+    kept = x.backend == "cpu"
     return Outputs(
-        losses=Out((b,)),
-        stats=Out((8, b)),
-        of_sum=Out((x.gradients if x.backend == "cpu" else 0, b, d)),
-        of_sum_temperature=Out((1 if x.backend == "cpu" else 0,)),
+        losses=Out((*x.crops, b)),
+        stats=Out((*x.crops, 8, b)),
+        of_sum=Out((*x.crops, x.gradients if kept else 0, b, d)),
+        of_sum_temperature=Out((*x.crops, int(kept))),
     )
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
-    """losses [B]; of each row the positive's similarity and how many negatives exceed it [2, B]: the maths as it is
-    written, float32 (float64 for float64) around a matmul in operand_dtype.
+    """losses [.., B]; of each row the positive's similarity and how many negatives exceed it [.., 2, B]: the maths as
+    it is written, float32 (float64 for float64) around a matmul in operand_dtype.
     """
-    x = x.in_order()
+    losses, logged = zip(*map(_of_pair, x.pairs()), strict=True)
+    if not x.crops:
+        return losses[0], logged[0]
+    return torch.stack(losses).unflatten(0, x.crops), torch.stack(logged).unflatten(0, x.crops)
+
+
+def _of_pair(given: Arguments) -> tuple[Tensor, Tensor]:
+    x = given.in_order()
     n = len(x.online)
     wide = torch.promote_types(x.online.dtype, torch.float32)
     o, t = x.online.to(wide), x.target.to(wide)
@@ -94,35 +119,26 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
     positives = s.diagonal().detach()
     exceeding = (s > positives[:, None]) & (steps > 0) & ~left_out
     losses = x.beta * divergence - x.alpha * log_p.diagonal()
-    return _as_given(losses, x), torch.stack([positives, exceeding.sum(1).to(wide)])
+    if given.order is not None:
+        losses = losses.index_select(0, given.order[0].argsort())
+    return losses, torch.stack([positives, exceeding.sum(1).to(wide)])
 
 
-def _as_given(rows: Tensor, x: Arguments) -> Tensor:
-    return rows if x.order is None else rows.index_select(0, x.order.argsort())
-
-
-def _check_options(x: Arguments) -> None:
+def _check_crops(x: Arguments) -> None:
+    if x.online.dim() not in (2, 3) or 0 in x.online.shape[:-2]:
+        _check.bad_value("relic", "online", "shape [B, D], or crops [O, B, D]", list(x.online.shape))
+    if x.target.dim() != x.online.dim() or x.target.shape[-2:] != x.online.shape[-2:] or 0 in x.target.shape[:-2]:
+        _check.bad_value("relic", "target", f"as many rows and columns as {list(x.online.shape)}", list(x.target.shape))
+    if x.order is not None and x.order.shape != (shape := (math.prod(x.crops), x.online.shape[-2])):
+        _check.bad_value("relic", "order", f"shape {list(shape)}", list(x.order.shape))
     _check.non_negative("relic", alpha=x.alpha, beta=x.beta)
     if x.num_negatives is not None:
-        _check.count("relic", "num_negatives", x.num_negatives, 1, x.online.shape[0] - 1)
-
-
-# Kernels are given the rows in their order, and no other.
-def _forward(x: Arguments) -> tuple[Tensor, ...]:
-    losses, *kept = kernel(x.backend, "relic").forward(x.in_order())
-    return _as_given(losses, x), *kept
+        _check.count("relic", "num_negatives", x.num_negatives, 1, x.online.shape[-2] - 1)
 
 
 def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
-    if x.order is not None:
-        grad = grad.index_select(0, x.order)
-    donline, dtarget, dtemperature = kernel(x.backend, "relic").backward(grad, x.in_order(), *saved)
-    of_online, of_target, of_temperature = x.needs_grad
-    return (
-        _as_given(donline, x) if of_online else donline.new_empty(0),
-        _as_given(dtarget, x) if of_target else x.target.new_empty(0),
-        dtemperature if of_temperature else dtemperature.new_empty(0),
-    )
+    found = kernel(x.backend, "relic").backward(grad, x, *saved)
+    return tuple(each if wanted else each.new_empty(0) for each, wanted in zip(found, x.needs_grad, strict=True))
 
 
 _run = register(
@@ -130,9 +146,8 @@ _run = register(
     Arguments,
     outputs,
     reference=reference,
-    check=_check_options,
+    check=_check_crops,
     gradients=("online", "target", "temperature"),
-    forward=_forward,
     backward=_backward,
 )
 
@@ -145,8 +160,11 @@ def _losses(
     generator: torch.Generator | None,
     group: distributed.Group,
     backend: str | None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Of each online with each target, under its name for messages: losses [B], of all ranks, and what is logged."""
+    stacked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Of each online with each target, under its name for messages: losses [O, T, B], of all ranks, and what is logged
+    [O, T, 2, B]; of one pair, not stacked, [B] and [2, B].
+    """
     crops = online | target
     _check.tensors(op, crops, dict.fromkeys(crops, Of("N D", like=next(iter(crops)))))
     first, negatives = next(iter(crops.values())), options["num_negatives"]
@@ -160,19 +178,24 @@ def _losses(
         _check.choice(op, "backend", backend, BACKENDS)
     same = distributed.options(options | {"backend": backend})
     together = [x.to(first.dtype) for x in distributed.gathered(op, group, *crops.values(), options=same)]
-    n, found = together[0].shape[0], []  # len() would fix it in torch.export
+    n = together[0].shape[0]  # len() would fix it in torch.export
     options |= {"alpha": float(options["alpha"]), "beta": float(options["beta"])}
-    for o, t in itertools.product(together[: len(online)], together[len(online) :]):
-        order = None
-        if negatives is None or negatives >= n - 1:
-            options["num_negatives"] = None
-        else:
-            order = torch.randperm(n, generator=generator, device=o.device)
-            if group:  # that of rank 0
-                order = torch.ops.sslops.all_gather(order, group, 0, "relic's order")[:n]
-        losses, logged, *_ = _run(Arguments(o, t, order=order, **options), backend)
-        found.append((losses, logged[-2:]))
-    return found
+    order = None
+    if negatives is None or negatives >= n - 1:
+        options["num_negatives"] = None
+    else:
+        pairs = len(online) * len(target)
+        order = torch.stack([torch.randperm(n, generator=generator, device=first.device) for _ in range(pairs)])
+        if group:  # that of rank 0
+            order = torch.ops.sslops.all_gather(order, group, 0, "relic's order")[:pairs]
+    o, t = together[: len(online)], together[len(online) :]
+    views = (_stacked(o), _stacked(t)) if stacked else (o[0], t[0])
+    losses, logged, *_ = _run(Arguments(*views, order=order, **options), backend)
+    return losses, logged[..., -2:, :]
+
+
+def _stacked(crops: list[Tensor]) -> Tensor:
+    return crops[0][None] if len(crops) == 1 else torch.stack(crops)
 
 
 @distributed.in_step
@@ -245,7 +268,7 @@ def relic(
         "temperature": temperature, "alpha": alpha, "beta": beta, "num_negatives": num_negatives,
         "normalize": normalize, "count_exceeding": return_metrics,
     }  # fmt: skip
-    [(losses, logged)] = _losses("relic", {"online": online}, {"target": target}, options, generator, group, backend)
+    losses, logged = _losses("relic", {"online": online}, {"target": target}, options, generator, group, backend)
     loss = reduce(losses, reduction, group)
     return (loss, metrics(*logged)) if return_metrics else loss
 
@@ -298,6 +321,5 @@ def relic_multicrop(
         "temperature": temperature, "alpha": alpha, "beta": beta, "num_negatives": num_negatives,
         "normalize": normalize, "count_exceeding": return_metrics,
     }  # fmt: skip
-    pairs = _losses(op, named[0] | named[1], named[2], options, generator, group, backend)
-    losses, logged = (torch.stack(values, -1) for values in zip(*pairs, strict=True))
-    return (mean(losses), metrics(*logged)) if return_metrics else mean(losses)
+    losses, logged = _losses(op, named[0] | named[1], named[2], options, generator, group, backend, stacked=True)
+    return (mean(losses), metrics(*logged.unbind(-2))) if return_metrics else mean(losses)

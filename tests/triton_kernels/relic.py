@@ -1,6 +1,7 @@
 """RELIC's Triton kernels: launches for offline.py, small calls for sanitize.py, tests for test_interpreter.py."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from unittest import mock
@@ -25,14 +26,23 @@ def on_cpu() -> contextlib.AbstractContextManager[object]:
 
 def call(
     b: int, d: int, operands: str, temperature: float | None, device: str, *, negatives: int | None = None,
-    normalize: bool = True, count: bool = False, gradients: int = 1,
+    normalize: bool = True, count: bool = False, gradients: int = 1, crops: tuple[int, int] | None = None,
 ) -> None:  # fmt: skip
-    """Forward and backward; without a temperature it is a tensor: the maxima are searched for"""
+    """Forward and backward; without a temperature it is a tensor: the maxima are searched for. With crops, fewer
+    negatives than all are drawn.
+    """
     compute = OPERANDS[operands]
-    x = torch.ones(b, d, dtype=compute, device=device)
+    online, target = (
+        torch.ones(*([] if crops is None else [crops[k]]), b, d, dtype=compute, device=device) for k in range(2)
+    )
+    order = None
+    if crops and negatives:
+        order = torch.arange(b, device=device).repeat(math.prod(crops), 1)
     tau = torch.ones((), device=device) if temperature is None else temperature
     needs_grad = [True, gradients == 2, temperature is None]
-    arguments = Arguments(x, x, tau, 1.0, 1.0, negatives, None, normalize, count, compute, needs_grad, "triton")
+    arguments = Arguments(
+        online, target, tau, 1.0, 1.0, negatives, order, normalize, count, compute, needs_grad, "triton"
+    )
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
         losses, *saved = relic.forward(arguments)
         relic.backward(losses, arguments, *saved)
@@ -45,6 +55,9 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for operands, d in (("bf16", 128), ("bf16", 256), ("bf16", 512), ("tf32", 128), ("ieee", 128)):
         if chip != "default" or operands != "bf16":
             yield f"{operands} D={d} fixed", partial(call, 4096, d, operands, 0.1, "meta")
+    if chip == "sm_90":
+        drawn = {"crops": (8, 2), "negatives": 10, "gradients": 2}
+        yield "bf16 D=256 drawn", partial(call, 1024, 256, "bf16", 0.1, "meta", **drawn)
 
 
 def small() -> Iterator[Callable[[], None]]:
@@ -56,6 +69,8 @@ def small() -> Iterator[Callable[[], None]]:
         (40, 300, "f16", 0.1, {"negatives": 30, "gradients": 2}),
         (70, 100, "tf32", None, {"negatives": 11}),
         (40, 300, "ieee", 0.1, {"normalize": False}),
+        (33, 70, "f16", 0.1, {"crops": (3, 2), "gradients": 2, "count": True}),
+        (40, 7, "tf32", None, {"crops": (2, 2), "negatives": 11, "gradients": 2}),
     ):
         yield partial(call, b, d, operands, temperature, "cpu", **options)
 
@@ -127,7 +142,13 @@ CASES = [
     case(of_relic.test_not_a_number_as_eager, *TARGET),
     case(of_relic.test_gradient_of_one_view, *TARGET, of_relic.losses),
     case(of_relic.test_backward_twice, *TARGET),
-    case(of_relic.test_metrics, *TARGET, None),
+    *(case(of_relic.test_metrics, *TARGET, k) for k in (None, 30)),
+    *(
+        case(of_relic.TestMultiCrop().test_accuracy, *TARGET, dtype, 70, k)
+        for dtype in (torch.float32, *HALF)
+        for k in (None, 7)
+    ),
+    *(case(of_relic.TestMultiCrop().test_sum_and_scale, "triton", 3, k) for k in (None, 5)),
 ]
 
 
