@@ -275,9 +275,9 @@ def relic(
 
 @distributed.in_step
 def relic_multicrop(
-    online_large: Sequence[Tensor],
-    online_small: Sequence[Tensor],
-    target_large: Sequence[Tensor],
+    online_large: Tensor | Sequence[Tensor],
+    online_small: Tensor | Sequence[Tensor],
+    target_large: Tensor | Sequence[Tensor],
     *,
     temperature: float | Tensor,
     alpha: float,
@@ -295,9 +295,9 @@ def relic_multicrop(
     by (L + S) L for L large and S small crops. Negatives are drawn anew for each pair.
 
     Args:
-        online_large: the L large crops from the online network, [B, D] each.
-        online_small: the S small ones, [B, D] each; may be empty.
-        target_large: the large crops from the target network, in the same order, [B, D] each.
+        online_large: the L large crops from the online network, [B, D] each, or [L, B, D].
+        online_small: the S small ones, [B, D] each or [S, B, D]; may be empty.
+        target_large: the large crops from the target network, in the same order, [B, D] each or [L, B, D].
         temperature, alpha, beta, num_negatives, generator, normalize, group, backend: as `relic` has them.
         return_metrics: return (loss, Metrics), the means over all pairs.
 
@@ -307,14 +307,16 @@ def relic_multicrop(
     """
     op = "relic_multicrop"
     crops = {"online_large": online_large, "online_small": online_small, "target_large": target_large}
-    for name, list_ in crops.items():
-        if isinstance(list_, Tensor) or not isinstance(list_, Sequence):
-            _check.bad_type(op, name, "a sequence of tensors [B, D]", type(list_).__name__)
-    if not online_large:
+    named = []
+    for name, given in crops.items():
+        if not (given.dim() == 3 if isinstance(given, Tensor) else isinstance(given, Sequence)):
+            got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            _check.bad_type(op, name, "tensors [B, D] in a sequence, or [V, B, D]", got)
+        named.append({f"{name}[{k}]": x for k, x in enumerate(given)})
+    if not named[0]:
         _check.bad_value(op, "online_large", "at least one crop", "none")
-    if len(target_large) != len(online_large):
-        _check.bad_value(op, "target_large", f"{len(online_large)} crops, as online_large has", len(target_large))
-    named = [{f"{name}[{k}]": x for k, x in enumerate(list_)} for name, list_ in crops.items()]
+    if len(named[2]) != len(named[0]):
+        _check.bad_value(op, "target_large", f"{len(named[0])} crops, as online_large has", len(named[2]))
     check_options(op, normalize, "mean", return_metrics)
     group = distributed.name(op, group)
     options = {
