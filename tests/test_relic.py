@@ -515,7 +515,9 @@ class TestMultiCrop:
         )
         torch.testing.assert_close(ours, expected)
         assert 0 <= logged.top1 <= logged.top5 <= 1
-        stacked = [torch.stack(each) if each else torch.empty(0, 40, 16) for each in (large_crops, small_crops, targets)]
+        stacked = [
+            torch.stack(each) if each else torch.empty(0, 40, 16) for each in (large_crops, small_crops, targets)
+        ]
         generator.manual_seed(5)
         assert torch.equal(sslops.relic_multicrop(*stacked, generator=generator, **arguments), ours)
 
