@@ -75,6 +75,20 @@ def test_products(integers: bool) -> None:
     torch.testing.assert_close(d.double(), c.to(BF16).double() @ b.double(), rtol=0, atol=0 if integers else 1e-4)
 
 
+def test_products_add_in_the_order_of_k() -> None:
+    """Fused, and the same bits whatever the other rows are"""
+    n = 64
+    a, b = torch.randn(2, n, n)
+    c, d = torch.zeros(2, n, n)
+    _multiply[(1,)](a, b, c, d, n)
+    expected = np.zeros((n, n), np.float32)
+    for k in range(n):
+        expected = (expected + a[:, k, None].double().numpy() * b[:, k].double().numpy()).astype(np.float32)
+    assert torch.equal(c, torch.from_numpy(expected))
+    _multiply[(1,)](b, a, d, torch.zeros(n, n), n)
+    assert torch.equal(d, c.t())
+
+
 def test_arithmetic_rounds_each_result() -> None:
     x, y = torch.randn(2, 1024).to(BF16)
     out = torch.zeros_like(x)

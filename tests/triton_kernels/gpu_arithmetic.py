@@ -7,6 +7,11 @@ Approximations: exp2 is ex2.approx.ftz on NVIDIA's chips and float32's `/` is di
 else (div_rn, sqrt_rn, log, float64, exp2(0), which the manuals of NVIDIA and AMD have as 1) is as exact as here. Each
 result gets an error of its own out of that range, by a hash of its mantissa: the same input gives the same bits, and a
 power of two changes nothing.
+
+Products: NumPy's BLAS adds in an order that depends on the processor and on a tile's shape, and two kernels would see
+two values of one logit. Here fused multiply-adds follow each other along k. They begin at zero in each tl.dot, so that
+long sums are blocked as those of the CPU's eager are, which errors are compared with; a GPU's float32 goes on from the
+sum so far, in its eager too (against the CPU's, Barlow Twins of 512 rows would have 2.1 times the error, for 2).
 """
 
 import numpy as np
@@ -111,6 +116,14 @@ def divide(self, lhs, rhs):
     return rounded(result)
 
 
+def dot(self, a, b, d, *how):
+    left, right = a.data.astype(np.float64), b.data.astype(np.float64)  # which holds a product of two float32
+    total = np.zeros(d.data.shape, d.data.dtype)
+    for k in range(left.shape[-1]):
+        total = (total + left[..., k, None] * right[..., k, None, :]).astype(total.dtype)
+    return TensorHandle(total + d.data, d.dtype.scalar)
+
+
 def install() -> None:
     """For all kernels of this process, from here on"""
     interpreter._get_np_dtype = _get_np_dtype
@@ -126,5 +139,6 @@ def install() -> None:
         "create_fabs": absolute,
         "create_exp2": exp2,
         "create_fdiv": divide,
+        "create_dot": dot,
     }.items():
         setattr(InterpreterBuilder, name, function)
