@@ -132,8 +132,9 @@ def swav(
     `sinkhorn` finds each assigned view's potentials, and `dino` its cross entropy with all other crops.
 
     Args:
-        scores: [V, B, K], or a list of crops [B, K] or [V_i, B, K]: similarities of unit embeddings with unit
-            prototypes, the assigned views first. With prototypes the embeddings, [V, B, D].
+        scores: [V, B, K], or a list of crops [B, K] or [V_i, B, K], of the same V_i on all ranks: similarities of unit
+            embeddings with unit prototypes, the assigned views first. One tensor of those is fastest. With prototypes
+            the embeddings, [V, B, D].
         temperature, epsilon: the student's softmax has scores / temperature, the assignment scores / epsilon. Positive
             numbers or 0-d tensors, without a gradient.
         iterations: Sinkhorn's.
@@ -155,26 +156,29 @@ def swav(
         ):
             wanted = "a tensor [V, B, K] or a list of crops [B, K]"
             _check.bad_type("swav", name, wanted, [list(getattr(x, "shape", [type(x).__name__])) for x in given])
-    crops = [scores] if isinstance(scores, Tensor) else list(scores)
-    views = [view for crop in crops for view in (crop[None] if crop.dim() == 2 else crop).detach()]
+    listed = [scores] if isinstance(scores, Tensor) else scores
+    crops = [(crop[None] if crop.dim() == 2 else crop).detach() for crop in listed]
+    views = [crop[v : v + 1] for crop in crops for v in range(len(crop))]
     _check.count("swav", "assign", assign, 1)
     if assign > len(views):
         _check.bad_value("swav", "assign", f"at most {len(views)}, the crops of scores", assign)
     if queue is not None and len(queue) != assign:
         _check.bad_value("swav", "queue", f"scores for each of the {assign} assigned views", f"{len(queue)}")
-    balanced = views[:assign]
+    # those of one tensor at once: half the calls and messages of `sinkhorn`
+    assigned = [crops[0][:assign]] if len(crops[0]) >= assign else views[:assign]
+    balanced = assigned if queue is None else views[:assign]
     for k, earlier in enumerate(queue if queue is not None else ()):
         if not earlier.is_floating_point():
             _check.bad_type("swav", f"queue[{k}]", "a floating-point tensor", earlier.dtype)
         _check.same_device("swav", "scores", views[k], **{f"queue[{k}]": earlier})
         if earlier.dim() != 2 or earlier.shape[1] != views[k].shape[-1]:
             _check.bad_value("swav", f"queue[{k}]", f"shape [Q, {views[k].shape[-1]}]", list(earlier.shape))
-        balanced[k] = torch.cat([views[k], earlier.detach().to(views[k].dtype)])
+        balanced[k] = torch.cat([views[k], earlier.detach().to(views[k].dtype)[None]], 1)
     options: dict[str, Any] = {
         "prototypes": prototypes, "unit_prototypes": unit_prototypes, "group": group, "backend": backend
     }  # fmt: skip
     bias = [sinkhorn(x, temperature=epsilon, iterations=iterations, **options) for x in balanced]
     return dino(
-        scores, views[:assign], teacher_prototypes=prototypes, student_temp=temperature, teacher_temp=epsilon,
-        bias=torch.stack(bias), reduction=reduction, return_metrics=return_metrics, **options,
+        scores, assigned, teacher_prototypes=prototypes, student_temp=temperature, teacher_temp=epsilon,
+        bias=torch.cat(bias), reduction=reduction, return_metrics=return_metrics, **options,
     )  # fmt: skip

@@ -174,6 +174,18 @@ def test_swav_against_its_own_loop(views, rows):
     )
 
 
+@each_backend
+@pytest.mark.parametrize("rows", [0, 40])
+def test_swav_of_lists_is_that_of_the_tensor(backend, rows):
+    crops, queue = scores(5, 12, 30, rows)
+    for assign in (1, 2, 3):
+        options = {"assign": assign, "backend": backend}
+        if rows:
+            options["queue"] = [queue[0]] * assign
+        found = [sslops.swav(x, **options) for x in (crops, list(crops), [crops[:2], crops[2:]], [crops[0], crops[1:]])]
+        assert all(torch.equal(each, found[0]) for each in found), assign
+
+
 @pytest.mark.parametrize("rows", [0, 300])
 def test_swav_is_accurate(rows):
     crops, queue = scores(4, 20, 300, rows)
