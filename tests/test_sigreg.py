@@ -269,12 +269,15 @@ class TestBrokenKernelsAreFound:
 
     def test_a_lost_row(self, monkeypatch):
         run = kernel.forward
-        monkeypatch.setattr(kernel, "forward", lambda x: run(x._replace(z=x.z[:, 1:].contiguous())))
+        monkeypatch.setattr(kernel, "forward", lambda x, *rest: run(x._replace(z=x.z[:, 1:].contiguous()), *rest))
         self.refuse()
 
     def test_rounded_phases(self, monkeypatch):
+        def rounded(x):
+            return x._replace(directions=x.directions.bfloat16().float())
+
         run = kernel.forward
-        monkeypatch.setattr(kernel, "forward", lambda x: run(x._replace(directions=x.directions.bfloat16().float())))
+        monkeypatch.setattr(kernel, "forward", lambda x, *rest: run(rounded(x), *rest))
         self.refuse()
 
     def test_knots_a_little_apart(self, monkeypatch):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DISTRIBUTED = True
 
 
-def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
-    """loss []; sums [V, 2, K - 1, M] of all ranks; directions [M, D] if they are drawn"""
+def forward(x: Arguments, scale: float, part: Part | None = None) -> tuple[Tensor, ...]:
+    """loss [], the statistic times scale; sums [V, 2, K - 1, M] of all ranks; directions [M, D] if they are drawn"""
     directions, drawn = x.directions, x.z.new_empty(0, dtype=torch.float32)
     if directions is None:
         directions = drawn = empty(x.slices, x.z.shape[2])
@@ -30,22 +30,16 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     sums = empty(len(x.z), 2, x.knots - 1, len(directions))
     _C.sigreg_forward(x.z, directions, _step(x), sums)
     all_reduce(sums, part)
-    loss = _C.sigreg_statistic(sums, _step(x)) * _scale(x, sums, part)
+    loss = _C.sigreg_statistic(sums, _step(x)) * scale
     return x.z.new_full((), loss, dtype=torch.float32), sums, drawn
 
 
-def backward(grad: Tensor, x: Arguments, sums: Tensor, drawn: Tensor, part: Part | None = None) -> Tensor:
+def backward(grad: Tensor, x: Arguments, scale: float, sums: Tensor, drawn: Tensor) -> Tensor:
     dz = empty(*x.z.shape, dtype=x.z.dtype)
     directions = drawn if x.directions is None else x.directions
-    _C.sigreg_backward(2 * float(grad) * _scale(x, sums, part), x.z, directions, _step(x), sums, dz)
+    _C.sigreg_backward(2 * float(grad) * scale, x.z, directions, _step(x), sums, dz)
     return dz
 
 
 def _step(x: Arguments) -> float:
     return x.t_max / (x.knots - 1)
-
-
-def _scale(x: Arguments, sums: Tensor, part: Part | None) -> float:
-    """What the statistic of sums is to be multiplied by: N / N^2, and 1 / (V M) for the mean; NaN of nothing"""
-    terms = x.z.shape[0] * x.z.shape[1] * sums.shape[3] * (part.group.size() if part else 1)
-    return 1 / terms if terms else float("nan")

@@ -265,14 +265,8 @@ def draw(key: Tensor, slices: int, d: int) -> Tensor:
     return directions
 
 
-def _scale(x: Arguments, sums: Tensor, part: Part | None) -> float:
-    """What the statistic of sums is to be multiplied by: N / N^2, and 1 / (V M) for the mean; NaN of nothing"""
-    terms = x.z.shape[0] * x.z.shape[1] * sums.shape[3] * (part.group.size() if part else 1)
-    return 1 / terms if terms else float("nan")
-
-
-def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
-    """loss []; sums [V, 2, K - 1, M] of all ranks; directions [M, D] if they are drawn"""
+def forward(x: Arguments, scale: float, part: Part | None = None) -> tuple[Tensor, ...]:
+    """loss [], the statistic times scale; sums [V, 2, K - 1, M] of all ranks; directions [M, D] if they are drawn"""
     views, n, d = x.z.shape
     with launch.on(x.z.device):
         directions, drawn = x.directions, x.z.new_empty(0, dtype=torch.float32)
@@ -293,11 +287,11 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
         found = sums.new_empty(views * 2 * knots, dtype=torch.float64)
         if views:
             _statistic[len(found),](sums, table, found, m, knots, 1024, num_warps=4, **launch.FUSED)
-        loss = (found.sum() * _scale(x, sums, part)).float()
+        loss = (found.sum() * scale).float()
     return loss, sums, drawn
 
 
-def backward(grad: Tensor, x: Arguments, sums: Tensor, drawn: Tensor, part: Part | None = None) -> Tensor:
+def backward(grad: Tensor, x: Arguments, scale: float, sums: Tensor, drawn: Tensor) -> Tensor:
     views, n, d = x.z.shape
     if not x.z.numel():
         return torch.empty_like(x.z)
@@ -315,4 +309,4 @@ def backward(grad: Tensor, x: Arguments, sums: Tensor, drawn: Tensor, part: Part
                     z, directions, table, step, sums[view:], du, n, m, d, knots, du.shape[1], **TILE
                 )
                 launch.multiply(to.view(-1, d), du.flatten(0, 1), directions)
-        return (dz * (grad * (2 * _scale(x, sums, part)))).to(x.z.dtype)
+        return (dz * (grad * (2 * scale))).to(x.z.dtype)

@@ -69,17 +69,20 @@ def _check_arguments(x: Arguments) -> None:
         _check.bad_value("sigreg", "directions", f"shape [{x.slices}, {x.z.shape[2]}]", list(x.directions.shape))
 
 
-def _part(x: Arguments) -> tuple[distributed.Part, ...]:
-    return (distributed.part(x.group, x.z.shape[1]),) if x.group else ()
+def _scale(x: Arguments) -> float:
+    """What the statistic of sums is to be multiplied by: N / N^2, and 1 / (V M) for the mean; NaN of nothing"""
+    terms = x.z.shape[0] * x.z.shape[1] * x.slices * distributed.size(x.group)
+    return 1 / terms if terms else float("nan")
 
 
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = kernel(x.backend, "sigreg").forward(x, *_part(x))
+    part = distributed.part(x.group, x.z.shape[1]) if x.group else None
+    found: tuple[Tensor, ...] = kernel(x.backend, "sigreg").forward(x, _scale(x), part)
     return found
 
 
 def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> Tensor:
-    dz: Tensor = kernel(x.backend, "sigreg").backward(grad * distributed.size(x.group), x, *saved, *_part(x))
+    dz: Tensor = kernel(x.backend, "sigreg").backward(grad * distributed.size(x.group), x, _scale(x), *saved)
     return dz
 
 

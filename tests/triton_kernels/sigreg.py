@@ -27,8 +27,8 @@ def call(views: int, n: int, d: int, m: int, operands: str, device: str, knots: 
     z = torch.ones(views, n, d, dtype=OPERANDS[operands], device=device)
     key, directions = torch.ones((), dtype=torch.int64, device=device), torch.ones(m, d, device=device)
     x = Arguments(z, *((None, key) if drawn else (directions, None)), m, knots, 3.0, "", "triton")
-    loss, *saved = sigreg.forward(x)
-    sigreg.backward(loss, x, *saved)
+    loss, *saved = sigreg.forward(x, 0.5)
+    sigreg.backward(loss, x, 0.5, *saved)
 
 
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
