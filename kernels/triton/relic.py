@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from sslops.ops.relic import Arguments
 
 # These change from batch to batch: no compilation for each.
-SIZES = ("B", "negatives", "tiles", "span", "splits", "onlines", "targets")
+SIZES = ("B", "negatives", "blocks", "tiles", "span", "splits", "onlines", "targets")
 
 BLOCKS = 2  # of a multiprocessor, about; but at most PARTS spans
 PARTS = 64
@@ -53,12 +53,13 @@ SUMS = tl.constexpr(7)  # A, B, Y, E, V or a's maximum, b's maximum, how many ex
 
 @triton.jit(do_not_specialize=SIZES)
 def _prepare(
-    online, target, order, z, inv_norm, s_pos, B, D, stride, onlines, targets,
+    online, target, order, z, inv_norm, s_pos, grad, in_order, B, D, stride, onlines, targets,
     NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z, the matmuls' operands: crops normalised, rounded, padded, and in order; inv_norm [O + T, B]; s_pos [P, B]"""
-    blocks = tl.cdiv(B, BLOCK_R)
-    pair, rows = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    """z, the matmuls' operands: crops normalised, rounded, padded, and in order; inv_norm [O + T, B]; s_pos [P, B]; of
+    grad [P, B] in_order [P, B], if it is given.
+    """
+    rows, pair = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
     o, t, inside = pair // targets, pair % targets, rows < B
     given = rows
     if order is not None:
@@ -86,6 +87,9 @@ def _prepare(
     tl.store(inv_norm + tl.cast(o, tl.int64) * B + given, inv0, mask=first0)
     tl.store(inv_norm + tl.cast(onlines + t, tl.int64) * B + given, inv1, mask=first1)
     tl.store(s_pos + tl.cast(pair, tl.int64) * B + rows, s, mask=inside)
+    if grad is not None:
+        g = tl.load(grad + tl.cast(pair, tl.int64) * B + given, mask=inside, other=0.0)
+        tl.store(in_order + tl.cast(pair, tl.int64) * B + rows, g, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -100,8 +104,7 @@ def _weigh(
     the maxima m and m' where they are searched for, and V where they are not; how many a exceed s.
     """
     scale = log2_of(temperature, scale)
-    blocks, split = tl.cdiv(B, BLOCK_M), tl.program_id(1)
-    pair, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    i, split, pair = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     stride = BLOCK_K if STATIONARY else stride
     o, t = pair_views(z, pair, B, stride, onlines, targets, ORDERED)
     oi = row_tile(o, i, B, stride, BLOCK_M, BLOCK_K)
@@ -171,8 +174,7 @@ def _losses(
     """losses [P, B] and stats [P, 8, B] from the parts, in their order"""
     scale = log2_of(temperature, scale)
     inv_tau = scale * LN2
-    blocks, step = tl.cdiv(B, BLOCK), tl.cast(B, tl.int64)
-    pair, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    i, pair, step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.cast(B, tl.int64)
     inside = i < B
     part = tl.arange(0, PARTS)[:, None]
     mask = (part < splits) & inside[None, :]
@@ -223,23 +225,22 @@ def _losses(
 
 @triton.jit
 def _weigh_view(
-    x, y, grad, order, stats, w_scale, dz, scale, beta, B, negatives, stride, tiles, span, i, column,
+    x, y, grad, order, stats, w_scale, dz, scale, beta, B, negatives, stride, tiles, span, i, split, column,
     TARGET: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """_weigh_back of one view x, dz [B, stride]: of online, or of the target, which takes the transpose times online"""
-    split = tl.program_id(1)
+    """_weigh_back of a view x, dz [B, BLOCK_K]: of online, or of the target, which takes the transpose times online"""
     xi = row_tile(x, i, B, stride, BLOCK_M, BLOCK_K)
     yi = row_tile(y, i, B, stride, BLOCK_M, BLOCK_K)
     rows = (i + tl.arange(0, BLOCK_M))[:, None]
-    of_rows = row_stats(grad, order, stats, rows, B, w_scale)
+    of_rows = row_stats(grad, stats, rows, B, w_scale)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     begin = tl.where(i < negatives, i - negatives + B, i - negatives)
     for tile in range(split * span, tl.minimum(split * span + span, tiles)):
         j = wrapped(begin, tile, B, BLOCK_N)
         columns = (j + tl.arange(0, BLOCK_N))[None, :]
         u, v, yj = logits(x, y, xi, yi, i, j, column, B, stride, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K)
-        of_columns = row_stats(grad, order, stats, columns, B, w_scale)
+        of_columns = row_stats(grad, stats, columns, B, w_scale)
         if TARGET:
             w, w_other = weights(u, v, of_columns, of_rows, scale, beta, SEARCH)
         else:
@@ -250,68 +251,70 @@ def _weigh_view(
             w = tl.where(precedes if TARGET else follows, w, 0.0)
             w_other = tl.where(follows if TARGET else precedes, w_other, 0.0)
         acc = tl.dot((w + w_other).to(x.dtype.element_ty), yj, acc, input_precision=PRECISION)
-    inside, given = rows < B, rows
+    inside, given = rows < B, i + tl.arange(0, BLOCK_M)
     if order is not None:
-        given = tl.load(order + rows, mask=inside, other=0)
-    pull = tl.load(grad + given, mask=inside, other=0.0)
+        given = tl.load(order + given, mask=given < B, other=0)
+    pull = tl.load(grad + rows, mask=inside, other=0.0)
     pull = pull * tl.load(stats + 5 * tl.cast(B, tl.int64) + rows, mask=inside, other=0.0)
     positive = row_tile(y + column, i, B, stride, BLOCK_M, BLOCK_K).to(tl.float32)
     acc = acc * (1.0 / w_scale) - tl.where(split == 0, pull, 0.0) * positive
-    tl.store(dz + given.to(tl.int64) * stride + (column + tl.arange(0, BLOCK_K))[None, :], acc, mask=inside)
+    tl.store(address(dz, given, tl.arange(0, BLOCK_K), BLOCK_K), acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _weigh_back(
-    z, grad, order, stats, w_scale, dz, temperature, scale, beta, B, negatives, stride, tiles, span, onlines, targets,
+    z, grad, order, stats, w_scale, dz, temperature, scale, beta,
+    B, negatives, stride, blocks, tiles, span, onlines, targets,
     BOTH: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, STATIONARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz [P, splits, 1 or 2, B, stride], BLOCK_K columns a program: of a span of tiles dL/dS tau times the target, less
-    once what the positive draws, in the rows' given order; or of BOTH views.
+    """dz [P, splits, 1 or 2, slices, B, BLOCK_K], a slice of columns a program: of a span of tiles dL/dS tau times the
+    target, less once what the positive draws, in the rows' given order; or of BOTH views.
     """
     scale, w = log2_of(temperature, scale), 1.0
     stride = BLOCK_K if STATIONARY else stride
-    blocks, slices, VIEWS = tl.cdiv(B, BLOCK_M), stride // BLOCK_K, 2 if BOTH else 1
-    pair, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
-    view, column = tl.program_id(2) // slices, tl.program_id(2) % slices * BLOCK_K
+    slices, split, pair = stride // BLOCK_K, tl.program_id(1), tl.program_id(2)
+    i, part = tl.program_id(0) % blocks * BLOCK_M, tl.program_id(0) // blocks
+    column = part % slices * BLOCK_K
     o, t = pair_views(z, pair, B, stride, onlines, targets, order is not None)
     step = tl.cast(B, tl.int64)
-    dz += ((pair * tl.num_programs(1) + tl.program_id(1)) * VIEWS + view) * step * stride
+    dz += ((pair * tl.num_programs(1) + split) * (tl.num_programs(0) // blocks) + part) * step * BLOCK_K
     grad += pair * step
     stats += pair * 8 * step
     if order is not None:
         order += pair * step
     if w_scale is not None:
         w = tl.load(w_scale + pair)
-    if view == 0:
+    if part < slices:
         _weigh_view(
-            o, t, grad, order, stats, w, dz, scale, beta, B, negatives, stride, tiles, span, i, column,
+            o, t, grad, order, stats, w, dz, scale, beta, B, negatives, stride, tiles, span, i, split, column,
             False, SEARCH, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif BOTH:
         _weigh_view(
-            t, o, grad, order, stats, w, dz, scale, beta, B, negatives, stride, tiles, span, i, column,
+            t, o, grad, order, stats, w, dz, scale, beta, B, negatives, stride, tiles, span, i, split, column,
             True, SEARCH, PRECISION, STATIONARY, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def _gradient_tile(
-    x, dz, inv, inv_tau, rows, k, B, D, stride, step, first, every, count, splits, BLOCK_D: tl.constexpr
+    x, dz, inv, inv_tau, rows, k, B, D, step, first, every, count, splits, SLICE: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The unit row and its gradient [rows, k : k + BLOCK_D]: the sum over its pairs and their spans, over tau"""
     columns, own = k + tl.arange(0, BLOCK_D), load(x, rows, k, B, D, BLOCK_D) * inv[:, None]
     mask, total = (rows < B)[:, None] & (columns < D)[None, :], tl.zeros_like(own)
+    at = address(dz, rows, columns % SLICE + columns // SLICE * SLICE * tl.cast(B, tl.int64), SLICE)
     for n in range(0, count * splits):
-        at = address(dz + (first + n // splits * every * splits + n % splits) * step, rows, columns, stride)
-        total += tl.load(at, mask=mask, other=0.0)
+        span = first + n // splits * every * splits + n % splits
+        total += tl.load(at + span * step, mask=mask, other=0.0)
     return own, total * inv_tau
 
 
 @triton.jit
 def _crop_gradient(
-    x, dz, inv_norm, inv_tau, dx, dots, rows, B, D, stride, step, first, every, count, splits,
-    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, dz, inv_norm, inv_tau, dx, dots, rows, B, D, step, first, every, count, splits,
+    NORMALIZE: tl.constexpr, SLICE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx [B, D] and dots [B], if any, of the crop x [B, D], whose `count` pairs are every so many"""
     inside = rows < B
@@ -320,14 +323,14 @@ def _crop_gradient(
     if NORMALIZE or dots is not None:
         for k in range(0, D, BLOCK_D):
             own, d = _gradient_tile(
-                x, dz, inv, inv_tau, rows, k, B, D, stride, step, first, every, count, splits, BLOCK_D
+                x, dz, inv, inv_tau, rows, k, B, D, step, first, every, count, splits, SLICE, BLOCK_D
             )
             dot += tl.sum(own * d, 1)
     if dots is not None:
         tl.store(dots + rows, dot, mask=inside)
     along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
     for k in range(0, D, BLOCK_D):
-        own, d = _gradient_tile(x, dz, inv, inv_tau, rows, k, B, D, stride, step, first, every, count, splits, BLOCK_D)
+        own, d = _gradient_tile(x, dz, inv, inv_tau, rows, k, B, D, step, first, every, count, splits, SLICE, BLOCK_D)
         if NORMALIZE:
             d = (d - own * along[:, None]) * inv[:, None]
         columns = k + tl.arange(0, BLOCK_D)
@@ -338,7 +341,7 @@ def _crop_gradient(
 @triton.jit(do_not_specialize=SIZES)
 def _gradient(
     online, target, dz, inv_norm, temperature, scale, donline, dtarget, dots, B, D, stride, splits, onlines, targets,
-    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, SLICE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """donline [O, B, D] and, unless it is None, dtarget [T, B, D]; dots [O, B] = <row, gradient>, or None"""
     BOTH: tl.constexpr = dtarget is not None
@@ -346,29 +349,30 @@ def _gradient(
     inv_tau, all_rows = log2_of(temperature, scale) * LN2, tl.cast(B, tl.int64)
     step = all_rows * stride * (2 if BOTH else 1)
     inv_norm += crop * all_rows
+    o, t = tl.minimum(crop, onlines - 1), tl.maximum(crop - onlines, 0)
     if crop < onlines:
         _crop_gradient(
-            online + crop * all_rows * D, dz, inv_norm, inv_tau, donline + crop * all_rows * D,
-            dots if dots is None else dots + crop * all_rows, rows, B, D, stride, step,
-            crop * targets * splits, 1, targets, splits, NORMALIZE, BLOCK_R, BLOCK_D,
+            online + o * all_rows * D, dz, inv_norm, inv_tau, donline + o * all_rows * D,
+            dots if dots is None else dots + o * all_rows, rows, B, D, step,
+            o * targets * splits, 1, targets, splits, NORMALIZE, SLICE, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif BOTH:
-        t = crop - onlines
         _crop_gradient(
             target + t * all_rows * D, dz + all_rows * stride, inv_norm, inv_tau, dtarget + t * all_rows * D, None,
-            rows, B, D, stride, step, t * splits, targets, onlines, splits, NORMALIZE, BLOCK_R, BLOCK_D,
+            rows, B, D, step, t * splits, targets, onlines, splits, NORMALIZE, SLICE, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
 def _spans(x: Arguments, before: int, after: int, config: dict[str, int]) -> tuple[int, int, int, int]:
-    """Blocks of the pairs' rows, the tiles that may hold their pairs, how long spans of tiles are, and how many.
+    """Blocks of rows, the tiles that may hold their pairs, how long spans of tiles are, and how many.
 
     A row has pairs with the rows from `before` before it to `after` after it, in cyclic order.
     """
     b, m, n = x.online.shape[-2], config["BLOCK_M"], config["BLOCK_N"]
     tiles = triton.cdiv(m + before + after, n) + (b % n > 0) + (m % n + before % n > 0)
-    blocks, tiles = math.prod(x.crops) * triton.cdiv(b, m), min(tiles, triton.cdiv(b, n))
-    span = triton.cdiv(tiles, max(1, min(BLOCKS * launch.processors(x.online.device) // blocks, PARTS)))
+    blocks, tiles = triton.cdiv(b, m), min(tiles, triton.cdiv(b, n))
+    of_each = BLOCKS * launch.processors(x.online.device) // (blocks * math.prod(x.crops))
+    span = triton.cdiv(tiles, max(1, min(of_each, PARTS)))
     return blocks, tiles, span, triton.cdiv(tiles, span)
 
 
@@ -380,26 +384,28 @@ def _searches(temperature: float | Tensor, normalize: bool) -> bool:
 
 
 def _largest_weights(grad: Tensor, x: Arguments, stats: Tensor) -> Tensor:
-    """[P, B]: no weight of the pair i, j is above the sum of i's and j's; grad [P, B], stats [P, 8, B]"""
+    """[P, B]: no weight of the pair i, j is above the sum of i's and j's; grad [P, B] in order, stats [P, 8, B]"""
     top, inv, s = stats[:, 0:4:2], stats[:, 1:4:2], stats[:, 6:7]
     share = (1 - ((s - top) / x.temperature).exp() * inv).clamp(min=2**-22).amax(1)
     longest = [
         1.01 if x.normalize else torch.linalg.vector_norm(each.float(), dim=-1).amax() for each in (x.online, x.target)
     ]
-    grad = grad if x.order is None else grad.gather(1, x.order)
     return grad * share * (stats[:, 4].abs() + x.beta * (1 + 2 * longest[0] * longest[1] / x.temperature))
 
 
-def _operand(x: Arguments, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def _operand(
+    x: Arguments, step: int, grad: Tensor | None = None, in_order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """z [crops, B, D up to a multiple of step], inv_norm [O + T, B], s_pos [P, B] of the rounded rows"""
     (*_, b, d), (onlines, targets) = x.online.shape, x.crops or (1, 1)
     stride, pairs = triton.cdiv(d, step) * step, onlines * targets
     z = x.online.new_empty((onlines + targets if x.order is None else 2 * pairs, b, stride), dtype=x.operand_dtype)
     inv_norm, s_pos = (z.new_empty((n, b), dtype=torch.float32) for n in (onlines + targets, pairs))
     blocks = row_blocks(stride)
-    _prepare[triton.cdiv(b, blocks["BLOCK_R"]) * pairs,](
-        x.online, x.target, x.order, z, inv_norm, s_pos, b, d, stride, onlines, targets, x.normalize, **blocks
-    )
+    _prepare[triton.cdiv(b, blocks["BLOCK_R"]), pairs](
+        x.online, x.target, x.order, z, inv_norm, s_pos, grad, in_order, b, d, stride, onlines, targets, x.normalize,
+        **blocks,
+    )  # fmt: skip
     return z, inv_norm, s_pos
 
 
@@ -416,11 +422,11 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
         stride = z.shape[2]
         blocks, tiles, span, splits = _spans(x, 0, x.negatives, config)
         parts = losses.new_empty(onlines * targets, SUMS.value, splits, b)
-        _weigh[blocks, splits](
+        _weigh[blocks, splits, onlines * targets](
             z, s_pos, parts, *scale, b, x.negatives, stride, tiles, span, onlines, targets, search, x.count_exceeding,
             x.order is not None, launch.precision(x.operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
-        _losses[triton.cdiv(b, 16) * onlines * targets,](
+        _losses[triton.cdiv(b, 16), onlines * targets](
             s_pos, parts, x.order, *scale, x.alpha, x.beta, losses, stats, b, splits, search, x.count_exceeding,
             PARTS, 16, **launch.FUSED,
         )  # fmt: skip
@@ -437,21 +443,23 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
     config = launch.nearest("relic", x.online.device, x.operand_dtype, d)["backward"]
     search, scale = _searches(x.temperature, x.normalize), launch.scale_of(x.temperature)
     with launch.on(x.online.device):
-        z, inv_norm, _ = _operand(x, config["BLOCK_K"])
+        given, grad = (None, grad) if x.order is None else (grad, torch.empty_like(grad))
+        z, inv_norm, _ = _operand(x, config["BLOCK_K"], given, grad)
         stride, w_scale = z.shape[2], None
         if x.operand_dtype == torch.float16:
             sizes = _largest_weights(grad.view(pairs, b), x, stats.view(pairs, 8, b))
             w_scale = launch.half_scale(x.operand_dtype, sizes, dim=1)
         blocks, tiles, span, splits = _spans(x, x.negatives, x.negatives, config)
-        dz = grad.new_empty(pairs, splits, gradients, b, stride)
-        _weigh_back[blocks, splits, gradients * stride // config["BLOCK_K"]](
-            z, grad, x.order, stats, w_scale, dz, *scale, x.beta, b, x.negatives, stride, tiles, span, onlines, targets,
+        dz = grad.new_empty(pairs, splits, gradients, stride // config["BLOCK_K"], b, config["BLOCK_K"])
+        _weigh_back[blocks * gradients * stride // config["BLOCK_K"], splits, pairs](
+            z, grad, x.order, stats, w_scale, dz, *scale, x.beta,
+            b, x.negatives, stride, blocks, tiles, span, onlines, targets,
             gradients == 2, search, launch.precision(x.operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
         rows, dots = row_blocks(d), grad.new_empty(onlines, b) if learned else None
         _gradient[triton.cdiv(b, rows["BLOCK_R"]), onlines + (targets if gradients == 2 else 0)](
             x.online, x.target, dz, inv_norm, *scale, donline, dtarget, dots, b, d, stride, splits, onlines, targets,
-            x.normalize, **rows,
+            x.normalize, config["BLOCK_K"], **rows,
         )  # fmt: skip
     dtemperature = grad.new_empty(0) if dots is None else -dots.sum() / x.temperature
     return donline, x.target.new_empty(0) if dtarget is None else dtarget, dtemperature

@@ -58,11 +58,10 @@ def is_negative(rows, columns, B, negatives):
 
 
 @triton.jit
-def row_stats(grad, order, stats, rows, B, w_scale):
+def row_stats(grad, stats, rows, B, w_scale):
     """grad w_scale / r of a and of b, alpha + beta Y, s, and the maxima of a and of b: of the rows, zeros from B on"""
     inside, step = rows < B, tl.cast(B, tl.int64)
-    given = rows if order is None else tl.load(order + rows, mask=inside, other=0)
-    g = tl.load(grad + given, mask=inside, other=0.0) * w_scale
+    g = tl.load(grad + rows, mask=inside, other=0.0) * w_scale
     stats += rows
     top_a = tl.load(stats, mask=inside, other=0.0)
     p = g * tl.load(stats + step, mask=inside, other=0.0)
