@@ -7,13 +7,14 @@ its rows and to its columns. The gradient is dz = (W z - positives) / tau, W_ij 
 The positives stay out of both matmuls: rounded inside W they would drown the gradient of aligned pairs. Of more than
 two views a row has several: r is one sum for each, 1 / r in W their mean, which only what closes the sums knows of.
 
-Order of every sum is fixed, so the same input gives the same bits. Scratch, in bytes: z in the operands' dtype, padded
-to a multiple of 64 columns; forward PANELS x 4 a row (x 8 with the maxima searched); backward D x 4 a row and
-PROGRAMS blocks of rows more (flash), or D x 4 a row and one W block (panel).
+Order of every sum is fixed on a chip, so the same input gives the same bits. Scratch, in bytes: z in the operands'
+dtype, padded to a multiple of 64 columns; forward 4 a row and panel (8 with the maxima searched), PANELS at most;
+backward D x 4 a row, and BLOCKS blocks of rows a multiprocessor more (flash), or one W block (panel).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ DISTRIBUTED = True
 # These change from batch to batch: no compilation for each.
 SIZES = ("N", "M", "panel", "row0", "row1", "panels")
 
-PANELS = 31  # odd, see _negative_sums; 31 * 16 programs fill 3.8 waves of an H100's 132 multiprocessors
+PANELS = 64  # at most: their parts are scratch, and read by _losses at once
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -60,9 +61,10 @@ def _negative_sums(
 ):  # fmt: skip
     """r_parts[k, i], m_parts[k, i]: the sum of E_ij and the largest logit over the negatives j of row i in panel k.
 
-    The rows are cut into an odd number P of panels. Program (a, d) has the pair of panels a and b = a + d mod P: with
-    d <= P / 2 every pair once, which gives part b of panel a's rows and, by symmetry, part a of panel b's. With the
-    maximum to search, columns would cost more than they save: all d, rows only, and maybe only those from row0 to row1.
+    The rows are cut into P panels, an odd number, of which the last may have none. Program (a, d) has the pair of
+    panels a and b = a + d mod P: with d <= P / 2 every pair once, which gives part b of panel a's rows and, by
+    symmetry, part a of panel b's. With the maximum to search, columns would cost more than they save: all d, rows only,
+    and maybe only those from row0 to row1.
     """
     scale = log2_of(temperature, scale)
     a = tl.program_id(0)
@@ -216,6 +218,35 @@ def _of(own: slice | None, v: int, x: Tensor) -> Tensor:
     return x if own is None else x.unflatten(-1, (v, -1))[..., own].flatten(-2).contiguous()
 
 
+@functools.lru_cache(1024)
+def _panels(m: int, rows: int, search: bool, block: int, processors: int) -> tuple[int, float]:
+    """How long they are, in whole blocks, and which share of the chip works on pairs that are needed: a program takes
+    as long as it has pairs, and all wait for the multiprocessor with the most of them.
+    """
+
+    def time(panel: int) -> int:
+        n = triton.cdiv(m, panel)
+        programs = triton.cdiv(rows, panel) * n if search else n * (n + 1) // 2
+        return triton.cdiv(programs, processors) * panel**2
+
+    lengths = {triton.cdiv(triton.cdiv(m, n), block) * block for n in range(1, PANELS + 1)}
+    panel = min(lengths, key=lambda length: (time(length), -length))
+    return panel, (rows * m if search else m * m / 2) / (processors * time(panel))
+
+
+def _schedule(m: int, rows: int, search: bool, config: dict[str, int], processors: int) -> tuple[int, dict[str, int]]:
+    """How long panels are, in whole tiles either way, and the config: smaller tiles where a small batch has too few"""
+    block = max(config["BLOCK_M"], config["BLOCK_N"])
+    panel, share = _panels(m, rows, search, block, processors)
+    if block > 64:
+        half = block // 2
+        finer, of_finer = _panels(m, rows, search, half, processors)
+        if of_finer > 1.25 * share:  # they read their operands more often
+            tile = {name: min(config[name], half) for name in ("BLOCK_M", "BLOCK_N")}
+            return finer, config | tile | {"num_warps": max(config["num_warps"] // 2, 4)}
+    return panel, config
+
+
 def _maximum(temperature: float | Tensor, normalize: bool, rows: int, own: slice | None) -> float | None:
     """None for a part of the batch: only where the maximum is searched for do rows go without their columns"""
     return fixed_maximum(temperature, normalize, rows) if own is None else None
@@ -235,8 +266,8 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     search, classes = maximum is None, _classes(x)
     if classes is not None:  # larger tiles spill with them
         config |= {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8}
-    block = config["BLOCK_M"]
-    panel = triton.cdiv(triton.cdiv(m, PANELS), block) * block
+    rows = m if own is None else v * (own.stop - own.start)
+    panel, config = _schedule(m, rows, search, config, launch.processors(x.z0.device))
     panels = triton.cdiv(m, panel)
     odd = panels // 2 * 2 + 1  # the last may have no rows
     with launch.on(x.z0.device):
@@ -252,14 +283,14 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
                 z, classes, r_parts, m_parts, *scale, maximum, n, m, stride, panel, row0, row1,
                 search, precision, stride == config["BLOCK_K"], **config,
             )  # fmt: skip
-        _losses[triton.cdiv(m, 128),](
+        _losses[triton.cdiv(m, 64),](
             r_parts, m_parts, s_pos, x.positive_weights, losses, stats, *scale, maximum, n, m, panels,
-            search, v, x.decoupled, 32, 128, **launch.FUSED,
+            search, v, x.decoupled, triton.next_power_of_2(PANELS), 64, **launch.FUSED,
         )  # fmt: skip
         if x.count_exceeding:
             logged[: v - 1].view(-1, s_pos.shape[-1]).copy_(s_pos)
             for k, (row0, row1) in itertools.product(range(v - 1), row_ranges(v, n, own)):
-                _exceeding[triton.cdiv(row1 - row0, block),](
+                _exceeding[triton.cdiv(row1 - row0, config["BLOCK_M"]),](
                     z, classes, s_pos.view(v - 1, -1)[k], logged[v - 1 + k], n, m, stride, row0,
                     v, precision, stride == config["BLOCK_K"], **config,
                 )  # fmt: skip

@@ -1,10 +1,11 @@
 """W z of NT-Xent's backward pass, W_ij = g_i E_ij / r_i + g_j E_ji / r_j, and 0 where the pair is no negative.
 
 `flash` makes the tiles of W where they are used; `panels`, of rows that are wider than a block, writes blocks of W and
-multiplies them by the library's matmul. rows: classes, g, stats, temperature, scale, maximum and w_scale, as
-kernels take them.
+multiplies them by the library's matmul. rows: classes, g, stats, temperature, scale, maximum and w_scale, as kernels
+take them.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .views import of_negatives, row_ranges
 # These change from batch to batch: no compilation for each.
 SIZES = ("N", "M", "span", "row0", "row1", "total", "column0", "width")
 
-PROGRAMS = 528  # of the flash backward: two waves of two on each of 132 multiprocessors
+BLOCKS = 4  # a multiprocessor: of rows whose sums the flash backward keeps, about and at most
 W_BLOCK = 4096  # rows and columns of the panel backward's W: 32 MiB in bf16
 
 
@@ -95,6 +96,21 @@ def _w_block(
     tl.store(to, tile.to(w.dtype.element_ty), mask=(rows < M) & (columns < M))
 
 
+@functools.lru_cache(1024)
+def _span(m: int, blocks: int, step: int, processors: int) -> int:
+    """Of columns, in whole tiles, that take the shortest time: the time of the multiprocessor with the most programs,
+    two at once.
+    """
+
+    def time(span: int) -> int:
+        return triton.cdiv(blocks * triton.cdiv(m, span), 2 * processors) * span
+
+    spans = {
+        triton.cdiv(triton.cdiv(m, n), step) * step for n in range(1, triton.cdiv(BLOCKS * processors, blocks) + 1)
+    }
+    return min(spans, key=lambda span: (time(span), -span))
+
+
 def flash(
     z: Tensor, v: int, rows: tuple[Any, ...], search: bool, precision: str, config: dict[str, int], own: slice | None
 ) -> Tensor:
@@ -103,8 +119,7 @@ def flash(
     n = m // v
     ranges = row_ranges(v, n, own)
     total = sum(row1 - row0 for row0, row1 in ranges)
-    splits = triton.cdiv(PROGRAMS, triton.cdiv(total, config["BLOCK_M"]))
-    span = triton.cdiv(triton.cdiv(m, splits), config["BLOCK_N"]) * config["BLOCK_N"]
+    span = _span(m, triton.cdiv(total, config["BLOCK_M"]), config["BLOCK_N"], launch.processors(z.device))
     splits = triton.cdiv(m, span)
     dz = z.new_empty((splits, total, stride), dtype=torch.float32)
     written = 0

@@ -86,6 +86,11 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for d in (*map(int, widths), 1000):
             for how, temperature in (("fixed", 0.1), ("search", None)):
                 yield f"{operands} D={d} {how}", partial(call, 65536, d, operands, temperature, "meta", count=True)
+                if operands != "f16":  # of half as many rows a block
+                    yield (
+                        f"{operands} D={d} few {how}",
+                        partial(call, 512, d, operands, temperature, "meta"),
+                    )
     for how, temperature in (("fixed", 0.1), ("search", None)):
         yield f"bf16 D=128 views {how}", partial(call, 65536, 128, "bf16", temperature, "meta", count=True, views=4)
     yield "bf16 D=1000 views", partial(call, 65536, 1000, "bf16", 0.1, "meta", views=4)
@@ -190,9 +195,9 @@ def test_unnormalized(dtype: torch.dtype, n: int, d: int) -> None:
     compare(pairs("random", n, d), 2.0, False, dtype, "sm_90", False)
 
 
-@pytest.mark.parametrize(("panels", "search"), [(nt_xent.PANELS, False), (3, True)])  # of one block of rows, of two
-def test_many_panels(monkeypatch: pytest.MonkeyPatch, search: bool, panels: int) -> None:
-    monkeypatch.setattr(nt_xent, "PANELS", panels)
+@pytest.mark.parametrize(("blocks", "search"), [(1, False), (2, False), (2, True)])
+def test_panels_of_several_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, search: bool, blocks: int) -> None:
+    monkeypatch.setattr(nt_xent, "_panels", lambda m, rows, search, block, processors: (blocks * block, 1.0))
     compare(pairs("random", 170, 20), 0.1, True, torch.bfloat16, "default", search)
 
 

@@ -4,12 +4,16 @@ Counted on tensors without memory: nothing is compiled, and nothing runs.
 """
 
 import importlib
+import itertools
 from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from sslops.kernels.triton.nt_xent import PANELS, _schedule
+from sslops.kernels.triton.w_z import BLOCKS, _span
 
 from . import info_nce, nt_xent, off_diagonal, offline, pairs, prototypes, relic, sigreg, supcon
 
@@ -101,6 +105,28 @@ def counted(call: str) -> dict[str, list[str]]:
         with mock.patch.multiple(module, **patched):
             CALLS[call]()
     return found
+
+
+@pytest.mark.parametrize("processors", [108, 132, 148, 304])
+def test_nt_xent_fills_a_chip(processors: int) -> None:
+    """By the model that panels and spans are chosen by"""
+    for search, (rows, columns) in itertools.product((False, True), ((64, 64), (256, 64), (128, 128), (64, 128))):
+        tile = {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8}
+        for m in (*range(1, 70), *range(100, 100_000, 997)):
+            panel, config = _schedule(m, m, search, tile, processors)
+            assert panel % config["BLOCK_M"] == panel % config["BLOCK_N"] == 0
+            assert -(-m // panel) <= PANELS
+        for m in (4096, 8192, 65536):
+            panel, config = _schedule(m, m, search, tile, processors)
+            programs = (n := -(-m // panel)) * (n if search else n + 1) // (1 if search else 2)
+            pairs = m**2 if search else m**2 // 2
+            assert pairs / (-(-programs // processors) * processors * panel**2) > 0.75, (m, tile)
+    for m in (4096, 8192, 65536):
+        blocks = m // 128
+        span = _span(m, blocks, 64, processors)
+        programs = blocks * -(-m // span)
+        assert programs <= BLOCKS * processors + blocks
+        assert m * m / (-(-programs // processors) * processors * span * 128) > 0.84, m
 
 
 @pytest.mark.parametrize("call", CALLS)
