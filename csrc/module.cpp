@@ -11,6 +11,7 @@
 #include "cpu/columns.h"
 #include "cpu/cross_correlation.h"
 #include "cpu/ema_update.h"
+#include "cpu/exceeding.h"
 #include "cpu/gather_patches.h"
 #include "cpu/gather_tokens.h"
 #include "cpu/info_nce.h"
@@ -234,6 +235,7 @@ PYBIND11_MODULE(_C, m) {
   bind(m, clip::table);
   bind(m, columns::table);
   bind(m, cross_correlation::table);
+  bind(m, exceeding::table);
   bind(m, gather_patches::table);
   bind(m, gather_tokens::table);
   bind(m, info_nce::table);

@@ -117,6 +117,43 @@ def metrics(similarity: Tensor, above: Tensor) -> Metrics:
     return Metrics((above < 1).to(dtype).mean(), (above < 5).to(dtype).mean(), mean(similarity.detach()))
 
 
+class PairMetrics(NamedTuple):
+    image_to_text: Metrics  # of each image's text among all texts
+    text_to_image: Metrics  # of each text's image among all images
+
+
+def pair_metrics(logged: Tensor) -> PairMetrics:
+    similarity, of_images, of_texts = logged
+    return PairMetrics(metrics(similarity, of_images), metrics(similarity, of_texts))
+
+
+def exceeding(similarity: Tensor) -> Tensor:
+    """[3, N] of [N, N]: the pairs', how many of its row exceed it, and how many of its column"""
+    similarity = similarity.detach()
+    own = similarity.diagonal()
+    above = (similarity > own[:, None]).sum(1), (similarity > own).sum(0)
+    return torch.stack([own, *(each.to(own.dtype) for each in above)])
+
+
+def exceeding_pairs(x: Any) -> Tensor:
+    """The same of all ranks by an op's kernels, [0, N] unless x.count_exceeding. Texts go round the ring, each with its
+    number and what was counted.
+    """
+    if not x.count_exceeding:
+        return x.image.new_empty((0, len(x.image) * distributed.size(x.group)), dtype=torch.float32)
+    run = kernel(x.backend, "exceeding")
+    text, own = x.text, run.similarity(x)
+    of_texts, of_image, of_text = own, torch.zeros_like(own), torch.zeros_like(own)
+    for step in range(distributed.size(x.group)):
+        found = run.count(x._replace(text=text), len(text) if step else 0, own, of_texts)
+        of_image, of_text = of_image + found[0], of_text + found[1]
+        if x.group:
+            with distributed.pass_on([text, of_texts, of_text], x.group) as (text, of_texts, of_text):
+                pass
+    logged = torch.stack([own, of_image, of_text])
+    return distributed.all_gather(logged, x.group, 1) if x.group else logged
+
+
 def check_options(op: str, normalize: bool, reduction: str, return_metrics: bool) -> None:
     _check.flag(op, "normalize", normalize)
     _check.choice(op, "reduction", reduction, REDUCTIONS)

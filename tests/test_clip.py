@@ -105,6 +105,30 @@ def test_it_is_half_of_two_info_nce(device, backend):
 
 
 @each_target
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [sslops.clip, sslops.siglip])
+def test_metrics(device, backend, dtype, op):
+    image, text = pairs(401, 32, dtype, device, noise=2.0).values()
+    loss, found = op(image.requires_grad_(), text, return_metrics=True, backend=backend)
+    assert torch.equal(loss, op(image, text, backend=backend))
+    assert loss.requires_grad
+    similarity = F.normalize(image.detach().double()) @ F.normalize(text.double()).T
+    positive = similarity.diagonal().clone()
+    similarity.fill_diagonal_(-2)
+    oracle.assert_metrics(found.image_to_text, positive, similarity, dtype)
+    oracle.assert_metrics(found.text_to_image, positive, similarity.T, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_metrics_of_pairs_that_are_alike(isa, dtype):
+    """None exceeds another, whichever tile it is in."""
+    image = torch.randn(1, 33, generator=torch.Generator().manual_seed(0)).to(dtype).repeat(300, 1)
+    for rows in (5, 300):
+        for metrics in sslops.clip(image[:rows], image[:rows], return_metrics=True, backend="cpu")[1]:
+            assert metrics.top1 == 1
+
+
+@each_target
 def test_a_scale_that_is_not_positive_is_nan(device, backend):
     image, text = pairs(5, 4, device=device).values()
     for scale in (-1.0, torch.nan):
@@ -133,6 +157,7 @@ def test_bad_input():
     refused(ValueError, "logit_scale", image, text, logit_scale=torch.ones(2))
     refused(ValueError, "reduction", image, text, reduction="median")
     refused(TypeError, "normalize", image, text, normalize=1)
+    refused(TypeError, "return_metrics", image, text, return_metrics=1)
 
 
 class TestPlantedFaults:

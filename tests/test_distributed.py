@@ -351,6 +351,22 @@ def test_nt_xent_metrics_of_all_ranks(two, backend):
         torch.testing.assert_close(got, expected)
 
 
+def pair_metrics(rank, world, op, inputs, backend):
+    return op(*(shard(x, rank, world) for x in inputs), return_metrics=True, group="world", backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("op", [sslops.clip, sslops.siglip])
+def test_pair_metrics_of_all_ranks(ranks, backend, op):
+    image, text = views(40, 6)
+    inputs = [image, text + torch.linspace(-2, 2, 6)]
+    expected = op(*inputs, return_metrics=True)
+    assert all(0 < each.top1 < 1 for each in expected[1])
+    assert expected[1].image_to_text.top1 != expected[1].text_to_image.top1
+    for got in ranks(pair_metrics, op, inputs, backend):
+        torch.testing.assert_close(got, expected)
+
+
 def of_paired(query, key, own, *, negatives, masked, group=None, **options):
     """own: [B, M D]; the rank's rows of masks and weights"""
     k = len(negatives) if negatives is not None else len(query) * (dist.get_world_size() if group else 1)

@@ -125,6 +125,7 @@ def test_bad_input():
     refused(TypeError, "bias", image, text, bias=torch.tensor(1))
     refused(ValueError, "bias", image, text, bias=torch.ones(2))
     refused(TypeError, "normalize", image, text, normalize=1)
+    refused(TypeError, "return_metrics", image, text, return_metrics=1)
 
 
 class TestPlantedFaults:

@@ -39,23 +39,6 @@ void leave_out(const Views& x, const Part& t) {
   }
 }
 
-// How many of the tile's negatives exceed the similarity of their row's positive, and of their column's.
-void count_exceeding(const Part& t, const float* similarity, float* exceeding) {
-  float columns[kMaxSide];
-  for (int64_t j = 0; j < t.width(); ++j) columns[j] = 0.f;
-  for (int64_t k = 0; k < t.rows; ++k) {
-    F count{};
-    const F bar = splat(similarity[t.i0 + k]);
-    for (int64_t j = 0; j < t.width(); j += kLanes) {
-      const F s = load(t.row(k) + j), one = splat(1.f);
-      count += select(s > bar, one, F{});
-      if (t.mirrored) store(columns + j, load(columns + j) + select(s > load(similarity + t.j0 + j), one, F{}));
-    }
-    exceeding[t.i0 + k] += sum(count);
-  }
-  for (int64_t j = 0; j < t.columns && t.mirrored; ++j) exceeding[t.j0 + j] += columns[j];
-}
-
 void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, double temperature, bool normalize,
              bool decoupled, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor inv_norm,
              Tensor stats) {

@@ -1,4 +1,5 @@
-// A tile of S and its softmax, of its rows and of its columns: the running sums, and the weights of the way back.
+// A tile of S and its softmax, of its rows and of its columns: the running sums, what is counted for metrics, and the
+// weights of the way back.
 #pragma once
 #include "softmax.h"
 
@@ -78,6 +79,23 @@ void add(const Part& t, const Scale& scale, float* top, float* sums) {
                    : t.mirrored ? add_all<false, true>
                                 : add_all<false, false>;
   run(t, scale.inverse, top, sums);
+}
+
+// How many of the tile's negatives exceed the similarity of their row's positive, and of their column's.
+void count_exceeding(const Part& t, const float* similarity, float* exceeding) {
+  float columns[kMaxSide];
+  for (int64_t j = 0; j < t.width(); ++j) columns[j] = 0.f;
+  for (int64_t k = 0; k < t.rows; ++k) {
+    F count{};
+    const F bar = splat(similarity[t.i0 + k]);
+    for (int64_t j = 0; j < t.width(); j += kLanes) {
+      const F s = load(t.row(k) + j), one = splat(1.f);
+      count += select(s > bar, one, F{});
+      if (t.mirrored) store(columns + j, load(columns + j) + select(s > load(similarity + t.j0 + j), one, F{}));
+    }
+    exceeding[t.i0 + k] += sum(count);
+  }
+  for (int64_t j = 0; j < t.columns && t.mirrored; ++j) exceeding[t.j0 + j] += columns[j];
 }
 
 template <bool kFixed>

@@ -27,6 +27,7 @@ from .pairs import (
     multiply_blocks,
     number,
     operand,
+    panels,
     positive,
     power,
     products,
@@ -44,8 +45,6 @@ DISTRIBUTED = True
 
 # These change from batch to batch: no compilation for each.
 SIZES = ("B", "N", "first", "high", "wide", "row0", "column0", "tiles", "row_parts", "column_parts")
-
-PANELS = 32  # of rows and of columns: 1024 programs fill 3.9 waves of two on each of an H100's 132 multiprocessors
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -202,10 +201,7 @@ def forward(
         return losses, stats
     config, top = launch.nearest("pairs", image.device, operand_dtype, d)["sums"], _fixed_top(x)
     scale = (*given(x.logit_scale), top or 0.0)
-    high, wide = (
-        triton.cdiv(triton.cdiv(count, PANELS), config[block]) * config[block]
-        for count, block in ((b, "BLOCK_M"), (n, "BLOCK_N"))
-    )
+    high, wide = panels(b, n, config)
     grid = triton.cdiv(b, high), triton.cdiv(n, wide)
     with launch.on(image.device):
         left, _ = operand(image, x.normalize, operand_dtype, config["BLOCK_K"])

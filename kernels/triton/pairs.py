@@ -9,7 +9,7 @@ Order of every sum is fixed, so the same input gives the same bits. Scratch, in 
 gradient is wanted, one block of W.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from torch import Tensor
 from . import launch
 from .rows import address, column_tile, input_gradients, inv_norms, load, row_blocks, row_tile
 
+PANELS = 32  # of rows and of columns: 1024 programs fill 3.9 waves of two on each of an H100's 132 multiprocessors
 W_BLOCK = 4096  # rows and columns of a block of W, 32 MiB in bf16; a multiple of every tile's
 
 
@@ -109,6 +110,14 @@ def operand(x: Tensor, normalize: bool, dtype: torch.dtype, step: int) -> tuple[
     if n:
         _unit[triton.cdiv(n, blocks["BLOCK_R"]),](x, z, inv_norm, n, d, stride, normalize, **blocks)
     return z, inv_norm
+
+
+def panels(b: int, n: int, config: Mapping[str, int]) -> tuple[int, int]:
+    """How many rows and columns, whole tiles, a program takes: PANELS of each, or fewer"""
+    return tuple(
+        triton.cdiv(triton.cdiv(count, PANELS), config[block]) * config[block]
+        for count, block in ((b, "BLOCK_M"), (n, "BLOCK_N"))
+    )
 
 
 def multiply_blocks(

@@ -1,14 +1,14 @@
 """CLIP: every image must find its text among those of the batch, and every text its image."""
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _check, distributed
+from .. import distributed
 from .._check import Of
-from .._contrastive import REDUCTIONS, gradient_over_ranks, reduce
+from .._contrastive import check_options, exceeding, exceeding_pairs, gradient_over_ranks, pair_metrics, reduce
 from .._library import Out, register
 from ..backend import kernel
 
@@ -18,6 +18,7 @@ class Arguments(NamedTuple):
     text: Annotated[Tensor, Of("N D", like="image", spread=True)]
     logit_scale: float | Tensor
     normalize: bool
+    count_exceeding: bool  # whether to count the texts that exceed an image's own, and the images that exceed a text's
     group: str
     shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
     operand_dtype: torch.dtype = torch.float32
@@ -29,6 +30,7 @@ class Outputs(NamedTuple):
     """Of all ranks. s_ij = <image_i, text_j>, the rows unit if normalize and rounded to operand_dtype."""
 
     losses: Out
+    logged: Out  # s_ii, how many s_ij exceed it and how many s_ji, if that is to be counted
     # m_i, any number that keeps exp(logit_scale (s_ij - m_i)) in range; 1 / their sum over j; the same of the columns;
     # the share of i's negatives in its row's sum and in its column's, added
     stats: Out
@@ -38,30 +40,36 @@ class Outputs(NamedTuple):
 def outputs(x: Arguments) -> Outputs:
     own, d = x.image.shape
     n = own * distributed.size(x.group)
-    return Outputs(Out((n,)), Out((5, n)), Out((n, d) if x.group else (0,), x.text.dtype))
+    logged = Out((3 if x.count_exceeding else 0, n))
+    return Outputs(Out((n,)), logged, Out((5, n)), Out((n, d) if x.group else (0,), x.text.dtype))
 
 
-def reference(x: Arguments) -> tuple[Tensor]:
-    """losses [N]: the maths as it is written, float32 (float64 for float64) around a matmul in operand_dtype."""
+def reference(x: Arguments) -> tuple[Tensor, Tensor]:
+    """losses [N] and what is logged: the maths as it is written, float32 (float64 for float64) around a matmul in
+    operand_dtype.
+    """
     wide = torch.promote_types(x.image.dtype, torch.float32)
     image, text = x.image.to(wide), x.text.to(wide)
     if x.normalize:
         image, text = F.normalize(image), F.normalize(text)
-    logits = (image.to(x.operand_dtype) @ text.to(x.operand_dtype).t()).to(wide) * x.logit_scale
-    own = torch.arange(len(image), device=image.device)
-    return ((F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.t(), own, reduction="none")) / 2,)
+    similarity = (image.to(x.operand_dtype) @ text.to(x.operand_dtype).t()).to(wide)
+    logits, own = similarity * x.logit_scale, torch.arange(len(image), device=image.device)
+    losses = F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.t(), own, reduction="none")
+    return losses / 2, exceeding(similarity) if x.count_exceeding else similarity.detach()[:0]
 
 
 # A kernel with a distributed form takes all ranks' texts, the Part that the images are, and what gathers the sums.
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
     run = kernel(x.backend, "clip").forward
     if not x.group:
-        return tuple(run(x))
+        losses, stats = run(x)
+        return losses, exceeding_pairs(x), stats
     texts, part = distributed.all_gather(x.text, x.group), distributed.part(x.group, len(x.image))
-    return *run(x._replace(text=texts), part, lambda sums: distributed.all_gather(sums[None], x.group)), texts
+    losses, stats = run(x._replace(text=texts), part, lambda sums: distributed.all_gather(sums[None], x.group))
+    return losses, exceeding_pairs(x), stats, texts
 
 
-def _backward(grad: Tensor, x: Arguments, stats: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+def _backward(grad: Tensor, x: Arguments, _: Tensor, stats: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
     run = kernel(x.backend, "clip").backward
     if not x.group:
         return tuple(run(grad, x, stats))
@@ -91,9 +99,10 @@ def clip(
     logit_scale: float | Tensor = 1 / 0.07,
     normalize: bool = True,
     reduction: str = "mean",
+    return_metrics: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """CLIP's loss: the cross entropy of each image's own text among all texts, and of each text's own image.
 
     Pair i's loss is the mean of two: -log softmax over j of logit_scale <image_i, text_j> at j = i, and the same of
@@ -108,6 +117,8 @@ def clip(
             positive). Of a model that learns its logarithm, `log_scale.exp()`; to clamp it is left to you.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the pairs, or "none": the losses [N].
+        return_metrics: return (loss, PairMetrics): `image_to_text` and `text_to_image`, each with top-1 and top-5
+            accuracy of the partner among all, and the pairs' mean similarity. A pass of its own, 2 N^2 D FLOP.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W pairs on each: all ranks'
             texts and images are candidates. A mean or a sum is that of all pairs, the same on every rank, and so must
             be what is built on it; "none" gives the rank's own losses. Gradients, logit_scale's too, are W times the
@@ -118,6 +129,7 @@ def clip(
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [N] for reduction="none". NaN for the mean of no pairs.
+        With return_metrics, the pair of both.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
@@ -128,8 +140,9 @@ def clip(
     Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020,
     Fig. 3.
     """
-    _check.flag("clip", "normalize", normalize)
-    _check.choice("clip", "reduction", reduction, REDUCTIONS)
+    check_options("clip", normalize, reduction, return_metrics)
     group = distributed.name("clip", group)
-    losses, *_ = _run(Arguments(image, text, logit_scale, normalize, group, shared=reduction != "none"), backend)
-    return reduce(losses, reduction, group)
+    x = Arguments(image, text, logit_scale, normalize, return_metrics, group, shared=reduction != "none")
+    losses, logged, *_ = _run(x, backend)
+    loss = reduce(losses, reduction, group)
+    return (loss, pair_metrics(logged)) if return_metrics else loss

@@ -1,7 +1,7 @@
 """SigLIP: each image and text of a batch is a pair or is none, by itself."""
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
+from .._contrastive import exceeding, exceeding_pairs, pair_metrics
 from .._library import Out, register
 from .._schema import SIGNED
 from ..backend import kernel
@@ -20,6 +21,7 @@ class Arguments(NamedTuple):
     logit_scale: float | Tensor
     bias: SIGNED
     normalize: bool
+    count_exceeding: bool  # whether to count the texts that exceed an image's own, and the images that exceed a text's
     group: str
     operand_dtype: torch.dtype = torch.float32
     backend: str = ""
@@ -28,6 +30,7 @@ class Arguments(NamedTuple):
 
 class Outputs(NamedTuple):
     loss: Out
+    logged: Out  # of all ranks' pairs s_ii, how many s_ij exceed it and how many s_ji, if that is to be counted
     dimage: Out  # under a gradient of 1; empty if it will not be wanted
     dtext: Out
     dlogit_scale: Out
@@ -37,23 +40,28 @@ class Outputs(NamedTuple):
 def outputs(x: Arguments) -> Outputs:
     shapes = (tuple(x.image.shape), tuple(x.text.shape), (), ())
     graded = (Out(shape if wanted else (0,)) for shape, wanted in zip(shapes, x.needs_grad, strict=True))
-    return Outputs(Out(()), *graded)
+    n = x.image.shape[0] * distributed.size(x.group)
+    return Outputs(Out(()), Out((3 if x.count_exceeding else 0, n)), *graded)
 
 
-def reference(x: Arguments) -> tuple[Tensor]:
-    """loss []: the maths as it is written, float32 (float64 for float64) around a matmul in operand_dtype."""
+def reference(x: Arguments) -> tuple[Tensor, Tensor]:
+    """loss [] and what is logged: the maths as it is written, float32 (float64 for float64) around a matmul in
+    operand_dtype.
+    """
     wide = torch.promote_types(x.image.dtype, torch.float32)
     image, text = x.image.to(wide), x.text.to(wide)
     if x.normalize:
         image, text = F.normalize(image), F.normalize(text)
-    logits = (image.to(x.operand_dtype) @ text.to(x.operand_dtype).t()).to(wide) * x.logit_scale + x.bias
+    similarity = (image.to(x.operand_dtype) @ text.to(x.operand_dtype).t()).to(wide)
+    logits = similarity * x.logit_scale + x.bias
     sign = 2 * torch.eye(len(image), dtype=wide, device=image.device) - 1
-    return (-F.logsigmoid(sign * logits).sum(1).mean(),)
+    loss = -F.logsigmoid(sign * logits).sum(1).mean()
+    return loss, exceeding(similarity) if x.count_exceeding else similarity.detach()[:0]
 
 
 # A kernel with a distributed form also takes which text is the first image's: 0, or of another rank's texts len(text),
 # none.
-def _forward(x: Arguments) -> tuple[Tensor, ...]:
+def _find(x: Arguments) -> tuple[Tensor, ...]:
     """The loss and its gradients, in float32"""
     run = kernel(x.backend, "siglip").forward
     return _around(run, x) if x.group else tuple(run(x))
@@ -89,9 +97,14 @@ def _add(found: list[Tensor], share: tuple[Tensor, ...]) -> Tensor:
     return dtext
 
 
-def _backward(grad: Tensor, x: Arguments) -> tuple[Tensor, ...]:
+def _forward(x: Arguments) -> tuple[Tensor, ...]:
+    loss, *gradients = _find(x)
+    return loss, exceeding_pairs(x), *gradients
+
+
+def _backward(grad: Tensor, x: Arguments, _: Tensor) -> tuple[Tensor, ...]:
     """All over again, for what forward could not leave: a second use"""
-    _, *gradients = _forward(x)
+    _, *gradients = _find(x)
     dtypes = (x.image.dtype, x.text.dtype, torch.float32, torch.float32)
     return tuple((each * grad).to(dtype) for each, dtype in zip(gradients, dtypes, strict=True))
 
@@ -116,9 +129,10 @@ def siglip(
     logit_scale: float | Tensor = 10.0,
     bias: float | Tensor = -10.0,
     normalize: bool = True,
+    return_metrics: bool = False,
     group: distributed.Group = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """SigLIP's loss: for each image and each text a logistic regression of whether they are a pair.
 
     With x_ij = logit_scale <image_i, text_j> + bias, it is -log sigmoid(x_ii) and -log sigmoid(-x_ij), j != i, summed
@@ -134,6 +148,8 @@ def siglip(
         bias: any finite number, or a 0-d tensor, which gets its gradient; open_clip's logit_bias. The default is the
             paper's: that at first nearly all are thought to be no pairs.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
+        return_metrics: return (loss, PairMetrics): `image_to_text` and `text_to_image`, each with top-1 and top-5
+            accuracy of the partner among all, and the pairs' mean similarity. A pass of its own, 2 N^2 D FLOP.
         group: None, or "world" or a ProcessGroup over whose W ranks the batch lies, N / W pairs on each: the loss is
             that of all N^2 pairs, the same on every rank, and so must be what is built on it. Gradients, those of
             logit_scale and bias too, are W times the rank's share, which DDP's averaging makes those of the whole
@@ -142,7 +158,7 @@ def siglip(
         backend: "cpu", "triton" or "eager"; the fastest that can run here if None (see `sslops.explain`).
 
     Returns:
-        The loss, 0-d, in float32 (float64 for float64 input). NaN for no pairs.
+        The loss, 0-d, in float32 (float64 for float64 input). NaN for no pairs. With return_metrics, the pair of both.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not
@@ -153,6 +169,7 @@ def siglip(
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343, Sec. 3.2.
     """
     _check.flag("siglip", "normalize", normalize)
+    _check.flag("siglip", "return_metrics", return_metrics)
     group = distributed.name("siglip", group)
-    loss: Tensor = _run(Arguments(image, text, logit_scale, bias, normalize, group), backend)[0]
-    return loss
+    loss, logged, *_ = _run(Arguments(image, text, logit_scale, bias, normalize, return_metrics, group), backend)
+    return (loss, pair_metrics(logged)) if return_metrics else loss

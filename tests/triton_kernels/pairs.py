@@ -1,4 +1,4 @@
-"""clip, siglip and nearest: launches for offline.py, small calls for sanitize.py, tests for test_interpreter.py."""
+"""clip, siglip, nearest, and what exceeds pairs: launches for offline.py, calls for sanitize.py and the interpreter."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sslops
 from sslops.distributed import Part
-from sslops.kernels.triton import clip, launch, nearest, pairs, rows, siglip
+from sslops.kernels.triton import clip, exceeding, launch, nearest, pairs, rows, siglip
 from sslops.ops.clip import Arguments as CLIP
 from sslops.ops.nearest import Arguments as Nearest
 from sslops.ops.siglip import Arguments as SigLIP
@@ -30,7 +30,7 @@ def on_cpu(block: int = 128) -> Iterator[None]:
         stack.enter_context(mock.patch.object(launch, "multiply", multiply))
         for module in (pairs, clip, siglip):
             stack.enter_context(mock.patch.object(module, "W_BLOCK", block))
-        stack.enter_context(mock.patch.object(clip, "PANELS", 2))
+        stack.enter_context(mock.patch.object(pairs, "PANELS", 2))
         stack.enter_context(mock.patch.object(nearest, "PROGRAMS", 4))
         yield
 
@@ -48,10 +48,13 @@ def call(
         if op == "nearest":
             nearest.forward(Nearest(left, right, k, normalize, first, compute, "triton"))
         elif op == "siglip":
-            rest = normalize, "", compute, "triton", [needs_grad] * 4
+            rest = normalize, False, "", compute, "triton", [needs_grad] * 4
             siglip.forward(SigLIP(left, right, number, number if learned else -10.0, *rest), max(first, 0))
         else:
-            x = CLIP(left, right, number, normalize, "", True, compute, "triton", [needs_grad] * 3)
+            x = CLIP(left, right, number, normalize, op != "clip", "", True, compute, "triton", [needs_grad] * 3)
+            if op == "exceeding":
+                exceeding.count(x, max(first, 0), left[:, 0].float(), right[:, 0].float())
+                return
             losses, stats = clip.forward(x, part, None if part is None else lambda sums: sums.repeat(2, 1, 1))
             clip.backward(losses, x, stats, part)
 
@@ -68,6 +71,7 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
     for operands in ("f16" if chip == "default" else "bf16", "tf32", "ieee"):
         yield f"{operands} clip search", partial(matmuls, "clip", 8192, 8192, 512, operands, "meta")
+        yield f"{operands} exceeding", partial(matmuls, "exceeding", 8192, 8192, 512, operands, "meta")
         yield f"{operands} siglip", partial(matmuls, "siglip", 8192, 8192, 512, operands, "meta")
         options = {"normalize": False}
         yield f"{operands} nearest", partial(matmuls, "nearest", 256, 65536, 256, operands, "meta", **options)
@@ -82,6 +86,8 @@ def small() -> Iterator[Callable[[], None]]:
         ("clip", 1, 1, 1, {}),
         ("clip", 150, 150, 20, {}),
         ("clip", 40, 80, 100, {"learned": False, "part": Part(40, 40, None)}),
+        ("exceeding", 150, 150, 20, {}),
+        ("exceeding", 40, 40, 100, {"first": 40}),
         ("siglip", 150, 150, 20, {}),
         ("siglip", 40, 80, 100, {"learned": False, "normalize": False, "first": 40}),
         ("siglip", 40, 40, 20, {"first": 40}),
@@ -100,9 +106,9 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
         return lambda: ((x.query.float() * x.support[nearest.forward(x)[:, 0]].float()).sum(1),)
     scale = torch.tensor(10.0, device=device)
     if kernel == "siglip":
-        of_siglip = SigLIP(left, right, scale, -scale, True, "", compute, "triton", [True] * 4)
+        of_siglip = SigLIP(left, right, scale, -scale, True, False, "", compute, "triton", [True] * 4)
         return lambda: siglip.forward(of_siglip)
-    of_clip = CLIP(left, right, scale, True, "", True, compute, "triton", [True] * 3)
+    of_clip = CLIP(left, right, scale, True, False, "", True, compute, "triton", [True] * 3)
     losses, stats = clip.forward(of_clip)
     if kernel == "sums":
         return lambda: clip.forward(of_clip)
@@ -120,7 +126,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-HALF = (torch.float16, torch.bfloat16)
+OPS = (sslops.clip, sslops.siglip)
 
 
 def of_both(n: int, d: int, dtype: torch.dtype, scale: float, noise: float = 1.0) -> None:
@@ -161,6 +167,7 @@ CASES = [
     case(of_siglip.test_frozen_towers, *TARGET, ("image",)),
     case(of_clip.test_a_scale_that_is_not_positive_is_nan, *TARGET),
     case(of_siglip.test_a_scale_that_is_not_positive_is_nan, *TARGET),
+    *(case(of_clip.test_metrics, *TARGET, dtype, sslops.siglip) for dtype in (torch.float32, torch.bfloat16)),
     *(case(of_nearest.test_ties_go_to_the_lowest_id, *TARGET, shape) for shape in ((5, 7, 3, 7), (70, 300, 5, 1))),
     *(case(of_nearest.test_nobody_is_his_own_neighbour, *TARGET, *each) for each in ((2, 1), (70, 2))),
     case(of_nearest.test_numbers_before_nan, *TARGET, 6),
@@ -181,7 +188,7 @@ def test_parts_of_the_batch(scale: float | Tensor) -> None:
     rest = torch.float32, "triton", [True] * 4
     parts = [Part(0, 20, None), Part(20, 20, None)]
     images = [image[part.first : part.first + part.rows] for part in parts]
-    x = CLIP(image, text, scale, True, "", True, *rest[:2], [True] * 3)
+    x = CLIP(image, text, scale, True, False, "", True, *rest[:2], [True] * 3)
     losses, stats = clip.forward(x)
     sums: list[list[Tensor]] = []
     for part, own in zip(parts, images, strict=True):
@@ -200,7 +207,7 @@ def test_parts_of_the_batch(scale: float | Tensor) -> None:
     shares = [clip.backward(grad, x._replace(image=own), found[1], p) for own, p in zip(images, parts, strict=True)]
     assert_whole(shares, clip.backward(grad, x, stats))
 
-    y = SigLIP(image, text, scale, -10.0, True, "", *rest)
+    y = SigLIP(image, text, scale, -10.0, True, False, "", *rest)
     whole, *gradients = siglip.forward(y)
     each = [siglip.forward(y._replace(image=own), part.first) for own, part in zip(images, parts, strict=True)]
     torch.testing.assert_close(sum(share[0] for share in each), whole)
@@ -219,7 +226,7 @@ def assert_whole(shares: list, whole: list) -> None:
 
 
 def test_the_same_bits_and_empty_batches() -> None:
-    for op in (sslops.clip, sslops.siglip):
+    for op in OPS:
         leaves = [x.requires_grad_() for x in of_clip.pairs(20, 20).values()]
         runs = [torch.autograd.grad(op(*leaves, backend="triton"), leaves) for _ in range(2)]
         assert all(map(torch.equal, *runs))
@@ -238,5 +245,9 @@ def test_few_launches() -> None:
     assert found == ["_unit", "_unit", "_sums", "_close", "_unit", "_unit", "_weigh", "_gradient", "_gradient"]
     found = launched(lambda: sslops.siglip(image, text, logit_scale=scale, backend="triton").backward())
     assert found == ["_unit", "_unit", "_weigh", "_finish", "_gradient", "_gradient"]
+    with torch.no_grad():
+        of_both = [launched(lambda op=op: op(image, text, return_metrics=True, backend="triton")) for op in OPS]
+    assert of_both[0] == ["_unit", "_unit", "_sums", "_close", *["_unit"] * 4, "_exceeding"]
+    assert of_both[1] == ["_unit", "_unit", "_weigh", "_finish", *["_unit"] * 4, "_exceeding"]
     x = Nearest(image.detach(), text.detach(), 2, False, -1, image.dtype, "triton")
     assert launched(lambda: nearest.forward(x)) == ["_unit", *["_search", "_join"] * 2]
