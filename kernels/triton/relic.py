@@ -218,7 +218,9 @@ def _losses(
     tl.store(stats + 2 * step, top_b, mask=inside)
     tl.store(stats + 3 * step, tl.div_rn(1.0, r_b), mask=inside)
     tl.store(stats + 4 * step, alpha + beta * y, mask=inside)
-    tl.store(stats + 5 * step, alpha * share_a - beta * ((1.0 - share_a) * y + (share_a - share_b)), mask=inside)
+    # beside the gradient, whose rows are as they are given
+    draws = alpha * share_a - beta * ((1.0 - share_a) * y + (share_a - share_b))
+    tl.store(stats - i + 5 * step + given, draws, mask=inside)
     tl.store(stats + 6 * step, s, mask=inside)
     tl.store(stats + 7 * step, above, mask=inside)
 
@@ -251,14 +253,10 @@ def _weigh_view(
             w = tl.where(precedes if TARGET else follows, w, 0.0)
             w_other = tl.where(follows if TARGET else precedes, w_other, 0.0)
         acc = tl.dot((w + w_other).to(x.dtype.element_ty), yj, acc, input_precision=PRECISION)
-    inside, given = rows < B, i + tl.arange(0, BLOCK_M)
+    given = i + tl.arange(0, BLOCK_M)
     if order is not None:
         given = tl.load(order + given, mask=given < B, other=0)
-    pull = tl.load(grad + rows, mask=inside, other=0.0)
-    pull = pull * tl.load(stats + 5 * tl.cast(B, tl.int64) + rows, mask=inside, other=0.0)
-    positive = row_tile(y + column, i, B, stride, BLOCK_M, BLOCK_K).to(tl.float32)
-    acc = acc * (1.0 / w_scale) - tl.where(split == 0, pull, 0.0) * positive
-    tl.store(address(dz, given, tl.arange(0, BLOCK_K), BLOCK_K), acc, mask=inside)
+    tl.store(address(dz, given, tl.arange(0, BLOCK_K), BLOCK_K), acc * (1.0 / w_scale), mask=rows < B)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -269,7 +267,7 @@ def _weigh_back(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dz [P, splits, 1 or 2, slices, B, BLOCK_K], a slice of columns a program: of a span of tiles dL/dS tau times the
-    target, less once what the positive draws, in the rows' given order; or of BOTH views.
+    target, in the rows' given order; or of BOTH views.
     """
     scale, w = log2_of(temperature, scale), 1.0
     stride = BLOCK_K if STATIONARY else stride
@@ -299,21 +297,33 @@ def _weigh_back(
 
 @triton.jit
 def _gradient_tile(
-    x, dz, inv, inv_tau, rows, k, B, D, step, first, every, count, splits, SLICE: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The unit row and its gradient [rows, k : k + BLOCK_D]: the sum over its pairs and their spans, over tau"""
+    x, others, z, dz, inv, inv_others, grad, stats, inv_tau, rows, k, B, D, step, first, every, count, splits,
+    SLICE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The unit row and its gradient [rows, k : k + BLOCK_D]: over its pairs, the sum of the spans less the positive's
+    share, over tau.
+    """
     columns, own = k + tl.arange(0, BLOCK_D), load(x, rows, k, B, D, BLOCK_D) * inv[:, None]
     mask, total = (rows < B)[:, None] & (columns < D)[None, :], tl.zeros_like(own)
     at = address(dz, rows, columns % SLICE + columns // SLICE * SLICE * tl.cast(B, tl.int64), SLICE)
     for n in range(0, count * splits):
-        span = first + n // splits * every * splits + n % splits
+        span = (first + n // splits * every) * splits + n % splits
         total += tl.load(at + span * step, mask=mask, other=0.0)
+    for n in range(0, count):
+        pair = first + n * every
+        row = pair * tl.cast(B, tl.int64) + rows
+        pull = tl.load(grad + row, mask=rows < B, other=0.0)
+        pull = pull * tl.load(stats + (pair * 7 + 5) * tl.cast(B, tl.int64) + row, mask=rows < B, other=0.0)
+        inv_other = tl.load(inv_others + n * tl.cast(B, tl.int64) + rows, mask=rows < B, other=0.0)
+        other = load(others + n * tl.cast(B, tl.int64) * D, rows, k, B, D, BLOCK_D) * inv_other[:, None]
+        total -= pull[:, None] * other.to(z.dtype.element_ty).to(tl.float32)
     return own, total * inv_tau
 
 
 @triton.jit
 def _crop_gradient(
-    x, dz, inv_norm, inv_tau, dx, dots, rows, B, D, step, first, every, count, splits,
+    x, others, z, dz, inv_norm, inv_others, grad, stats, inv_tau, dx, dots, rows,
+    B, D, step, first, every, count, splits,
     NORMALIZE: tl.constexpr, SLICE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx [B, D] and dots [B], if any, of the crop x [B, D], whose `count` pairs are every so many"""
@@ -323,14 +333,18 @@ def _crop_gradient(
     if NORMALIZE or dots is not None:
         for k in range(0, D, BLOCK_D):
             own, d = _gradient_tile(
-                x, dz, inv, inv_tau, rows, k, B, D, step, first, every, count, splits, SLICE, BLOCK_D
-            )
+                x, others, z, dz, inv, inv_others, grad, stats, inv_tau, rows, k, B, D, step, first, every, count,
+                splits, SLICE, BLOCK_D,
+            )  # fmt: skip
             dot += tl.sum(own * d, 1)
     if dots is not None:
         tl.store(dots + rows, dot, mask=inside)
     along = tl.where(inv < 1e12, dot, 0.0)  # a row shorter than 1e-12 is scaled and no more, as F.normalize does
     for k in range(0, D, BLOCK_D):
-        own, d = _gradient_tile(x, dz, inv, inv_tau, rows, k, B, D, step, first, every, count, splits, SLICE, BLOCK_D)
+        own, d = _gradient_tile(
+            x, others, z, dz, inv, inv_others, grad, stats, inv_tau, rows, k, B, D, step, first, every, count, splits,
+            SLICE, BLOCK_D,
+        )  # fmt: skip
         if NORMALIZE:
             d = (d - own * along[:, None]) * inv[:, None]
         columns = k + tl.arange(0, BLOCK_D)
@@ -340,7 +354,8 @@ def _crop_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def _gradient(
-    online, target, dz, inv_norm, temperature, scale, donline, dtarget, dots, B, D, stride, splits, onlines, targets,
+    online, target, z, dz, inv_norm, grad, stats, temperature, scale, donline, dtarget, dots,
+    B, D, stride, splits, onlines, targets,
     NORMALIZE: tl.constexpr, SLICE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """donline [O, B, D] and, unless it is None, dtarget [T, B, D]; dots [O, B] = <row, gradient>, or None"""
@@ -348,18 +363,18 @@ def _gradient(
     rows, crop = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
     inv_tau, all_rows = log2_of(temperature, scale) * LN2, tl.cast(B, tl.int64)
     step = all_rows * stride * (2 if BOTH else 1)
-    inv_norm += crop * all_rows
     o, t = tl.minimum(crop, onlines - 1), tl.maximum(crop - onlines, 0)
     if crop < onlines:
         _crop_gradient(
-            online + o * all_rows * D, dz, inv_norm, inv_tau, donline + o * all_rows * D,
-            dots if dots is None else dots + o * all_rows, rows, B, D, step,
-            o * targets * splits, 1, targets, splits, NORMALIZE, SLICE, BLOCK_R, BLOCK_D,
+            online + o * all_rows * D, target, z, dz, inv_norm + o * all_rows, inv_norm + onlines * all_rows,
+            grad, stats, inv_tau, donline + o * all_rows * D, dots if dots is None else dots + o * all_rows, rows,
+            B, D, step, o * targets, 1, targets, splits, NORMALIZE, SLICE, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     elif BOTH:
         _crop_gradient(
-            target + t * all_rows * D, dz + all_rows * stride, inv_norm, inv_tau, dtarget + t * all_rows * D, None,
-            rows, B, D, step, t * splits, targets, onlines, splits, NORMALIZE, SLICE, BLOCK_R, BLOCK_D,
+            target + t * all_rows * D, online, z, dz + all_rows * stride, inv_norm + (onlines + t) * all_rows, inv_norm,
+            grad, stats, inv_tau, dtarget + t * all_rows * D, None, rows,
+            B, D, step, t, targets, onlines, splits, NORMALIZE, SLICE, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
@@ -442,24 +457,26 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
         return donline, x.target.new_empty(0) if dtarget is None else dtarget, grad.new_zeros(())
     config = launch.nearest("relic", x.online.device, x.operand_dtype, d)["backward"]
     search, scale = _searches(x.temperature, x.normalize), launch.scale_of(x.temperature)
+    if search and gradients == 2:  # larger blocks of such wide rows have no room in shared memory
+        config |= {"BLOCK_M": min(config["BLOCK_M"], 64)}
     with launch.on(x.online.device):
-        given, grad = (None, grad) if x.order is None else (grad, torch.empty_like(grad))
-        z, inv_norm, _ = _operand(x, config["BLOCK_K"], given, grad)
+        in_order = grad if x.order is None else torch.empty_like(grad)
+        z, inv_norm, _ = _operand(x, config["BLOCK_K"], None if x.order is None else grad, in_order)
         stride, w_scale = z.shape[2], None
         if x.operand_dtype == torch.float16:
-            sizes = _largest_weights(grad.view(pairs, b), x, stats.view(pairs, 8, b))
+            sizes = _largest_weights(in_order.view(pairs, b), x, stats.view(pairs, 8, b))
             w_scale = launch.half_scale(x.operand_dtype, sizes, dim=1)
         blocks, tiles, span, splits = _spans(x, x.negatives, x.negatives, config)
         dz = grad.new_empty(pairs, splits, gradients, stride // config["BLOCK_K"], b, config["BLOCK_K"])
         _weigh_back[blocks * gradients * stride // config["BLOCK_K"], splits, pairs](
-            z, grad, x.order, stats, w_scale, dz, *scale, x.beta,
+            z, in_order, x.order, stats, w_scale, dz, *scale, x.beta,
             b, x.negatives, stride, blocks, tiles, span, onlines, targets,
             gradients == 2, search, launch.precision(x.operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
         rows, dots = row_blocks(d), grad.new_empty(onlines, b) if learned else None
         _gradient[triton.cdiv(b, rows["BLOCK_R"]), onlines + (targets if gradients == 2 else 0)](
-            x.online, x.target, dz, inv_norm, *scale, donline, dtarget, dots, b, d, stride, splits, onlines, targets,
-            x.normalize, config["BLOCK_K"], **rows,
+            x.online, x.target, z, dz, inv_norm, grad, stats, *scale, donline, dtarget, dots,
+            b, d, stride, splits, onlines, targets, x.normalize, config["BLOCK_K"], **rows,
         )  # fmt: skip
     dtemperature = grad.new_empty(0) if dots is None else -dots.sum() / x.temperature
     return donline, x.target.new_empty(0) if dtarget is None else dtarget, dtemperature
