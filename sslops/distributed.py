@@ -143,9 +143,11 @@ def pass_on(tensors: list[Tensor], group: str) -> Iterator[list[Tensor]]:
             moves.append(dist.P2POp(dist.isend, x, group=among, group_peer=after, tag=tag))
             moves.append(dist.P2POp(dist.irecv, to, group=among, group_peer=before, tag=tag))
     works = dist.batch_isend_irecv(moves) if moves else []
-    yield come
-    for work in works:
-        work.wait()
+    try:
+        yield come
+    finally:  # after an error too: the memory is still read and written
+        for work in works:
+            work.wait()
 
 
 # ---- the same on every rank ----

@@ -28,8 +28,7 @@ class PrototypeCenter(nn.Module):
 
     With gradient accumulation the centre should move once a step: call update() with all its logits, or once.
 
-    update() reads the teacher's logits once more, 8% of a step of `dino` on a CPU. Columns that the loss summed, in one
-    order for any number of threads, saved 0 to 3% of the step: too little for another output.
+    update() reads the teacher's logits once more.
 
     Args:
         prototypes: K, positive.
@@ -83,6 +82,7 @@ class PrototypeCenter(nn.Module):
         if prototypes is not None:
             _check.tensors(op, {"center": self.center, "prototypes": prototypes, "K": k}, _LAYER)
             k = prototypes.shape[1]
+        # A pass of its own: columns that `dino` summed saved 0 to 3% of its step.
         sums: Tensor = self.center.new_zeros(k, dtype=torch.promote_types(self.center.dtype, torch.float32))
         count: Any = 0
         for x in [teacher] if isinstance(teacher, Tensor) else teacher:
@@ -96,16 +96,20 @@ class PrototypeCenter(nn.Module):
             rows = x.reshape(-1, k)
             sums += rows.sum(0, dtype=sums.dtype)
             count += len(rows)
-        if group:  # one message, of float32: half precision does not count rows
+        if group:  # one message, of float32 at least: half precision does not count rows
             total = torch.cat([sums, sums.new_full((1,), count)])
             total = torch.ops.sslops.all_reduce(total, group, "sum", op)
             sums, count = total[:k], total[k]
+        elif torch.compiler.is_compiling():  # how many only the data may know, of x[mask]
+            count = sums.new_full((), count)
         share, mean = (1 - self.momentum) * (count > 0), sums / (count + (count == 0))
         if prototypes is not None:
             weight = prototypes.to(sums.dtype)
             mean = (weight * mean).sum(1)  # a product would be autocast
             mean = mean / weight.norm(dim=1).clamp(min=1e-12) if unit_prototypes else mean
-        self.center.lerp_(mean[None].to(self.center.dtype), share.to(self.center.dtype) if group else share)
+        self.center.lerp_(
+            mean[None].to(self.center.dtype), share.to(self.center.dtype) if isinstance(share, Tensor) else share
+        )
 
     def extra_repr(self) -> str:
         return f"{self.center.shape[1]}, momentum={self.momentum}"
@@ -164,6 +168,9 @@ def swav(
         _check.bad_value("swav", "assign", f"at most {len(views)}, the crops of scores", assign)
     if queue is not None and len(queue) != assign:
         _check.bad_value("swav", "queue", f"scores for each of the {assign} assigned views", f"{len(queue)}")
+    shape = views[0].shape[1:]
+    if odd := [list(view.shape[1:]) for view in views[:assign] if view.shape[1:] != shape]:
+        _check.bad_value("swav", "scores", f"assigned views of one shape, {list(shape)}", odd[0])
     # those of one tensor at once: half the calls and messages of `sinkhorn`
     assigned = [crops[0][:assign]] if len(crops[0]) >= assign else views[:assign]
     balanced = assigned if queue is None else views[:assign]

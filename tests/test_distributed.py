@@ -233,14 +233,14 @@ def siglip(image, text, *numbers, **options):
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("rows", "scale"), [(2, 3.0), (37, 50.0), (280, 10.0)])
+@pytest.mark.parametrize(("rows", "scale"), [(1, 10.0), (2, 3.0), (37, 50.0), (280, 10.0)])
 def test_clip(ranks, backend, dtype, reduction, rows, scale):
     check(ranks, clip, views(rows * ranks.world, 40, dtype), backend, reduction=reduction, scale=scale)
 
 
 @each_backend
 @each_dtype
-@pytest.mark.parametrize("rows", [2, 37, 280])
+@pytest.mark.parametrize("rows", [1, 2, 37, 280])
 def test_siglip(ranks, backend, dtype, rows):
     check(ranks, siglip, views(rows * ranks.world, 40, dtype), backend)
 

@@ -1,6 +1,7 @@
 """PrototypeCenter and swav."""
 
 import importlib
+from unittest import mock
 
 import pytest
 import torch
@@ -115,6 +116,17 @@ def test_center_compiles():
     center.center.zero_()
     torch.testing.assert_close(step(student, teacher, tau), first)
     torch.testing.assert_close(center.center, moved)
+
+
+def test_center_compiles_for_rows_that_a_mask_picks():
+    """How many is not known before it runs: iBOT's masked tokens"""
+    tokens, mask = torch.randn(20, 5), torch.arange(20) % 3 == 0
+    eager, compiled = (sslops.nn.PrototypeCenter(5) for _ in range(2))
+    step = torch.compile(lambda x, m: compiled.update(x[m]), fullgraph=True, backend="aot_eager")
+    with mock.patch.object(torch._dynamo.config, "capture_dynamic_output_shape_ops", True):
+        step(tokens, mask)
+    eager.update(tokens[mask])
+    torch.testing.assert_close(compiled.center, eager.center)
 
 
 def test_center_refuses():

@@ -9,8 +9,8 @@ struct Table {
   // out [B] = <image_i, text_i>, the very numbers that the tiles of S hold there: where all pairs are alike, none
   // exceeds
   void (*similarity)(Tensor image, Tensor text, bool normalize, DType operand, Tensor out);
-  // rows [B]: of how many of the texts [N] the product with the image exceeds that with its own, of_images [B]; columns
-  // [N]: the same of the images and of_texts [N]. Image i's own text is first + i, or not among these.
+  // rows [B]: with how many of the texts [N] an image's product exceeds that with its own, of_images [B]; columns [N]:
+  // the same of texts, images and of_texts [N]. Image i's own text is first + i, or not among these.
   void (*count)(Tensor image, Tensor text, bool normalize, DType operand, int64_t first, Tensor of_images,
                 Tensor of_texts, Tensor rows, Tensor columns);
 

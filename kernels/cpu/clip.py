@@ -31,7 +31,7 @@ def forward(
     n = len(x.text)
     rows, columns = torch.empty(3, len(x.image), **FLOAT32), torch.empty(2, n, **FLOAT32)
     _C.clip_sums(*_common(x, part), rows, columns)
-    rows, columns = gather(rows).transpose(0, 1).reshape(3, n), gather(columns)
+    rows, columns = gather(rows).transpose(0, 1).reshape(3, n).contiguous(), gather(columns)
     losses, stats = torch.empty(n, **FLOAT32), torch.empty(5, n, **FLOAT32)
     _C.clip_close(rows, columns, float(x.logit_scale), x.normalize, losses, stats)
     return losses, stats

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .memory import FLOAT32, refuses  # noqa: F401
+from .memory import FLOAT32, empty, refuses, zeros  # noqa: F401
 
 if TYPE_CHECKING:
     from sslops.ops.relic import Arguments
@@ -22,34 +22,43 @@ def _common(x: Arguments) -> tuple[object, ...]:
 
 def forward(x: Arguments) -> tuple[Tensor, ...]:
     (*_, b, d), crops = x.online.shape, x.crops
-    losses, stats = torch.empty(*crops, b, **FLOAT32), torch.empty(*crops, 8, b, **FLOAT32)
-    of_sum = torch.zeros(*crops, x.gradients, b, d, **FLOAT32), torch.zeros(*crops, 1, **FLOAT32)
-    for pair, of_pair, *kept in zip(x.pairs(), *(_by_pairs(each, x) for each in (losses, stats, *of_sum)), strict=True):
-        found = of_pair if pair.order is None else torch.empty_like(of_pair)
-        _C.relic_forward(*_common(pair.in_order()), x.count_exceeding, found, *kept)
-        if pair.order is not None:
-            of_pair[pair.order[0]] = found
-    return losses, stats, *of_sum
+    losses = (torch.empty if x.order is None else torch.zeros)(*crops, b, **FLOAT32)  # an order may lack rows
+    found = losses, empty(*crops, 8, b), zeros(*crops, x.gradients, b, d), zeros(*crops, 1)
+    if not crops:
+        _forward(x, *found)
+        return found
+    for pair, *of_pair in zip(x.pairs(), *(each.flatten(0, 1) for each in found), strict=True):
+        _forward(pair, *of_pair)
+    return found
 
 
-def _by_pairs(x: Tensor, of: Arguments) -> Tensor:
-    return x.flatten(0, 1) if of.crops else x[None]
+def _forward(x: Arguments, losses: Tensor, *kept: Tensor) -> None:
+    found = losses if x.order is None else torch.empty_like(losses)
+    _C.relic_forward(*_common(x.in_order()), x.count_exceeding, found, *kept)
+    if x.order is not None:
+        losses[x.order[0]] = found
 
 
 def backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    crops, alone = x.crops or (1, 1), x.order is None and x.crops in ((), (1, 1))
-    new, views = torch.empty_like if alone else torch.zeros_like, (x.online, x.target)[: x.gradients]
-    gradients = [new(each) for each in views]
-    of_crops = [each if x.crops else each[None] for each in gradients]
-    dtemperature = torch.zeros((), **FLOAT32)
-    for k, (pair, g, *kept) in enumerate(zip(x.pairs(), *(_by_pairs(each, x) for each in (grad, *saved)), strict=True)):
-        into = [each[of] for each, of in zip(of_crops, divmod(k, crops[1]), strict=False)]
-        found, of_temperature = into if alone else [torch.empty_like(each) for each in into], torch.empty((), **FLOAT32)
-        g = g if pair.order is None else g.index_select(0, pair.order[0])
-        of_target = found[1] if x.gradients == 2 else None
-        _C.relic_backward(g, *_common(pair.in_order()), *kept, found[0], of_target, of_temperature)
-        dtemperature += of_temperature
-        if not alone:
-            for each, share in zip(into, found, strict=True):
-                each += share if pair.order is None else torch.empty_like(share).index_copy_(0, pair.order[0], share)
+    if not x.crops:
+        gradients, dtemperature = _backward(grad, x, *saved)
+    else:
+        gradients = [torch.zeros_like(each) for each in (x.online, x.target)[: x.gradients]]
+        dtemperature = torch.zeros((), **FLOAT32)
+        of_pairs = zip(x.pairs(), *(each.flatten(0, 1) for each in (grad, *saved)), strict=True)
+        for k, (pair, of_pair, *kept) in enumerate(of_pairs):
+            shares, of_temperature = _backward(of_pair, pair, *kept)
+            dtemperature += of_temperature
+            for total, crop, share in zip(gradients, divmod(k, x.crops[1]), shares, strict=False):
+                total[crop] += share
     return gradients[0], gradients[1] if x.gradients == 2 else x.target.new_empty(0), dtemperature
+
+
+def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[list[Tensor], Tensor]:
+    found = [torch.empty_like(each) for each in (x.online, x.target)[: x.gradients]]
+    of_target, dtemperature = found[1] if x.gradients == 2 else None, torch.empty((), **FLOAT32)
+    g = grad if x.order is None else grad.index_select(0, x.order[0])
+    _C.relic_backward(g, *_common(x.in_order()), *saved, found[0], of_target, dtemperature)
+    if x.order is not None:
+        found = [torch.zeros_like(each).index_copy_(0, x.order[0], each) for each in found]
+    return found, dtemperature

@@ -213,7 +213,8 @@ def forward(
             part.first if part else 0, high, wide, launch.precision(operand_dtype), **config,
         )  # fmt: skip
         if gather is not None:
-            of_rows = _gathered(gather, x.logit_scale, rows, row_tops, similarity).transpose(0, 1).reshape(-1, 1, n)
+            of_rows = _gathered(gather, x.logit_scale, rows, row_tops, similarity).transpose(0, 1)
+            of_rows = of_rows.reshape(-1, 1, n).contiguous()
             of_columns = _gathered(gather, x.logit_scale, columns, column_tops).transpose(0, 1).contiguous()
             rows, columns, similarity = of_rows[0], of_columns[0], of_rows[-1]
             row_tops, column_tops = (None, None) if top is not None else (of_rows[1], of_columns[1])

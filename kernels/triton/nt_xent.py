@@ -243,7 +243,7 @@ def _schedule(m: int, rows: int, search: bool, config: dict[str, int], processor
         finer, of_finer = _panels(m, rows, search, half, processors)
         if of_finer > 1.25 * share:  # they read their operands more often
             tile = {name: min(config[name], half) for name in ("BLOCK_M", "BLOCK_N")}
-            return finer, config | tile | {"num_warps": max(config["num_warps"] // 2, 4)}
+            return finer, config | tile
     return panel, config
 
 

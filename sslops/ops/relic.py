@@ -124,7 +124,7 @@ def _of_pair(given: Arguments) -> tuple[Tensor, Tensor]:
     return losses, torch.stack([positives, exceeding.sum(1).to(wide)])
 
 
-def _check_crops(x: Arguments) -> None:
+def _check_arguments(x: Arguments) -> None:
     if x.online.dim() not in (2, 3) or 0 in x.online.shape[:-2]:
         _check.bad_value("relic", "online", "shape [B, D], or crops [O, B, D]", list(x.online.shape))
     if x.target.dim() != x.online.dim() or x.target.shape[-2:] != x.online.shape[-2:] or 0 in x.target.shape[:-2]:
@@ -146,7 +146,7 @@ _run = register(
     Arguments,
     outputs,
     reference=reference,
-    check=_check_crops,
+    check=_check_arguments,
     gradients=("online", "target", "temperature"),
     backward=_backward,
 )
@@ -292,7 +292,8 @@ def relic_multicrop(
     """RELICv2's loss for multiple crops: `relic` (mean over rows) of every online crop with every large target crop.
 
     The sum over large x large pairs, a crop with itself in the other network included, and small x large pairs, divided
-    by (L + S) L for L large and S small crops. Negatives are drawn anew for each pair.
+    by (L + S) L for L large and S small crops. Negatives are drawn anew for each pair. Triton's kernels have all pairs
+    at once, and as many gradients [B, D] of theirs beside each other.
 
     Args:
         online_large: the L large crops from the online network, [B, D] each, or [L, B, D].
