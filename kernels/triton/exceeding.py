@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -48,26 +49,54 @@ def _exceeding(
         tl.debug_barrier()  # the columns' parts are read again by other threads
 
 
+@triton.jit(do_not_specialize=("B",))
+def _similarity(
+    left, right, out, B, stride,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [B]: what the tiles hold for the pairs"""
+    i = tl.program_id(0) * BLOCK_M
+    rows = i + tl.arange(0, BLOCK_M)
+    own = tl.zeros([BLOCK_M], tl.float32)
+    for j in range(i, tl.minimum(i + BLOCK_M, B), BLOCK_N):
+        columns = j + tl.arange(0, BLOCK_N)
+        s = products(left, right, i, j, B, B, stride, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        own += tl.sum(tl.where(rows[:, None] == columns[None, :], s, 0.0), 1)
+    tl.store(out + rows, own, mask=rows < B)
+
+
+def _operands(x: Any) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """And the launch config: by it the kernels have the same numbers in their tiles"""
+    config = launch.nearest("pairs", x.image.device, x.operand_dtype, x.image.shape[1])["sums"]
+    left, right = (operand(z, x.normalize, x.operand_dtype, config["BLOCK_K"])[0] for z in (x.image, x.text))
+    return left, right, config
+
+
 def similarity(x: Any) -> Tensor:
-    """[B]: of each image and its text, in the operands' dtype"""
-    with launch.on(x.image.device):
-        left, right = (operand(z, x.normalize, x.operand_dtype, 16)[0].float() for z in (x.image, x.text))
-    return (left * right).sum(1)
+    """[B]: of each image and its text, the very numbers that the tiles hold: where all pairs are alike, none exceeds"""
+    b = len(x.image)
+    out = x.image.new_empty(b, dtype=torch.float32)
+    if b:
+        with launch.on(x.image.device):
+            left, right, config = _operands(x)
+            _similarity[triton.cdiv(b, config["BLOCK_M"]),](
+                left, right, out, b, left.shape[1], launch.precision(x.operand_dtype), **config
+            )
+    return out
 
 
 def count(x: Any, first: int, of_images: Tensor, of_texts: Tensor) -> tuple[Tensor, Tensor]:
     """[B] and [N]: to how many texts an image is closer than of_images [B], and how many images to a text than of_texts
     [N]. Image i's text is row first + i, and does not count, or not among these.
     """
-    (b, d), n = x.image.shape, len(x.text)
+    b, n = len(x.image), len(x.text)
     if not b * n:
         return of_images.new_zeros(b), of_texts.new_zeros(n)
-    config = launch.nearest("pairs", x.image.device, x.operand_dtype, d)["sums"]
-    high, wide = panels(b, n, config)
-    grid = triton.cdiv(b, high), triton.cdiv(n, wide)
-    rows, columns = of_images.new_empty(grid[1], b), of_texts.new_empty(grid[0], n)
     with launch.on(x.image.device):
-        left, right = (operand(z, x.normalize, x.operand_dtype, config["BLOCK_K"])[0] for z in (x.image, x.text))
+        left, right, config = _operands(x)
+        high, wide = panels(b, n, config)
+        grid = triton.cdiv(b, high), triton.cdiv(n, wide)
+        rows, columns = of_images.new_empty(grid[1], b), of_texts.new_empty(grid[0], n)
         _exceeding[grid](
             left, right, of_images, of_texts, rows, columns, b, n, left.shape[1], first, high, wide,
             launch.precision(x.operand_dtype), **config,

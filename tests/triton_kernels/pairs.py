@@ -53,7 +53,8 @@ def call(
         else:
             x = CLIP(left, right, number, normalize, op != "clip", "", True, compute, "triton", [needs_grad] * 3)
             if op == "exceeding":
-                exceeding.count(x, max(first, 0), left[:, 0].float(), right[:, 0].float())
+                own = exceeding.similarity(x)
+                exceeding.count(x, max(first, 0), own, own)
                 return
             losses, stats = clip.forward(x, part, None if part is None else lambda sums: sums.repeat(2, 1, 1))
             clip.backward(losses, x, stats, part)
@@ -237,6 +238,17 @@ def test_the_same_bits_and_empty_batches() -> None:
     assert sslops.nearest(torch.zeros(0, 5), torch.zeros(3, 5), backend="triton").ids.shape == (0,)
 
 
+@pytest.mark.parametrize("d", [200, 77])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS)
+def test_metrics_of_pairs_that_are_alike(op: Callable, dtype: torch.dtype, d: int) -> None:
+    """None exceeds another, whichever tile it is in: by one bit it would"""
+    for seed in range(4):
+        image = torch.randn(1, d, generator=torch.Generator().manual_seed(seed)).to(dtype).repeat(70, 1)
+        for metrics in op(image, image, return_metrics=True, backend="triton")[1]:
+            assert metrics.top1 == metrics.top5 == 1
+
+
 def test_few_launches() -> None:
     """However large: a block of W is one more"""
     image, text = (x.requires_grad_() for x in of_clip.pairs(60, 20).values())
@@ -246,8 +258,9 @@ def test_few_launches() -> None:
     found = launched(lambda: sslops.siglip(image, text, logit_scale=scale, backend="triton").backward())
     assert found == ["_unit", "_unit", "_weigh", "_finish", "_gradient", "_gradient"]
     with torch.no_grad():
+        metrics = ["_unit", "_unit", "_similarity", "_unit", "_unit", "_exceeding"]
         of_both = [launched(lambda op=op: op(image, text, return_metrics=True, backend="triton")) for op in OPS]
-    assert of_both[0] == ["_unit", "_unit", "_sums", "_close", *["_unit"] * 4, "_exceeding"]
-    assert of_both[1] == ["_unit", "_unit", "_weigh", "_finish", *["_unit"] * 4, "_exceeding"]
+    assert of_both[0] == ["_unit", "_unit", "_sums", "_close", *metrics]
+    assert of_both[1] == ["_unit", "_unit", "_weigh", "_finish", *metrics]
     x = Nearest(image.detach(), text.detach(), 2, False, -1, image.dtype, "triton")
     assert launched(lambda: nearest.forward(x)) == ["_unit", *["_search", "_join"] * 2]
