@@ -136,22 +136,26 @@ def exceeding(similarity: Tensor) -> Tensor:
 
 
 def exceeding_pairs(x: Any) -> Tensor:
-    """The same of all ranks by an op's kernels, [0, N] unless x.count_exceeding. Texts go round the ring, each with its
-    number and what was counted.
+    """The same of all ranks by an op's kernels, [0, N] unless x.count_exceeding. Texts go round the ring, the next ones
+    on their way while a rank counts, and what was counted of them goes after them, until it is home.
     """
     if not x.count_exceeding:
         return x.image.new_empty((0, len(x.image) * distributed.size(x.group)), dtype=torch.float32)
     run = kernel(x.backend, "exceeding")
-    text, own = x.text, run.similarity(x)
-    of_texts, of_image, of_text = own, torch.zeros_like(own), torch.zeros_like(own)
-    for step in range(distributed.size(x.group)):
-        found = run.count(x._replace(text=text), len(text) if step else 0, own, of_texts)
+    own = run.similarity(x)
+    if not x.group:
+        return torch.stack([own, *run.count(x, 0, own, own)])
+    text, of_texts, of_image, of_text = x.text, own, torch.zeros_like(own), torch.zeros_like(own)
+    last = distributed.size(x.group) - 1
+    for step in range(last + 1):
+        go = [text, of_texts] if step < last else [text[:0], of_texts[:0]]
+        with distributed.pass_on(go, x.group) as come:
+            found = run.count(x._replace(text=text), len(text) if step else 0, own, of_texts)
         of_image, of_text = of_image + found[0], of_text + found[1]
-        if x.group:
-            with distributed.pass_on([text, of_texts, of_text], x.group) as (text, of_texts, of_text):
-                pass
-    logged = torch.stack([own, of_image, of_text])
-    return distributed.all_gather(logged, x.group, 1) if x.group else logged
+        with distributed.pass_on([of_text], x.group) as (of_text,):
+            pass
+        text, of_texts = come
+    return distributed.all_gather(torch.stack([own, of_image, of_text]), x.group, 1)
 
 
 def check_options(op: str, normalize: bool, reduction: str, return_metrics: bool) -> None:
