@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import sslops
 from sslops import _C
 from sslops.kernels.cpu import clip as kernel
+from sslops.kernels.cpu import exceeding
 
 from . import oracle
 
@@ -182,3 +183,14 @@ class TestPlantedFaults:
         monkeypatch.setattr(_C, "clip_backward", lambda *args: None)
         with oracle.poisoned_memory():
             self.refuse(pairs(40, 8))
+
+    def test_metrics_without_the_last_text(self, monkeypatch):
+        run = exceeding.count
+
+        def lost(x, first, of_images, of_texts):
+            rows, columns = run(x._replace(text=x.text[:-1]), first, of_images, of_texts[:-1])
+            return rows, F.pad(columns, (0, 1))
+
+        monkeypatch.setattr(exceeding, "count", lost)
+        with pytest.raises(AssertionError, match="not close"):
+            test_metrics("cpu", "cpu", torch.float32, sslops.clip)
