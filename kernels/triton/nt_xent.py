@@ -235,7 +235,7 @@ def _panels(m: int, rows: int, search: bool, block: int, processors: int) -> tup
 
 
 def _schedule(
-    m: int, rows: int, search: bool, config: dict[str, int], precision: str, processors: int
+    m: int, rows: int, search: bool, config: dict[str, int], dtype: torch.dtype, processors: int
 ) -> tuple[int, dict[str, int]]:
     """How long panels are, in whole tiles either way, and the config: smaller tiles where a small batch has too few"""
     block = max(config["BLOCK_M"], config["BLOCK_N"])
@@ -245,7 +245,7 @@ def _schedule(
         finer, of_finer = _panels(m, rows, search, half, processors)
         if of_finer > 1.25 * share:  # they read their operands more often
             tile = {name: min(config[name], half) for name in ("BLOCK_M", "BLOCK_N")}
-            warps = config["num_warps"] // (2 if precision == "ieee" else 1)  # neither spills
+            warps = config["num_warps"] // (2 if dtype == torch.float32 else 1)  # neither spills
             return finer, config | tile | {"num_warps": max(warps, 4)}
     return panel, config
 
@@ -270,7 +270,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     if classes is not None:  # larger tiles spill with them
         config |= {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8}
     rows = m if own is None else v * (own.stop - own.start)
-    panel, config = _schedule(m, rows, search, config, precision, launch.processors(x.z0.device))
+    panel, config = _schedule(m, rows, search, config, x.operand_dtype, launch.processors(x.z0.device))
     panels = triton.cdiv(m, panel)
     odd = panels // 2 * 2 + 1  # the last may have no rows
     with launch.on(x.z0.device):

@@ -10,6 +10,7 @@ from functools import partial
 from unittest import mock
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslops.kernels.triton.nt_xent import PANELS, _schedule
@@ -113,11 +114,11 @@ def test_nt_xent_fills_a_chip(processors: int) -> None:
     for search, (rows, columns) in itertools.product((False, True), ((64, 64), (256, 64), (128, 128), (64, 128))):
         tile = {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8}
         for m in (*range(1, 70), *range(100, 100_000, 997)):
-            panel, config = _schedule(m, m, search, tile, "default", processors)
+            panel, config = _schedule(m, m, search, tile, torch.bfloat16, processors)
             assert panel % config["BLOCK_M"] == panel % config["BLOCK_N"] == 0
             assert -(-m // panel) <= PANELS
         for m in (4096, 8192, 65536):
-            panel, config = _schedule(m, m, search, tile, "default", processors)
+            panel, config = _schedule(m, m, search, tile, torch.bfloat16, processors)
             programs = (n := -(-m // panel)) * (n if search else n + 1) // (1 if search else 2)
             pairs = m**2 if search else m**2 // 2
             assert pairs / (-(-programs // processors) * processors * panel**2) > 0.75, (m, tile)
