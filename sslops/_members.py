@@ -155,8 +155,6 @@ def pair(target: Members, online: Members, rules: Rules, vectors: set[int]) -> l
                 if is_lazy(tensor):
                     wanted = "a parameter that has its shape (run a batch through the model first)"
                     _check.bad_value("EMA", f"{side}.{name}", wanted, type(tensor).__name__)
-            if x.shape != source.shape:
-                _check.bad_value("EMA", f"online.{name}", f"shape {list(x.shape)}, as target has", list(source.shape))
             if x is source:
                 if x.requires_grad:
                     _check.bad_value("EMA", f"target.{name}", "a tensor of its own, or a frozen one", "online's own")
@@ -165,6 +163,8 @@ def pair(target: Members, online: Members, rules: Rules, vectors: set[int]) -> l
             copied = copied or (rules.copied is not None and rules.copied(name, source))
             averaged = x.dtype in _AVERAGED and (id(x) in vectors or not copied)
             own, source = _local(name, x, source)
+            if own.shape != source.shape:
+                _check.bad_value("EMA", f"online.{name}", f"shape {list(own.shape)}, as target has", list(source.shape))
             found.setdefault((id(own), id(source)), Pair(name, own, source, averaged))
     return list(found.values())
 
