@@ -150,7 +150,7 @@ def pair(target: Members, online: Members, rules: Rules, vectors: set[int]) -> l
             if rules.exclude is not None and rules.exclude(name, source):
                 continue
             if name not in sources:
-                _check.bad_value("EMA", f"online.{name}", f"one of that name, as among target's {kind}", "none")
+                _check.bad_value("EMA", f"online.{name}", f"one as among target's {kind}", "none of that name")
             for side, tensor in (("target", x), ("online", source)):
                 if is_lazy(tensor):
                     wanted = "a parameter that has its shape (run a batch through the model first)"
@@ -164,7 +164,9 @@ def pair(target: Members, online: Members, rules: Rules, vectors: set[int]) -> l
             averaged = x.dtype in _AVERAGED and (id(x) in vectors or not copied)
             own, source = _local(name, x, source)
             if own.shape != source.shape:
-                _check.bad_value("EMA", f"online.{name}", f"shape {list(own.shape)}, as target has", list(source.shape))
+                _check.bad_value(
+                    "EMA", f"online.{name}", f"the shape of target's, {list(own.shape)}", list(source.shape)
+                )
             found.setdefault((id(own), id(source)), Pair(name, own, source, averaged))
     return list(found.values())
 
