@@ -67,6 +67,7 @@ def leads() -> bool:
 def end() -> None:
     """The first process goes on alone."""
     if dist.is_initialized():
+        dist.barrier()  # nobody's connections close under another's last message
         dist.destroy_process_group()
 
 
