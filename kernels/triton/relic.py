@@ -63,7 +63,7 @@ def _prepare(
     o, t, inside = pair // targets, pair % targets, rows < B
     given = rows
     if order is not None:
-        given = tl.load(order + tl.cast(pair, tl.int64) * B + rows, mask=inside, other=B)
+        given = tl.load(order + tl.cast(pair, tl.int64) * B + rows, mask=inside, other=0)
     online += tl.cast(o, tl.int64) * B * D
     target += tl.cast(t, tl.int64) * B * D
     inv0 = tl.full([BLOCK_R], 1.0, tl.float32)
