@@ -240,13 +240,12 @@ def _schedule(
     """How long panels are, in whole tiles either way, and the config: smaller tiles where a small batch has too few"""
     block = max(config["BLOCK_M"], config["BLOCK_N"])
     panel, share = _panels(m, rows, search, block, processors)
-    if block > 64:
+    if block > 64 and dtype != torch.float32:  # whose finer tiles spill with 8 warps or with 4
         half = block // 2
         finer, of_finer = _panels(m, rows, search, half, processors)
         if of_finer > 1.25 * share:  # they read their operands more often
             tile = {name: min(config[name], half) for name in ("BLOCK_M", "BLOCK_N")}
-            warps = config["num_warps"] // (2 if dtype == torch.float32 else 1)  # neither spills
-            return finer, config | tile | {"num_warps": max(warps, 4)}
+            return finer, config | tile
     return panel, config
 
 

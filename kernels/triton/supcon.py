@@ -268,7 +268,7 @@ def _kind(x: Arguments) -> tuple[bool, bool, str]:
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     config = launch.nearest("supcon", x.z.device, x.operand_dtype, x.z.shape[-1])["forward"]
     if x.query_ids is not None:  # a larger block spills with them
-        config |= {"BLOCK_M": min(config["BLOCK_M"], 64)}
+        config |= {"BLOCK_M": min(config["BLOCK_M"], 64), "num_warps": 8}
     with launch.on(x.z.device):
         inv_norm, tensors, (m, n, rows, count, first) = _operands(x, part, config["BLOCK_K"])
         losses, positives, stats = (inv_norm.new_empty(*shape, rows) for shape in ((), (1,), (4,)))
