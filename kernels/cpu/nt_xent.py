@@ -42,4 +42,4 @@ def backward(
         torch.empty_like(inv_norm), stats, dz0, dz1, dots,  # found anew: what is saved is not written to
     )  # fmt: skip
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
-    return dz0, dz1, dots * (-0.5 / float(x.temperature))
+    return dz0, dz1, dots * (-0.5 / float(x.temperature)) if x.needs_grad[2] else dots

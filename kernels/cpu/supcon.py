@@ -44,7 +44,7 @@ def backward(
     # inv_norm found anew: what is saved is not written to
     _C.supcon_backward(grad, *_common(x, part), torch.empty_like(inv_norm), stats, dz, dots)
     # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
-    return dz, dots * (-0.5 / float(x.temperature))
+    return dz, dots * (-0.5 / float(x.temperature)) if x.needs_grad[1] else dots
 
 
 def among_keys(x: Arguments) -> tuple[Tensor, ...]:

@@ -235,9 +235,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
     if n == 0:
         return torch.empty_like(image), torch.empty_like(text), grad.new_zeros(() if x.needs_grad[2] else 0)
     with launch.on(image.device):
-        w_scale, step = None, config["BLOCK_K"]
-        if operand_dtype == torch.float16:
-            w_scale = launch.half_scale(operand_dtype, grad * stats[4])
+        w_scale, step = launch.half_scale(operand_dtype, lambda: grad * stats[4]), config["BLOCK_K"]
         left, inv_left = operand(image, x.normalize, operand_dtype, step)
         right, inv_right = operand(text, x.normalize, operand_dtype, step)
         dleft = left.new_empty(left.shape, dtype=torch.float32) if x.needs_grad[0] else None

@@ -28,7 +28,7 @@ def backward(grad: Tensor, x: Arguments) -> tuple[Tensor, ...]:
     with launch.on(x.z_a.device):
         parts = columns.moments_of(x.z_a, x.z_b)
         operands, _ = columns.operands(x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False, parts=parts)
-        scale = launch.half_scale(x.operand_dtype, grad)
+        scale = launch.half_scale(x.operand_dtype, lambda: grad)
         dc = (grad if scale is None else grad * scale).to(x.operand_dtype)
         t = grad.new_empty((2, n, d))
         launch.multiply(t[0], operands[1, :n, :d], dc.t())

@@ -325,9 +325,8 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
     (b, d), first = query.shape, part.first if part else 0
     config = launch.nearest("info_nce", query.device, operand_dtype, d)["backward"]
     scale, w_scale = launch.scale_of(x.temperature), None
-    if b and operand_dtype == torch.float16:
-        # what a row's weights add up to: of the decoupled form 1, whatever its positive's is
-        w_scale = launch.half_scale(operand_dtype, grad if x.decoupled else grad * stats[2])
+    if b:  # what a row's weights add up to: of the decoupled form 1, whatever its positive's is
+        w_scale = launch.half_scale(operand_dtype, lambda: grad if x.decoupled else grad * stats[2])
 
     def gradient(c: Tensor, with_pull: bool, with_weights: bool) -> Tensor:
         if b == 0 or (k := len(c)) == 0:

@@ -88,7 +88,7 @@ def _weights(x: Any, problem: Problem, grad: Tensor | None) -> tuple[Tensor, Ten
     b = problem.student[0].shape[1]
     if grad is None:
         grad = problem.student[0].new_full((), 1 / b if problem.mean else 1.0, **FLOAT32)
-    scale = launch.half_scale(x.operand_dtype, grad if problem.weights is None else grad * problem.weights)
+    scale = launch.half_scale(x.operand_dtype, lambda: grad if problem.weights is None else grad * problem.weights)
     if scale is None:
         return grad, None
     # no gradient of a logit is above its example's weight times T / (pairs tau)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,13 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: flo
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
 
 
-def half_scale(operand: torch.dtype, values: Tensor, dim: int | None = None) -> Tensor | None:
+def half_scale(operand: torch.dtype, values: Callable[[], Tensor], dim: int | None = None) -> Tensor | None:
     """What takes the largest of values, [] or along dim, near the top of float16, which has 5 bits of exponent; None
-    elsewhere.
+    for other operands, whose values are not asked for.
     """
     if operand != torch.float16:
         return None
-    return 2.0**14 / torch.linalg.vector_norm(values, float("inf"), dim=dim).clamp(min=1e-30)
+    return 2.0**14 / torch.linalg.vector_norm(values(), float("inf"), dim=dim).clamp(min=1e-30)
 
 
 def row_a_program(width: int) -> dict[str, Any]:

@@ -315,10 +315,8 @@ def backward(
     of_rows, config = (w_z.flash, configs["flash"]) if "flash" in configs else (w_z.panels, configs["panels"])
     with launch.on(x.z0.device):
         z, _, _ = _operand(x, config["BLOCK_K"])
-        w_scale = None
-        if x.operand_dtype == torch.float16:
-            # what a row's weights add up to: of the decoupled form 1, whatever its positive's is
-            w_scale = launch.half_scale(x.operand_dtype, grad if x.decoupled else grad * stats[2:].sum(0))
+        # what a row's weights add up to: of the decoupled form 1, whatever its positive's is
+        w_scale = launch.half_scale(x.operand_dtype, lambda: grad if x.decoupled else grad * stats[2:].sum(0))
         rows = _classes(x), grad, stats, *scale, maximum, w_scale
         dz = of_rows(z, v, rows, maximum is None, precision, config, own)
         norms, pair = _of(own, v, inv_norm), _two(x)

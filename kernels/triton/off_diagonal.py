@@ -160,7 +160,7 @@ def grams(x: Tensor, n: int, d: int, *, paired: bool, keep: bool) -> tuple[Tenso
 
 def gram_products(grams: Tensor, x: Tensor, n: int, d: int) -> tuple[Tensor, Tensor | None]:
     """t [V, N, D] = G X of each view, times a scale [] if there is one, as `panels` gives it"""
-    scale = launch.half_scale(x.dtype, grams)
+    scale = launch.half_scale(x.dtype, lambda: grams)
     g = (grams if scale is None else grams * scale).to(x.dtype)
     t = x.new_empty((len(x), n, d), dtype=torch.float32)
     for out, left, right in zip(t, g, x, strict=True):

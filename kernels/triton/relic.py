@@ -462,10 +462,10 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
     with launch.on(x.online.device):
         in_order = grad if x.order is None else torch.empty_like(grad)
         z, inv_norm, _ = _operand(x, config["BLOCK_K"], None if x.order is None else grad, in_order)
-        stride, w_scale = z.shape[2], None
-        if x.operand_dtype == torch.float16:
-            sizes = _largest_weights(in_order.view(pairs, b), x, stats.view(pairs, 8, b))
-            w_scale = launch.half_scale(x.operand_dtype, sizes, dim=1)
+        stride = z.shape[2]
+        w_scale = launch.half_scale(
+            x.operand_dtype, lambda: _largest_weights(in_order.view(pairs, b), x, stats.view(pairs, 8, b)), dim=1
+        )
         blocks, tiles, span, splits = _spans(x, x.negatives, x.negatives, config)
         dz = grad.new_empty(pairs, splits, gradients, stride // config["BLOCK_K"], b, config["BLOCK_K"])
         _weigh_back[blocks * gradients * stride // config["BLOCK_K"], splits, pairs](

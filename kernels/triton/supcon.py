@@ -299,10 +299,10 @@ def _gradient(
         if rows == 0:
             return torch.empty_like(own, dtype=dtype), grad.new_empty(0)
         blocks, span, splits = _spans(rows, m, config)
-        w_scale = None
-        if x.operand_dtype == torch.float16:
-            weights = grad if x.weights is None else grad * x.weights.repeat(len(grad) // n)  # in the stats already
-            w_scale = launch.half_scale(x.operand_dtype, weights)
+        weights = x.weights  # in the stats already
+        w_scale = launch.half_scale(
+            x.operand_dtype, lambda: grad if weights is None else grad * weights.repeat(len(grad) // n)
+        )
         dz = grad.new_empty(splits, rows, stride)
         _weigh_back[blocks, splits, stride // config["BLOCK_K"]](
             *tensors, grad if w_scale is None else grad * w_scale, stats, dz, *given(x.temperature),

@@ -120,7 +120,7 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
             squares, kept = off_diagonal.grams(operands, n, d, paired=False, keep=keep)
         else:
             kept = moments.new_empty((views, n, d)) if keep else None
-            scale = launch.half_scale(x.operand_dtype, moments[:, 2])
+            scale = launch.half_scale(x.operand_dtype, lambda: moments[:, 2])
             products = [()] * views if kept is None else [(t,) for t in kept]
             squares = torch.stack(
                 [
@@ -138,7 +138,7 @@ def backward(grad: Tensor, x: Arguments, moments: Tensor, kept: Tensor) -> tuple
     out = [torch.empty_like(z) for z in views]
     with launch.on(x.z_a.device):
         operands: Tensor | None = None
-        t, scale = kept, launch.half_scale(x.operand_dtype, moments[:, 2])
+        t, scale = kept, launch.half_scale(x.operand_dtype, lambda: moments[:, 2])
         if x.route == "gram":
             operands, _ = columns.operands(
                 x.z_a, x.z_b, x.operand_dtype, x.eps, by_columns=False, moments=torch.empty_like(moments)
