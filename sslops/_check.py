@@ -3,6 +3,7 @@
 TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueError for a wrong value, shape or pairing.
 """
 
+import functools
 import math
 import numbers
 import sys
@@ -59,9 +60,9 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
     """
     sizes: dict[str, int] = {}
     device: torch.device | None = None
-    whole: list[int] | None = None  # the shape of "..."
+    whole: torch.Size | None = None  # the shape of "..."
     for name, of, value in _each(op, given, declared):
-        wanted = of.shape.split()
+        wanted = _dimensions(of.shape)
         if not isinstance(value, Tensor):
             bad_type(op, name, f"a tensor [{', '.join(wanted)}]", type(value).__name__)
         if value.layout != torch.strided:
@@ -71,25 +72,34 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
                 "a floating-point tensor" if of.dtypes == FLOAT_DTYPES else " or ".join(str(d)[6:] for d in of.dtypes)
             )
             bad_type(op, name, kind, value.dtype)
+        shape = value.shape
         if of.shape == "...":
-            whole, wanted = list(value.shape) if whole is None else whole, []
-            if list(value.shape) != whole:
-                bad_value(op, name, f"shape {whole}", list(value.shape))
-        elif value.dim() < len(wanted) if wanted[-1:] == ["..."] else value.dim() != len(wanted):
-            bad_value(op, name, f"shape [{', '.join(wanted)}]", list(value.shape))
-        before, sizes = sizes, sizes.copy()
-        for dimension, size in zip(wanted, value.shape, strict=False):
-            if dimension in ("*", "..."):
-                continue
-            known = sizes.setdefault(dimension, given.get(dimension, size))
-            if known != size:
-                shape = ", ".join(str(known if each == dimension else before.get(each, each)) for each in wanted)
-                bad_value(op, name, f"shape [{shape}]", list(value.shape))
+            whole = shape if whole is None else whole
+            if shape != whole:
+                bad_value(op, name, f"shape {list(whole)}", list(shape))
+        else:
+            if len(shape) < len(wanted) if wanted[-1:] == ("...",) else len(shape) != len(wanted):
+                bad_value(op, name, f"shape [{', '.join(wanted)}]", list(shape))
+            before = len(sizes)
+            for dimension, size in zip(wanted, shape, strict=False):
+                if dimension in ("*", "..."):
+                    continue
+                known = sizes.setdefault(dimension, given.get(dimension, size))
+                if known != size:
+                    names = {dimension: known, **dict(list(sizes.items())[:before])}
+                    bad_value(
+                        op, name, f"shape [{', '.join(str(names.get(each, each)) for each in wanted)}]", list(shape)
+                    )
         if of.like and value.dtype != (like := given[of.like]).dtype:
             bad_value(op, name, f"the dtype of {of.like}, {like.dtype}", value.dtype)
         device = value.device if device is None else device
         if value.device != device:
             bad_value(op, name, f"the device of {next(iter(given))}, {device}", value.device)
+
+
+@functools.cache
+def _dimensions(shape: str) -> tuple[str, ...]:
+    return tuple(shape.split())
 
 
 def _each(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:

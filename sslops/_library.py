@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _check, _torch, distributed
 from ._levels import through_levels
 from ._precision import compute_dtype
-from ._schema import LIBRARY, Out, Outputs, Schema, define, tensors_in
+from ._schema import LIBRARY, Out, Outputs, Schema, define
 from .backend import BACKENDS, is_distributed, kernel, require, resolve
 
 __all__ = ["Out", "register"]
@@ -58,12 +58,6 @@ def _options(x: Any) -> str:
 
 def _replaced(x: Any, **values: Any) -> Any:
     return type(x)(*map(values.get, x._fields, x))
-
-
-def _wide(x: Any) -> torch.dtype:
-    """The dtype that a backend is chosen by: float64 if any is"""
-    dtypes = [value.dtype for value in tensors_in(x)] + [value for value in x if isinstance(value, torch.dtype)]
-    return torch.float64 if torch.float64 in dtypes else _check.first(x).dtype
 
 
 def register(
@@ -136,6 +130,10 @@ def register(
                 found.append(Out(() if field in schema.numbers and want else (0,)))
         return found
 
+    def wide(x: Any) -> torch.dtype:
+        """The dtype that a backend is chosen by: float64 if any is"""
+        return torch.float64 if schema.is_double(x) else _check.first(x).dtype
+
     def verify(x: Any) -> None:
         """What a direct call of torch.ops.sslops could have wrong"""
         _check.tensors(name, _named(x), declared)
@@ -149,8 +147,8 @@ def register(
         check(x)
         if len(getattr(x, "needs_grad", gradients)) != len(gradients):
             _check.bad_value(name, "needs_grad", f"{len(gradients)} flags", x.needs_grad)
-        if (wide := _wide(x)) != _check.first(x).dtype and x.backend in BACKENDS:
-            _require(name, x, wide)
+        if (widest := wide(x)) != _check.first(x).dtype and x.backend in BACKENDS:
+            _require(name, x, widest)
         if (asked := form(x)) and x.backend in BACKENDS:
             _require(name, x, _check.first(x).dtype, asked)
         _check.indices(name, x, declared)
@@ -185,8 +183,8 @@ def register(
         x = schema.lift(values)
         return _bare(_empties(x, specs(x)))
 
-    def run_back(grad: Tensor, *values: Any) -> Any:
-        x, saved = dense(schema.lift(values[: schema.count])), values[schema.count :]
+    def run_back(grad: Tensor, x: Any, saved: Sequence[Tensor]) -> Any:
+        x = dense(x)
         read = [_in_memory(value, False) for value in (grad, *saved)]
         return _guarded(name, x, lambda: run_backward(read[0], x, *read[1:]))
 
@@ -199,7 +197,7 @@ def register(
         wanted = dict(zip(("grad", *names[1:]), specs(x), strict=True))
         for field, value in zip(("grad", *of_forward), (grad, *saved), strict=True):
             _check.output(name, field, value, wanted[field].shape, wanted[field].dtype, _check.first(x).device)
-        return run_back(grad, *values)
+        return run_back(grad, x, saved)
 
     def backward_fake(grad: Tensor, *values: Any) -> Any:
         x = schema.lift(values[: schema.count])
@@ -220,7 +218,7 @@ def register(
         group = getattr(x, "group", "")
         # What is not the same of the gathered batch needs a distributed form.
         needed = "" if getattr(x, "synced", True) else group
-        filled["backend"] = resolve(name, _check.first(x).device, _wide(x), backend, needed, form(x))
+        filled["backend"] = resolve(name, _check.first(x).device, wide(x), backend, needed, form(x))
         if "operand_dtype" in x._fields:
             filled["operand_dtype"] = compute_dtype(_check.first(x))
         if group and not is_distributed(filled["backend"], name):
@@ -229,15 +227,11 @@ def register(
             filled |= distributed.gathered_arguments(name, group, own, along, options)
             if filled["backend"] != "eager":
                 filled["group"] = ""
-        # torch.func's levels: a tensor does not know of the outer ones
         in_levels = not torch.compiler.is_compiling() and _torch.in_func()
         if "needs_grad" in x._fields:
-            values = (filled.get(field, getattr(x, field)) for field in gradients)
-            filled["needs_grad"] = [
-                torch.is_grad_enabled() and any(in_levels or each.requires_grad for each in tensors_in([value]))
-                for value in values
-            ]
-        traced = is_traced() or not all(type(each) in _PLAIN for each in tensors_in(x))
+            values = [filled.get(field, getattr(x, field)) for field in gradients]
+            filled["needs_grad"] = [torch.is_grad_enabled() and _wants(value, in_levels) for value in values]
+        traced = is_traced() or not all(type(each) in _PLAIN for each in schema.tensors(x))
         if not traced:
             _check.indices(name, x, declared)
         x = prepared(x)
@@ -248,10 +242,14 @@ def register(
                 filled[field] = filled[field].float()
         x = _replaced(x, **filled)
         if in_levels and gradients:
-            return through_levels(name, op, schema.lower(x), transformed_context, differentiate)
+            return through_levels(name, op, schema.lower(x), transformed_context, differentiate_library)
         if traced:
             return op(*schema.lower(x))
-        return direct(*spread_out(schema.lower(x))) if gradients and torch.is_grad_enabled() else run(x)
+        if not (gradients and torch.is_grad_enabled()):
+            return run(x)
+        others: list[Tensor] = []
+        result = direct(x, others, *differentiable(x))
+        return (result, *others) if saved else result
 
     if not gradients:
         return call
@@ -260,25 +258,19 @@ def register(
     define(f"{name}_backward", f"({inputs}) -> ({results})", backward_implementation, backward_fake)
     backward_op = getattr(torch.ops.sslops, f"{name}_backward")
 
-    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        extra = dict(zip(saved, output[1:] if saved else (), strict=True))
-        values = schema.lower(kept(schema.lift(inputs))) if kept else inputs
-        ctx.mark_non_differentiable(*extra.values())
-        ctx.unit = [extra.pop(each) for each in units]
-        ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
-        ctx.counts = [
-            1 if isinstance(value, Tensor) else len(tensors_in(value)) if isinstance(value, list) else 0
-            for value in values
-        ]
-        ctx.rest = [None if count else value for value, count in zip(values, ctx.counts, strict=True)]
-        ctx.save_for_backward(*tensors_in(values), *extra.values())
+    places = {each: k for k, each in enumerate(names)}
+    units_at, of_forward_at = [places[each] for each in units], [places[each] for each in of_forward]
 
-    def differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
+    def keep(ctx: Any, x: Any, output: Sequence[Tensor]) -> None:
+        """What differentiate needs"""
+        ctx.unit = [output[k] for k in units_at]
+        ctx.rest, tensors = schema.parted(kept(x) if kept else x)
+        ctx.save_for_backward(*tensors, *[output[k] for k in of_forward_at])
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Any, dict[str, Any]]:
+        """The arguments that were kept, and what belongs to each of `gradients`"""
         tensors = iter(ctx.saved_tensors)
-        values = [
-            [next(tensors) for _ in range(count)] if n in schema.lists else next(tensors) if count else value
-            for n, count, value in zip(schema.names, ctx.counts, ctx.rest, strict=True)
-        ]
+        x, of_outputs = schema.joined(ctx.rest, tensors), list(tensors)
         ready, ctx.unit = ctx.unit, []
         there = any(each.numel() for each in ready)
         compiling = torch.compiler.is_compiling()
@@ -291,21 +283,33 @@ def register(
             if factor != 1:
                 scaled = torch.Tensor.mul_ if factor is not None else _scaled
                 ready = [scaled(each, grad) for each in ready]
-            of = (values[schema.names.index(field)] for field in gradients)
+            of = (getattr(x, field) for field in gradients)
             results = tuple(_handed(each, value) for each, value in zip(ready, of, strict=True))
         else:
             ready.clear()  # their memory is of use to the kernel
-            read = [grad, *values, *tensors]
-            if getattr(ctx, "transformed", False):
+            transformed = getattr(ctx, "transformed", False)
+            if eager and not transformed and not is_traced():
+                results = run_back(grad, x, of_outputs)
+            elif transformed:
+                read = [grad, *schema.lower(x), *of_outputs]
                 results = through_levels(name, backward_op, read, lambda *_: None, refuse)
             else:
-                through = run_back if eager and not is_traced() else backward_op
-                results = through(*read)
-        found = dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
-        return tuple(
-            found[n] if n in found and count else [None] * count if n in schema.lists else None
-            for n, count in zip(schema.names, ctx.counts, strict=True)
-        )
+                results = backward_op(grad, *schema.lower(x), *of_outputs)
+        return x, dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
+
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        output = output if saved else (output,)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
+        keep(ctx, schema.lift(inputs), output)
+
+    def differentiate_library(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
+        x, found = differentiate(ctx, grad)
+        given = {field: value for field, value in _named(x).items() if isinstance(value, Tensor)}
+        for field in schema.lists:
+            given[field] = getattr(x, field)
+            found.setdefault(field, [None] * len(given[field]))
+        return tuple(found.get(field) if field in given else None for field in schema.names)
 
     def transformed_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs, output)
@@ -314,32 +318,41 @@ def register(
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"{name}: fused kernels have no second derivative; use backend='eager'")
 
-    torch.library.register_autograd(f"sslops::{name}", differentiate, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"sslops::{name}", differentiate_library, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_autograd(f"sslops::{name}_backward", refuse, lib=LIBRARY)
 
-    listed = [k for k, name in enumerate(schema.names) if name in schema.lists]
-
-    def spread_out(values: list[Any]) -> list[Any]:
-        """As autograd sees tensors: a list's behind all others, and how many in its place"""
-        behind = [each for k in listed for each in values[k]]
-        return [len(value) if k in listed else value for k, value in enumerate(values)] + behind if listed else values
+    def differentiable(x: Any) -> list[Tensor]:
+        found: list[Tensor] = []
+        for field in gradients:
+            if isinstance(value := getattr(x, field), Tensor):
+                found.append(value)
+            elif field in schema.lists:
+                found += value
+        return found
 
     # Where nothing traces: the same functions without torch.library around them, a third of a small batch's time.
+    # autograd sees only what has a gradient; the other outputs leave by a list.
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *values: Any) -> Any:
-            given, behind = list(values[: len(schema.names)]), iter(values[len(schema.names) :])
-            for k in listed:
-                given[k] = [next(behind) for _ in range(given[k])]
-            output = run(schema.lift(given))
-            setup_context(ctx, given, output)
-            return output
+        def forward(ctx: Any, x: Any, others: list[Tensor], *inputs: Tensor) -> Any:
+            ctx.given = [isinstance(getattr(x, field), Tensor) for field in gradients]
+            output = run(x)
+            if not saved:
+                output = (output,)
+            others += output[1:]
+            keep(ctx, x, output)
+            return output[0]
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor, *rest: None) -> Any:
-            found = differentiate(ctx, grad, *rest)
-            behind = [each for k in listed for each in found[k]]
-            return (*(None if k in listed else each for k, each in enumerate(found)), *behind) if listed else found
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            _, found = differentiate(ctx, grad)
+            flat: list[Tensor | None] = [None, None]
+            for each, given in zip(found.values(), ctx.given, strict=True):
+                if isinstance(each, list):
+                    flat += each
+                elif given:
+                    flat.append(each)
+            return tuple(flat)
 
     direct = Direct.apply
     return call
@@ -361,6 +374,13 @@ def _handed(gradient: Tensor, value: Any) -> Any:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory to read: torch knows what to do with them
+
+
+def _wants(value: Any, in_levels: bool) -> bool:
+    """A gradient: in torch.func's levels, where a tensor does not know of the outer ones, any tensor may"""
+    if isinstance(value, Tensor):
+        return in_levels or value.requires_grad
+    return isinstance(value, list) and any(_wants(each, in_levels) for each in value)
 
 
 def is_traced() -> bool:

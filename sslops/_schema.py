@@ -1,6 +1,6 @@
 """Ops as torch's library has them: the schema of an op's arguments, and the library itself."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
@@ -54,6 +54,10 @@ class Schema:
                 parts.append(f"{_SCHEMA_TYPES[kind]} {name}")
         self.text, self.count = ", ".join(parts), len(parts)
         self._numbers_at = [self.names.index(name) for name in self.numbers]
+        single, several = (Tensor, Tensor | None, float | Tensor), list[Tensor]
+        self._single = [k for k, kind in enumerate(hints.values()) if kind in single]
+        self._several = [k for k, kind in enumerate(hints.values()) if kind == several]
+        self._dtypes = [k for k, kind in enumerate(hints.values()) if kind is torch.dtype]
 
     def lower(self, x: Any) -> list[Any]:
         values = list(x)
@@ -67,6 +71,37 @@ class Schema:
             number = found.pop(at + 1)
             if found[at] is None:
                 found[at] = number
+        return self.arguments(*found)
+
+    def tensors(self, x: Any) -> list[Tensor]:
+        """Those in lists too, behind the others"""
+        found = [value for k in self._single if isinstance(value := x[k], Tensor)]
+        for k in self._several:
+            found += x[k]
+        return found
+
+    def is_double(self, x: Any) -> bool:
+        """Whether any of its tensors is, or any of the dtypes that it names"""
+        dtypes = [value.dtype for value in self.tensors(x)] + [x[k] for k in self._dtypes]
+        return torch.float64 in dtypes
+
+    def parted(self, x: Any) -> tuple[list[Any], list[Tensor]]:
+        """x with `...` and, for lists, their lengths instead of its tensors; and these"""
+        rest = list(x)
+        for k in self._single:
+            if isinstance(rest[k], Tensor):
+                rest[k] = ...
+        for k in self._several:
+            rest[k] = len(rest[k])
+        return rest, self.tensors(x)
+
+    def joined(self, rest: list[Any], tensors: Iterator[Tensor]) -> Any:
+        found = list(rest)
+        for k in self._single:
+            if found[k] is ...:
+                found[k] = next(tensors)
+        for k in self._several:
+            found[k] = [next(tensors) for _ in range(found[k])]
         return self.arguments(*found)
 
 
