@@ -75,7 +75,7 @@ class Schema:
 
     def tensors(self, x: Any) -> list[Tensor]:
         """Those in lists too, behind the others"""
-        found = [value for k in self._single if isinstance(value := x[k], Tensor)]
+        found = [x[k] for k in self._single if isinstance(x[k], Tensor)]
         for k in self._several:
             found += x[k]
         return found

@@ -1,6 +1,6 @@
 #include "bf16_gemm.h"
 
-#include "vec.h"
+#include "transpose.h"
 
 #ifdef __AMX_BF16__
 #include <immintrin.h>
@@ -34,20 +34,6 @@ class TileScope {
   };
   Config saved_;
 };
-
-// 16 x 16 words in registers: four rounds of interleaving the first half with the second.
-SSLOPS_INLINE void transpose(F (&v)[16]) {
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  for (int round = 0; round < 4; ++round) {
-    F w[16];
-    for (int k = 0; k < 8; ++k) {
-      w[2 * k] = (F)_mm512_permutex2var_ps((__m512)v[k], low, (__m512)v[k + 8]);
-      w[2 * k + 1] = (F)_mm512_permutex2var_ps((__m512)v[k], high, (__m512)v[k + 8]);
-    }
-    for (int k = 0; k < 16; ++k) v[k] = w[k];
-  }
-}
 
 void pack(const uint16_t* x, int64_t rows, int64_t cols, uint16_t* as_is, uint16_t* transposed) {
   for (int64_t half = 0; half < rows / kTile; ++half) {  // 16 rows: half of a tile along k, or a whole one along n

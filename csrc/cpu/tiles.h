@@ -4,6 +4,7 @@
 #include "bf16_gemm.h"
 #include "buffer.h"
 #include "gemm.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace sslops {
@@ -75,12 +76,8 @@ class Operand {
   friend class Tile;
 
   void pack(int64_t group) {
-    for (int64_t i = group; i < group + kGroup; i += kPanel) {
-      const float* const from = rows_ + i * ld;
-      float* to = columns_ + i * d;
-      for (int64_t j = 0; j < d; ++j, to += kPanel)
-        for (int64_t k = 0; k < kPanel; ++k) to[k] = from[k * ld + j];
-    }
+    for (int64_t i = group; i < group + kGroup; i += kLanes)
+      transpose(rows_ + i * ld, ld, d, columns_ + i / kPanel * kPanel * d + i % kPanel, kPanel);
   }
   void pack_halves(int64_t group) {
     if constexpr (kHasBf16)

@@ -1,0 +1,54 @@
+// Squares of numbers turned over in registers.
+#pragma once
+#include <utility>
+
+#include "vec.h"
+
+namespace sslops {
+namespace {
+
+// a[kFirst], b[kFirst], a[kFirst + 1], b[kFirst + 1], ..
+template <int kFirst, int... kLane>
+SSLOPS_INLINE F interleaved(F a, F b, std::integer_sequence<int, kLane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * kLanes)...);
+#else  // GCC has that name from version 12 on
+  return __builtin_shuffle(a, b, I{(kFirst + kLane / 2 + kLane % 2 * kLanes)...});
+#endif
+}
+
+// Rounds of interleaving the first half with the second.
+SSLOPS_INLINE void transpose(F (&v)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    F w[kLanes];
+#pragma GCC unroll 8
+    for (int k = 0; k < kLanes / 2; ++k) {
+      w[2 * k] = interleaved<0>(v[k], v[k + kLanes / 2], lanes);
+      w[2 * k + 1] = interleaved<kLanes / 2>(v[k], v[k + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < kLanes; ++k) v[k] = w[k];
+  }
+}
+
+// to [columns, kLanes] = from^T, from [kLanes, columns], which is read up to whole vectors.
+SSLOPS_INLINE void transpose(const float* from, int64_t ld, int64_t columns, float* to, int64_t ld_to) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    F v[kLanes];
+#pragma GCC unroll 16
+    for (int k = 0; k < kLanes; ++k) v[k] = load(from + k * ld + j);
+    transpose(v);
+    const int64_t count = columns - j < kLanes ? columns - j : kLanes;
+    if (count == kLanes) {
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes; ++k) store(to + (j + k) * ld_to, v[k]);
+    } else {
+      for (int k = 0; k < count; ++k) store(to + (j + k) * ld_to, v[k]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sslops
