@@ -160,10 +160,9 @@ def _losses(
     generator: torch.Generator | None,
     group: distributed.Group,
     backend: str | None,
-    stacked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Of each online with each target, under its name for messages: losses [O, T, B], of all ranks, and what is logged
-    [O, T, 2, B]; of one pair, not stacked, [B] and [2, B].
+    [O, T, 2, B]; of one pair [B] and [2, B].
     """
     crops = online | target
     _check.tensors(op, crops, dict.fromkeys(crops, Of("N D", like=next(iter(crops)))))
@@ -176,8 +175,10 @@ def _losses(
         _check.bad_type(op, "generator", "a torch.Generator", type(generator).__name__)
     if isinstance(backend, str):
         _check.choice(op, "backend", backend, BACKENDS)
-    same = distributed.options(options | {"backend": backend})
-    together = [x.to(first.dtype) for x in distributed.gathered(op, group, *crops.values(), options=same)]
+    together = list(crops.values())
+    if group:
+        same = distributed.options(options | {"backend": backend})
+        together = [x.to(first.dtype) for x in distributed.gathered(op, group, *together, options=same)]
     n = together[0].shape[0]  # len() would fix it in torch.export
     options |= {"alpha": float(options["alpha"]), "beta": float(options["beta"])}
     order = None
@@ -189,13 +190,9 @@ def _losses(
         if group:  # that of rank 0
             order = torch.ops.sslops.all_gather(order, group, 0, "relic's order")[:pairs]
     o, t = together[: len(online)], together[len(online) :]
-    views = (_stacked(o), _stacked(t)) if stacked else (o[0], t[0])
+    views = (o[0], t[0]) if len(together) == 2 else (torch.stack(o), torch.stack(t))
     losses, logged, *_ = _run(Arguments(*views, order=order, **options), backend)
-    return losses, logged[..., -2:, :]
-
-
-def _stacked(crops: list[Tensor]) -> Tensor:
-    return crops[0][None] if len(crops) == 1 else torch.stack(crops)
+    return losses, logged[..., -2:, :] if options["count_exceeding"] else logged
 
 
 @distributed.in_step
@@ -324,5 +321,5 @@ def relic_multicrop(
         "temperature": temperature, "alpha": alpha, "beta": beta, "num_negatives": num_negatives,
         "normalize": normalize, "count_exceeding": return_metrics,
     }  # fmt: skip
-    losses, logged = _losses(op, named[0] | named[1], named[2], options, generator, group, backend, stacked=True)
+    losses, logged = _losses(op, named[0] | named[1], named[2], options, generator, group, backend)
     return (mean(losses), metrics(*logged.unbind(-2))) if return_metrics else mean(losses)
