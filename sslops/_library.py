@@ -5,6 +5,7 @@ kernels and fakes take it, and torch's schema is derived from its fields.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
@@ -102,6 +103,7 @@ def register(
         scales a copy. Hooks on saved tensors do not see them.
     """
     schema, declared = Schema(arguments), _check.declared(arguments)
+    placed = [(field, arguments._fields.index(field), of.strided) for field, of in declared.items()]
     spread = [field for field, of in declared.items() if of.spread]
     along = {field: dim for field in spread if (dim := declared[field].along) is not None}
 
@@ -156,8 +158,9 @@ def register(
     def dense(x: Any) -> Any:
         """As kernels read it: signs are in the memory, and values side by side unless any strides will do"""
         moved = {}
-        for field, of in declared.items():
-            if (value := getattr(x, field)) is not None and (stored := _in_memory(value, of.strided)) is not value:
+        for field, k, strided in placed:
+            value = x[k]
+            if value is not None and (stored := _in_memory(value, strided)) is not value:
                 moved[field] = stored
         return _replaced(x, **moved) if moved else x
 
@@ -390,9 +393,11 @@ def is_traced() -> bool:
 
 def _in_memory(value: Any, strided: bool) -> Any:
     if isinstance(value, list):
-        return [_in_memory(each, strided) for each in value]
-    value = value.resolve_neg()
-    return value if strided else value.contiguous()
+        found = [_in_memory(each, strided) for each in value]
+        return value if all(map(operator.is_, found, value)) else found
+    if value.is_neg():
+        value = value.resolve_neg()
+    return value if strided or value.is_contiguous() else value.contiguous()
 
 
 def _empties(x: Any, specs: Sequence[Any]) -> tuple[Any, ...]:
