@@ -1,6 +1,7 @@
 // A^T B of views [N, D] in tiles, and the products that go back from them.
 #pragma once
 #include "strips.h"
+#include "transpose.h"
 
 namespace sslops {
 namespace {
@@ -65,12 +66,6 @@ inline void multiply_back(const Matrix& a, int64_t i, int64_t first, int64_t cou
 inline void multiply_back(const Matrix& a, int64_t i, const float* w, int64_t ld, int64_t q, Matrix& out, int64_t j,
                           bool add) {
   multiply_back(a, i, 0, a.n, w, ld, q, out.panel(j), out.ld, add);
-}
-
-// to [q, p] = w^T, w [p, q]
-inline void transpose(const float* w, int64_t p, int64_t q, int64_t ld, float* to, int64_t ld_to) {
-  for (int64_t i = 0; i < p; ++i)
-    for (int64_t j = 0; j < q; ++j) to[j * ld_to + i] = w[i * ld + j];
 }
 
 }  // namespace

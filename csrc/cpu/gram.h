@@ -1,6 +1,7 @@
 // A A^T of views [N, D], N rows of which are few: the Gram matrices that know what D x D correlations add up to.
 #pragma once
 #include "strips.h"
+#include "transpose.h"
 
 namespace sslops {
 namespace {
@@ -16,8 +17,9 @@ class Transposed {
         const float* const from = strip.panel(j0) + i * kPanel;
         float* const to = data_ + i * d + (first + j0) * kPanel;
         const int64_t rows = n - i < kPanel ? n - i : kPanel, columns = width - j0 < kPanel ? width - j0 : kPanel;
-        for (int64_t j = 0; j < columns; ++j)
-          for (int64_t k = 0; k < kPanel; ++k) to[j * kPanel + k] = k < rows ? from[k * kPanel + j] : 0.f;
+        transpose(from, rows, columns, kPanel, to, kPanel);
+        for (int64_t j = 0; j < columns && rows < kPanel; ++j)
+          for (int64_t k = rows; k < kPanel; ++k) to[j * kPanel + k] = 0.f;
       }
   }
   // Columns from k of rows from i, up to the next multiple of kPanel; of rows from j, a multiple of kPanel.

@@ -76,8 +76,8 @@ class Operand {
   friend class Tile;
 
   void pack(int64_t group) {
-    for (int64_t i = group; i < group + kGroup; i += kLanes)
-      transpose(rows_ + i * ld, ld, d, columns_ + i / kPanel * kPanel * d + i % kPanel, kPanel);
+    for (int64_t i = group; i < group + kGroup; i += kPanel)
+      transpose(rows_ + i * ld, kPanel, d, ld, columns_ + i * d, kPanel);
   }
   void pack_halves(int64_t group) {
     if constexpr (kHasBf16)

@@ -33,21 +33,24 @@ SSLOPS_INLINE void transpose(F (&v)[kLanes]) {
   }
 }
 
-// to [columns, kLanes] = from^T, from [kLanes, columns], which is read up to whole vectors.
-SSLOPS_INLINE void transpose(const float* from, int64_t ld, int64_t columns, float* to, int64_t ld_to) {
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    F v[kLanes];
+// to [q, p] = w^T, w [p, q]
+inline void transpose(const float* w, int64_t p, int64_t q, int64_t ld, float* to, int64_t ld_to) {
+  int64_t i = 0;
+  for (; i + kLanes <= p; i += kLanes)
+    for_each_vector(q, [&](int64_t j, int lanes) {
+      F v[kLanes];
 #pragma GCC unroll 16
-    for (int k = 0; k < kLanes; ++k) v[k] = load(from + k * ld + j);
-    transpose(v);
-    const int64_t count = columns - j < kLanes ? columns - j : kLanes;
-    if (count == kLanes) {
+      for (int k = 0; k < kLanes; ++k) v[k] = load_lanes(w + (i + k) * ld + j, lanes, 0.f);
+      transpose(v);
+      if (lanes == kLanes) {
 #pragma GCC unroll 16
-      for (int k = 0; k < kLanes; ++k) store(to + (j + k) * ld_to, v[k]);
-    } else {
-      for (int k = 0; k < count; ++k) store(to + (j + k) * ld_to, v[k]);
-    }
-  }
+        for (int k = 0; k < kLanes; ++k) store(to + (j + k) * ld_to + i, v[k]);
+      } else {
+        for (int k = 0; k < lanes; ++k) store(to + (j + k) * ld_to + i, v[k]);
+      }
+    });
+  for (; i < p; ++i)
+    for (int64_t j = 0; j < q; ++j) to[j * ld_to + i] = w[i * ld + j];
 }
 
 }  // namespace
