@@ -119,3 +119,67 @@ def test_approximations_are_as_far_off_as_a_chips_may_be() -> None:
     assert powers[3].isnan()
     assert powers[4:6].tolist() == [0, torch.inf]
     assert quotients[:3].tolist() == [torch.inf, 0, 0]
+
+
+@triton.jit
+def _exact(a, b, c, K: tl.constexpr, PRECISION: tl.constexpr):
+    """c [16, 16] = a b^T of [16, K] each"""
+    i, j, k = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :], tl.arange(0, K)[None, :]
+    product = tl.dot(tl.load(a + i * K + k), tl.trans(tl.load(b + i * K + k)), input_precision=PRECISION)
+    tl.store(c + i * 16 + j, product)
+
+
+def exact(a: Tensor, b: Tensor, precision: str = "tf32x3") -> Tensor:
+    c = torch.zeros(16, 16)
+    _exact[(1,)](a, b, c, a.shape[1], precision)
+    return c
+
+
+def test_three_products_of_tf32() -> None:
+    """Two parts of 11 bits are 1 + 3 / 2^13; 9 / 2^26, small by small, is left out, whatever the magnitudes are"""
+    x, y = torch.zeros(2, 16, 16)
+    sizes = torch.tensor([1.0, -1.0, 2.0**100, 2.0**-100, 0.0])
+    x[:5, 3], y[:, 3] = sizes * (1 + 3 / 2**13), 1 + 3 / 2**13
+    assert torch.equal(exact(x, y)[:5, 0], sizes * (1 + 3 / 2**12))
+    assert torch.equal(exact(x, y, "ieee")[:5, 0], sizes * (1 + 3 / 2**12 + 2.0**-23))
+    integers = torch.randint(-1000, 1001, (2, 16, 16)).float()
+    assert torch.equal(exact(*integers), integers[0] @ integers[1].t())
+
+
+def test_three_products_cut_off_what_the_units_do() -> None:
+    """Sixteen terms, four at a time: what is below 2^-24 of the largest, and what is below 2^-23 of their sum"""
+    x = torch.full((16, 16), 1.5 * 2**-24)
+    x[:, 0] = 1
+    x[1] *= -1
+    found = exact(x, torch.ones(16, 16))[:2, 0]
+    assert found.tolist() == [1 + 7 * 2.0**-23, -1 - 7 * 2.0**-23]
+    assert exact(x, torch.ones(16, 16), "ieee")[0, 0] == 1 + 15 * 2.0**-23
+
+
+def test_three_products_keep_infinities_and_nans() -> None:
+    x, y = torch.ones(2, 16, 16)
+    x[0, 5], x[1, 5], x[2, 5], x[3, 5], x[3, 6] = torch.inf, -torch.inf, torch.nan, torch.inf, -torch.inf
+    x[4], x[5] = 3e38, 1 + 3 / 2**13
+    y[1, 5] = 0
+    found = exact(x, y)
+    assert found[0, 0] == torch.inf
+    assert found[1, 0] == -torch.inf
+    assert found[4, 0] == torch.inf
+    assert found[(2, 3, 0), (0, 0, 1)].isnan().all()
+    assert found[5:7, 0].tolist() == [16 + 3 / 2**9, 16]
+
+
+def test_three_products_are_as_exact_as_float32_where_columns_are_few() -> None:
+    """Of unit rows that are alike: what is cut off has one sign"""
+
+    def error(columns: int, precision: str) -> Tensor:
+        rows = torch.nn.functional.normalize(torch.ones(16, columns) + 0.3 * torch.randn(64, 16, columns), dim=-1)
+        return (
+            torch.stack([(exact(x, y, precision) - x.double() @ y.double().t()) for x, y in rows.view(32, 2, 16, -1)])
+            .square()
+            .mean()
+            .sqrt()
+        )
+
+    assert error(16, "tf32x3") < error(128, "ieee")
+    assert error(128, "tf32x3") > 3 * error(128, "ieee")
