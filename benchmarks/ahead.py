@@ -65,7 +65,7 @@ def main() -> int:
     )
     with pool:
         # exact float32, which no one trains in, at last
-        order = sorted(range(len(_works)), key=lambda k: _works[k][2].startswith("ieee"))
+        order = sorted(range(len(_works)), key=lambda k: _works[k][2].startswith(("ieee", "tf32x3")))
         jobs = [pool.submit(_compile, index) for index in order]
         faults = []
         for done, job in enumerate(as_completed(jobs), 1):

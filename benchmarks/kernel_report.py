@@ -74,9 +74,9 @@ def share(row: Row) -> str:
     """Of its limit, what a model gives a kernel that is nothing but its tiles, and what they wait for
 
     A cycle of a multiprocessor issues 4 instructions, reads 128 bytes of shared memory for wgmma, and does its part of
-    what the chip does in a second. The limit: matrix products or exponentials, whatever takes longer, or where nothing
-    is multiplied the bytes. All go on together, but for a block that is alone on its multiprocessor: there a tile's
-    products take turns with what is done to them.
+    what the chip does in a second. The limit: matrix products (in tf32x3 three of TF32) or exponentials, whatever takes
+    longer, or where nothing is multiplied the bytes. All go on together, but for a block that is alone on its
+    multiprocessor: there a tile's products take turns with what is done to them.
     """
     chip = CHIPS[row.chip]
     if not row.issued or row.call.startswith("ieee") or (row.instruction != "-" and not row.macs):

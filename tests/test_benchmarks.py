@@ -489,6 +489,8 @@ class TestTuner:
             assert sorted(map(str, found)) == sorted({*map(str, found)})
             if task[1:] == ("half", "128", "flash"):
                 assert found[0].items() >= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}.items()
+            if task.operands == "tf32x3":  # what more columns cost is no difference that tune finds
+                assert max(other["BLOCK_K"] for other in found) == config["BLOCK_K"]
         for op, kernel, width in tune.SEEDS:
             assert tune.Task(op, "half", width, kernel) in dict(tune.listed(op, "sm_90"))
 
@@ -531,6 +533,9 @@ class TestKernelReport:
         assert kernel_report.share(row._replace(registers=200)) == "50% (turns)"  # one block
         assert kernel_report.share(row._replace(registers=200, apart=0)) == "100% (turns)"
         assert kernel_report.share(row._replace(call="tf32")) == "100% (matrix)"
+        three = row._replace(call="tf32x3", issued=3 * 396 * 2, apart=0, macs=3 * 189200)
+        assert kernel_report.share(three) == "100% (matrix)"
+        assert kernel_report.share(row._replace(call="ieee")) == "-"
         assert kernel_report.share(row._replace(issued=1600)) == "25% (instructions)"
         assert kernel_report.share(row._replace(exps=6400)) == "100% (exps)"  # they are part of the limit
         assert kernel_report.share(row._replace(macs=0)) == "-"

@@ -210,7 +210,7 @@ def forward(
         row_tops, column_tops = (None if top is not None else torch.empty_like(sums) for sums in (rows, columns))
         _sums[grid](
             left, right, rows, row_tops, columns, column_tops, similarity, *scale, b, n, left.shape[1],
-            part.first if part else 0, high, wide, launch.precision(operand_dtype), **config,
+            part.first if part else 0, high, wide, launch.precision("pairs", operand_dtype), **config,
         )  # fmt: skip
         if gather is not None:
             of_rows = _gathered(gather, x.logit_scale, rows, row_tops, similarity).transpose(0, 1)
@@ -247,7 +247,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
             width = 0 if w is None else w.stride(0)
             _weigh[triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(columns, config["BLOCK_N"])](
                 left, right, w, parts, grad, stats, *given(x.logit_scale), w_scale, b, n, left.shape[1], width, first,
-                i, j, tiles, _fixed_top(x) is None, launch.precision(operand_dtype), **config,
+                i, j, tiles, _fixed_top(x) is None, launch.precision("pairs", operand_dtype), **config,
             )  # fmt: skip
 
         multiply_blocks(left, right, dleft, dright, weigh)

@@ -80,7 +80,7 @@ def similarity(x: Any) -> Tensor:
         with launch.on(x.image.device):
             left, right, config = _operands(x)
             _similarity[triton.cdiv(b, config["BLOCK_M"]),](
-                left, right, out, b, left.shape[1], launch.precision(x.operand_dtype), **config
+                left, right, out, b, left.shape[1], launch.precision("pairs", x.operand_dtype), **config
             )
     return out
 
@@ -99,6 +99,6 @@ def count(x: Any, first: int, of_images: Tensor, of_texts: Tensor) -> tuple[Tens
         rows, columns = of_images.new_empty(grid[1], b), of_texts.new_empty(grid[0], n)
         _exceeding[grid](
             left, right, of_images, of_texts, rows, columns, b, n, left.shape[1], first, high, wide,
-            launch.precision(x.operand_dtype), **config,
+            launch.precision("pairs", x.operand_dtype), **config,
         )  # fmt: skip
     return rows.sum(0), columns.sum(0)

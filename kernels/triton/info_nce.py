@@ -302,7 +302,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
         _weigh[blocks, splits, slices if graded else 1](
             query, positives, z, inv_norm, similarity, c, inv_c, x.query_ids, x.negative_ids, *packed(x.negative_mask),
             *found, b, len(c), d, stride, first, span,
-            in_batch, normalize, weight, dtype, launch.precision(operand_dtype), slices == 1, **config,
+            in_batch, normalize, weight, dtype, launch.precision("info_nce", operand_dtype), slices == 1, **config,
         )  # fmt: skip
         if own:
             add_paired[b,](
@@ -341,7 +341,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None
                 z, c, inv_c, x.query_ids, x.negative_ids, *packed(x.negative_mask), grad, stats, w_scale, parts,
                 *scale,
                 b, k, d, stride, first, span,
-                with_pull, normalize, launch.precision(operand_dtype), slices == 1, **config,
+                with_pull, normalize, launch.precision("info_nce", operand_dtype), slices == 1, **config,
             )  # fmt: skip
         _join_back[k,](
             c, inv_c if normalize else None, query, inv_norm, grad, stats, parts, w_scale, *scale, out,

@@ -64,25 +64,30 @@ def on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def precision(dtype: torch.dtype) -> str:
-    """tl.dot's input_precision for operands of `dtype`: float32 is multiplied as torch.mm would, half as it is"""
+def precision(op: str, dtype: torch.dtype) -> str:
+    """An op's tl.dot's input_precision for operands of `dtype`: float32 as torch.mm would multiply, half as it is"""
+    if dtype != torch.float32:
+        return "ieee"
     # Follows torch.set_float32_matmul_precision and allow_tf32 too, whose getters raise once this one was set.
-    # Not tf32x3 yet: its error is ieee's (unit rows of 128 columns: 2.1e-8 rms beside 2.0e-8, tf32 2.6e-5), and the
-    # promise holds in the interpreter; but it wants tiles of its own: relic's backward spills 304 bytes on sm_90.
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    # NVIDIA's matrix units have no float32: three products of two TF32 parts, where an op's configs have them. What the
+    # units cut off (tests/triton_kernels/gpu_arithmetic.py) allows a tl.dot few terms: too few for info_nce, relic and
+    # supcon, whose weights are multiplied in the kernel too, by slices of BLOCK_K columns, each of which makes S anew;
+    # supcon's gradient would be 3.4e-5 off where 2.9e-5 is promised. AMD's units have float32.
+    return "tf32x3" if torch.version.hip is None and "tf32x3" in configs(op)["default"] else "ieee"
 
 
 @functools.cache
 def configs(op: str) -> dict[str, Any]:
-    """`<op>.json`: chip -> tf32, ieee or half -> width -> kernel -> launch config; a chip's own lists are complete"""
+    """`<op>.json`: chip -> half, tf32, tf32x3 or ieee -> width -> kernel -> launch config; a chip's own are complete"""
     return json.loads(Path(__file__).with_name(f"{op}.json").read_text())
 
 
 def nearest(op: str, device: torch.device, dtype: torch.dtype, width: int) -> dict[str, dict[str, int]]:
     """The configs of the smallest listed width that holds `width`, else of the widest; unknown chips: `default`."""
     table = configs(op)
-    widths = table.get(chip(device), table["default"])[precision(dtype) if dtype == torch.float32 else "half"]
+    widths = table.get(chip(device), table["default"])[precision(op, dtype) if dtype == torch.float32 else "half"]
     listed = sorted(map(int, widths))
     kernels = widths[str(next((w for w in listed if w >= width), listed[-1]))]
     return {kernel: config | FUSED for kernel, config in kernels.items()}

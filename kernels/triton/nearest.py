@@ -98,7 +98,7 @@ def forward(x: Arguments) -> Tensor:
             before = (last, last_id) if rank else (None, None)
             _search[blocks, splits](
                 z, support, inv_norm, *before, values, ids, b, candidates, d, z.shape[1], x.first, span,
-                launch.precision(operand_dtype), **config,
+                launch.precision("pairs", operand_dtype), **config,
             )  # fmt: skip
             _join[triton.cdiv(b, 16),](
                 values, ids, last, last_id, out, b, splits, k, rank, triton.next_power_of_2(splits), 16, **launch.FUSED

@@ -262,7 +262,7 @@ def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     stats, logged = losses.new_empty((v + 1, m)), losses.new_empty((2 * (v - 1) if x.count_exceeding else 0, m))
     if n == 0:
         return losses, logged, torch.empty_like(losses), stats
-    precision = launch.precision(x.operand_dtype)
+    precision = launch.precision("nt_xent", x.operand_dtype)
     config = launch.nearest("nt_xent", x.z0.device, x.operand_dtype, d)["forward"]
     maximum, scale = _maximum(x.temperature, x.normalize, m, own), launch.scale_of(x.temperature)
     search, classes = maximum is None, _classes(x)
@@ -309,7 +309,7 @@ def backward(
     if n == 0:
         none = x.z0.new_empty(0 if x.z1 is None else x.z1.shape)
         return torch.empty_like(x.z0), none, grad.new_zeros(()) if learned else dtemperature
-    precision = launch.precision(x.operand_dtype)
+    precision = launch.precision("nt_xent", x.operand_dtype)
     configs = launch.nearest("nt_xent", x.z0.device, x.operand_dtype, d)
     maximum, scale = _maximum(x.temperature, x.normalize, v * n, own), launch.scale_of(x.temperature)
     of_rows, config = (w_z.flash, configs["flash"]) if "flash" in configs else (w_z.panels, configs["panels"])

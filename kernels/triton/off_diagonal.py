@@ -152,7 +152,7 @@ def grams(x: Tensor, n: int, d: int, *, paired: bool, keep: bool) -> tuple[Tenso
     sums = x.new_empty((views, tiles * tiles), dtype=torch.float64)
     kept = x.new_empty((views, n, n), dtype=torch.float32) if keep else None
     _gram[high, wide, views * splits](
-        x, parts, n, rows, stride, span, splits, launch.precision(x.dtype), **config
+        x, parts, n, rows, stride, span, splits, launch.precision("off_diagonal", x.dtype), **config
     )  # fmt: skip
     _inner[tiles, tiles, views](parts, kept, sums, n, views, splits, paired, SQUARE, num_warps=8, **launch.FUSED)
     return sums, kept
@@ -195,7 +195,7 @@ def panels(
         end = first + p
         _panel[triton.cdiv(p, config["BLOCK_M"]), wide](
             x.t(), y.t(), w, sums, scale, weight, corner, n, d, stride, rows, first, end, y is x,
-            launch.precision(x.dtype), **config,
+            launch.precision("off_diagonal", x.dtype), **config,
         )  # fmt: skip
         if w is None:
             continue

@@ -439,7 +439,7 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
         parts = losses.new_empty(onlines * targets, SUMS.value, splits, b)
         _weigh[blocks, splits, onlines * targets](
             z, s_pos, parts, *scale, b, x.negatives, stride, tiles, span, onlines, targets, search, x.count_exceeding,
-            x.order is not None, launch.precision(x.operand_dtype), stride == config["BLOCK_K"], **config,
+            x.order is not None, launch.precision("relic", x.operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
         _losses[triton.cdiv(b, 16), onlines * targets](
             s_pos, parts, x.order, *scale, x.alpha, x.beta, losses, stats, b, splits, search, x.count_exceeding,
@@ -471,7 +471,7 @@ def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tupl
         _weigh_back[blocks * gradients * stride // config["BLOCK_K"], splits, pairs](
             z, in_order, x.order, stats, w_scale, dz, *scale, x.beta,
             b, x.negatives, stride, blocks, tiles, span, onlines, targets,
-            gradients == 2, search, launch.precision(x.operand_dtype), stride == config["BLOCK_K"], **config,
+            gradients == 2, search, launch.precision("relic", x.operand_dtype), stride == config["BLOCK_K"], **config,
         )  # fmt: skip
         rows, dots = row_blocks(d), grad.new_empty(onlines, b) if learned else None
         _gradient[triton.cdiv(b, rows["BLOCK_R"]), onlines + (targets if gradients == 2 else 0)](

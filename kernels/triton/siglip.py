@@ -134,7 +134,7 @@ def forward(x: Arguments, first: int = 0) -> tuple[Tensor, ...]:
             width = 0 if w is None else w.stride(0)
             _weigh[triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(columns, config["BLOCK_N"])](
                 left, right, w, parts, pull, *numbers, b, n, left.shape[1], width, first, i, j, tiles, parts.shape[1],
-                weight, launch.precision(operand_dtype), **config,
+                weight, launch.precision("pairs", operand_dtype), **config,
             )  # fmt: skip
 
         multiply_blocks(left, right, dleft, dright, weigh, 1 / weight)

@@ -262,7 +262,7 @@ def _kind(x: Arguments) -> tuple[bool, bool, str]:
     """INSIDE, SEARCH and PRECISION. Where 1 is the top no sum is below exp(-43): half of float32's range, the other
     half being for grad / r.
     """
-    return x.where == "in", logits_range(x.temperature, x.normalize) > 43, launch.precision(x.operand_dtype)
+    return x.where == "in", logits_range(x.temperature, x.normalize) > 43, launch.precision("supcon", x.operand_dtype)
 
 
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:

@@ -12,7 +12,18 @@ from triton.runtime.interpreter import InterpretedFunction
 from sslops import backend
 
 TARGET = "cpu", "triton"
-OPERANDS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+FLOAT32 = ("tf32", "tf32x3", "ieee")  # by what launch.precision says of it
+OPERANDS = {"bf16": torch.bfloat16, "f16": torch.float16} | dict.fromkeys(FLOAT32, torch.float32)
+
+
+def precision(operands: str) -> str:
+    """launch.precision's answer"""
+    return operands if operands in FLOAT32 else "ieee"
+
+
+def float32_on(chip: str) -> tuple[str, str]:
+    """On one of offline.py's chips, of an op that has tf32x3: with TF32 allowed, and without"""
+    return "tf32", "ieee" if chip.endswith("gfx942") else "tf32x3"
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:

@@ -71,7 +71,7 @@ def matmuls(call: Callable[[], None]) -> None:
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every listed width; what else changes the code, on chips of their own"""
     table = launch.configs("info_nce")
-    default = chip not in table or chip == "default"
+    default = chip not in table
     for operands in ("f16" if default else "bf16", "tf32", "ieee"):
         widths = table.get(chip, table["default"])[operands if operands in ("tf32", "ieee") else "half"]
         for d in map(int, widths):

@@ -16,7 +16,7 @@ from sslops.ops.nt_xent import Arguments, reference
 from .. import oracle
 from .. import test_nt_xent as of_nt_xent
 from ..oracle import assert_promise, poisoned_memory
-from .common import OPERANDS, TARGET, case, multiply, take_triton
+from .common import FLOAT32, OPERANDS, TARGET, case, float32_on, multiply, precision, take_triton
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def call(
     compute = OPERANDS[operands]
     z = torch.ones(*([views] if views else []), n, d, dtype=dtype or compute, device=device)
     tau = torch.ones((), device=device) if temperature is None else temperature
-    with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
+    with mock.patch.object(launch, "precision", return_value=precision(operands)):
         x = arguments(z, None if views else z, tau, True, compute, count)
         x = x._replace(needs_grad=[True, not views, temperature is None])
         if decoupled:
@@ -81,8 +81,8 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """All that a chip can launch: every listed width, and one beyond the widest"""
     table = launch.configs("nt_xent")
-    for operands in OPERANDS:
-        widths = table.get(chip, table["default"])[operands if operands in ("tf32", "ieee") else "half"]
+    for operands in ("bf16", "f16", *float32_on(chip)):
+        widths = table.get(chip, table["default"])[operands if operands in FLOAT32 else "half"]
         for d in (*map(int, widths), 1000):
             for how, temperature in (("fixed", 0.1), ("search", None)):
                 yield f"{operands} D={d} {how}", partial(call, 65536, d, operands, temperature, "meta", count=True)
@@ -101,7 +101,7 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
 def small() -> Iterator[Callable[[], None]]:
     """Ragged shapes down every path"""
     for n, d in ((1, 1), (33, 7), (70, 100), (35, 300)):
-        for operands in ("f16", "tf32", "ieee"):
+        for operands in ("f16", "tf32", "tf32x3"):
             for temperature in (0.1, None):
                 yield partial(call, n, d, operands, temperature, "cpu", count=operands == "tf32", own=slice(n // 3, n))
     for n, d, operands, temperature in ((33, 7, "f16", 0.1), (35, 300, "tf32", None)):

@@ -21,7 +21,7 @@ from .. import test_columns as of_columns
 from .. import test_cross_correlation as of_cross_correlation
 from .. import test_vicreg as of_vicreg
 from ..oracle import check, evaluate, poisoned_memory
-from .common import OPERANDS, TARGET, multiply, take_triton
+from .common import OPERANDS, TARGET, float32_on, multiply, precision, take_triton
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def call(
     compute = OPERANDS[operands]
     z = torch.ones(n, d, dtype=dtype or compute, device=device)
     pair, rest = (z, z if views == 2 else None), (compute, [needs_grad, needs_grad and views == 2], "triton")
-    with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
+    with mock.patch.object(launch, "precision", return_value=precision(operands)):
         if op == "cross_correlation":
             x = CrossCorrelation(z, z, 1e-5, "", True, *rest)
             cross_correlation.backward(cross_correlation.forward(x), x)
@@ -64,7 +64,7 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
 
 def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """All that a chip can launch"""
-    for operands in OPERANDS:
+    for operands in ("bf16", "f16", *float32_on(chip)):
         for op in ("barlow_twins", "vicreg"):
             for n, route in ((256, "gram"), (4096, "panels")):
                 work = partial(call, op, n, 8192, operands, "meta", route=route)
@@ -82,7 +82,7 @@ def small() -> Iterator[Callable[[], None]]:
     """Ragged shapes down every path"""
     for route in ("gram", "panels"):
         yield partial(call, "barlow_twins", 2, 1, "f16", "cpu", route=route)
-        for operands in ("tf32", "ieee"):
+        for operands in ("tf32", "tf32x3"):
             yield partial(call, "barlow_twins", 70, 130, operands, "cpu", route=route, needs_grad=False)
         for op in ("barlow_twins", "vicreg"):
             yield partial(call, op, 70, 130, "f16", "cpu", route=route)

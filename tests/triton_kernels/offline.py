@@ -74,10 +74,10 @@ class Launch(NamedTuple):
 
     @property
     def multiplies(self) -> bool:
-        """Whether it must use the matrix instruction: not for exact float32, which NVIDIA's have not"""
+        """Whether it must use the matrix instruction: not for exact float32 where NVIDIA's have it not"""
         operand = self.constants.get("DTYPE", self.signature[self.kernel.arg_names[0]])
         return "PRECISION" in self.constants and (
-            self.constants["PRECISION"] == "tf32" or str(operand) not in ("fp32", "*fp32")
+            self.constants["PRECISION"] in ("tf32", "tf32x3") or str(operand) not in ("fp32", "*fp32")
         )
 
 
@@ -164,7 +164,7 @@ def works(chips: Iterable[str] = CHIPS) -> list[tuple[str, str, str, Launch]]:
     found: dict[tuple[str, ...], tuple[str, str, str, Launch]] = {}
     for op in OPS:
         for chip in chips:
-            for name, call in importlib.import_module(f"tests.triton_kernels.{op}").launches(chip.split()[0]):
+            for name, call in importlib.import_module(f"tests.triton_kernels.{op}").launches(chip):
                 with record(chip) as launches:
                     call()
                 for work in launches:

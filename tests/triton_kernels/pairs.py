@@ -20,7 +20,7 @@ from .. import oracle
 from .. import test_clip as of_clip
 from .. import test_nearest as of_nearest
 from .. import test_siglip as of_siglip
-from .common import OPERANDS, TARGET, case, launched, multiply, take_triton
+from .common import OPERANDS, TARGET, case, float32_on, launched, multiply, precision, take_triton
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def call(
     compute = OPERANDS[operands]
     left, right = (torch.ones(rows, d, dtype=dtype or compute, device=device) for rows in (b, n))
     number = torch.ones((), device=device) if learned else 10.0
-    with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
+    with mock.patch.object(launch, "precision", return_value=precision(operands)):
         if op == "nearest":
             nearest.forward(Nearest(left, right, k, normalize, first, compute, "triton"))
         elif op == "siglip":
@@ -70,7 +70,7 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 stack.enter_context(mock.patch.object(module, name, mock.MagicMock()))
             call(*arguments, **options)
 
-    for operands in ("f16" if chip == "default" else "bf16", "tf32", "ieee"):
+    for operands in ("f16" if chip.startswith("default") else "bf16", *float32_on(chip)):
         yield f"{operands} clip search", partial(matmuls, "clip", 8192, 8192, 512, operands, "meta")
         yield f"{operands} exceeding", partial(matmuls, "exceeding", 8192, 8192, 512, operands, "meta")
         yield f"{operands} siglip", partial(matmuls, "siglip", 8192, 8192, 512, operands, "meta")

@@ -53,7 +53,7 @@ def launches(chip: str) -> Iterator[tuple[str, Callable[[], None]]]:
     everything = {"count": True, "gradients": 2}
     yield "f16 D=256 search", partial(call, 4096, 256, "f16", None, "meta", **everything)
     for operands, d in (("bf16", 128), ("bf16", 256), ("bf16", 512), ("tf32", 128), ("ieee", 128)):
-        if chip != "default" or operands != "bf16":
+        if not chip.startswith("default") or operands != "bf16":
             yield f"{operands} D={d} fixed", partial(call, 4096, d, operands, 0.1, "meta")
     if chip == "sm_90":
         drawn = {"crops": (8, 2), "negatives": 10, "gradients": 2}

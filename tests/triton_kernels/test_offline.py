@@ -5,6 +5,7 @@ sanitize`, under the oldest Triton and for faults only, the others. What resourc
 source has changed, and of the rest a sample.
 """
 
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -40,7 +41,7 @@ def test_every_kernel() -> None:
 def test_a_bad_config_is_found(chip: str, kernel: str, config: tuple[int, ...], expected: str) -> None:
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     kernels = launch.configs("nt_xent")[chip]["half"]["128"] | {kernel: dict(zip(names, config, strict=True))}
-    bad = {chip: {precision: {"128": kernels} for precision in ("half", "tf32", "ieee")}}
+    bad = {chip: {precision: {"128": kernels} for precision in ("half", "tf32", "tf32x3", "ieee")}}
     wanted = {"forward": "_negative_sums", "flash": "_flash"}[kernel]
     configs = mock.patch.object(launch, "configs", return_value=bad | {"default": bad[chip]})
     with configs, mock.patch.object(offline, "OPS", ["nt_xent"]):
@@ -56,6 +57,31 @@ def test_a_bad_config_is_found(chip: str, kernel: str, config: tuple[int, ...], 
 def test_every_table_has_every_chip(op: str) -> None:
     """So that only other chips take the default"""
     assert launch.configs(op).keys() == {chip.split()[-1] for chip in offline.CHIPS} | {"default"}
+
+
+@pytest.mark.parametrize("op", [op for op in offline.TUNED if "tf32x3" in launch.configs(op)["default"]])
+def test_exact_float32_adds_up_no_more_columns_than_the_interpreter(op: str) -> None:
+    """Which has the default's configs, and with them float32's error; of more columns it is larger"""
+    listed = {chip: lists["tf32x3"] for chip, lists in launch.configs(op).items() if "tf32x3" in lists}
+    for widths in listed.values():
+        for width, kernels in widths.items():
+            for kernel, config in kernels.items():
+                assert config["BLOCK_K"] <= listed["default"][width][kernel]["BLOCK_K"]
+
+
+def test_precision_is_as_torch_multiplies() -> None:
+    of_float32 = partial(launch.precision, "pairs", torch.float32)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        with mock.patch.object(torch.version, "hip", "7.0"):
+            assert of_float32() == "ieee"
+        assert of_float32() == "tf32x3"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert of_float32() == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert launch.precision("pairs", torch.bfloat16) == "ieee"
 
 
 def test_unknown_widths_and_chips_have_configs() -> None:
