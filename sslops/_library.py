@@ -11,11 +11,12 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from . import _check, _torch, distributed
 from ._levels import through_levels
 from ._precision import compute_dtype
-from ._schema import LIBRARY, Out, Outputs, Schema, define
+from ._schema import LIBRARY, Out, Outputs, Schema, define, tensors_in
 from .backend import BACKENDS, is_distributed, kernel, require, resolve
 
 __all__ = ["Out", "register"]
@@ -88,7 +89,8 @@ def register(
         rank's part of a batch, and their shapes and dtypes those of all ranks; the reference, and kernels without a
         distributed form, get the gathered ones.
     outputs(x): an Out, or a NamedTuple of them, which is its return annotation. The first is the result, the others are
-        kept for backward and have no gradient. What forward does not return must be empty.
+        kept for backward and have no gradient; those of `unit` may be list[Out]. What forward does not return must be
+        empty.
     reference(x): the eager form, of the same outputs as far as the public function uses them.
     check(x): what the declarations do not say.
     form(x): what these arguments ask of a kernel that it may lack (`backend.refusal`), or "".
@@ -97,10 +99,10 @@ def register(
     forward(x), backward(grad, x, *saved): the kernel's, or what is to be done around it. Differentiating backward
         raises: that is for backend="eager".
     kept(x): the arguments as backward gets them, those tensors None that it does not need; all of them without it.
-    unit: the outputs that backward does not get, one for each gradient: that gradient itself where grad is 1 (a list's
-        in one piece, along the first dimension), of its dtype or float32, or empty. In eager mode they are handed out
-        once, scaled in place (half precision only under 1): from there on they are the caller's. A compiled graph
-        scales a copy. Hooks on saved tensors do not see them.
+    unit: the outputs that backward does not get, one for each gradient: that gradient itself where grad is 1, or a list
+        of them (of one where the argument is a tensor), of its dtype or float32, or empty. In eager mode they are
+        handed out once, scaled in place (half precision only under 1): from there on they are the caller's. A compiled
+        graph scales a copy. Hooks on saved tensors do not see them.
     """
     schema, declared = Schema(arguments), _check.declared(arguments)
     placed = [(field, arguments._fields.index(field), of.strided) for field, of in declared.items()]
@@ -115,7 +117,7 @@ def register(
 
     run_forward, run_backward = forward or default_forward, backward or default_backward
 
-    def specs(x: Any) -> tuple[Out, ...]:
+    def specs(x: Any) -> tuple[Out | list[Out], ...]:
         found = outputs(x)
         return (found,) if isinstance(found, Out) else found
 
@@ -180,7 +182,8 @@ def register(
     def implementation(*values: Any) -> Any:
         x = schema.lift(values)
         verify(x)
-        return run(x)
+        found = run(x)
+        return found if isinstance(found, Tensor) else tuple(map(_apart, found))
 
     def fake(*values: Any) -> Any:
         x = schema.lift(values)
@@ -197,7 +200,7 @@ def register(
         for field in gradients:
             if isinstance(value := getattr(x, field), Tensor) and not value.is_floating_point():
                 _check.bad_type(name, field, "a floating-point tensor, to have a gradient", value.dtype)
-        wanted = dict(zip(("grad", *names[1:]), specs(x), strict=True))
+        wanted: dict[str, Any] = dict(zip(("grad", *names[1:]), specs(x), strict=True))
         for field, value in zip(("grad", *of_forward), (grad, *saved), strict=True):
             _check.output(name, field, value, wanted[field].shape, wanted[field].dtype, _check.first(x).device)
         return run_back(grad, x, saved)
@@ -206,11 +209,13 @@ def register(
         x = schema.lift(values[: schema.count])
         return _bare(_empties(x, gradient_specs(x)))
 
-    names = getattr(get_type_hints(outputs)["return"], "_fields", ("result",))
-    names = ("result",) if names == Out._fields else names
+    returned = get_type_hints(outputs)["return"]
+    kinds = {"result": Out} if returned is Out else get_type_hints(returned)
+    names = tuple(kinds)
     units = [unit] if isinstance(unit, str) else list(unit)
     saved, of_forward = names[1:], [each for each in names[1:] if each not in units]
-    define(name, f"({schema.text}) -> ({', '.join(f'Tensor {each}' for each in names)})", implementation, fake)
+    results = ", ".join(f"Tensor{'[]' if kind == list[Out] else ''} {each}" for each, kind in kinds.items())
+    define(name, f"({schema.text}) -> ({results})", implementation, fake)
     op = getattr(torch.ops.sslops, name)
 
     def call(x: Any, backend: str | None, prepared: Callable[[Any], Any] = lambda x: x) -> Any:
@@ -264,7 +269,7 @@ def register(
     places = {each: k for k, each in enumerate(names)}
     units_at, of_forward_at = [places[each] for each in units], [places[each] for each in of_forward]
 
-    def keep(ctx: Any, x: Any, output: Sequence[Tensor]) -> None:
+    def keep(ctx: Any, x: Any, output: Sequence[Any]) -> None:
         """What differentiate needs"""
         ctx.unit = [output[k] for k in units_at]
         ctx.rest, tensors = schema.parted(kept(x) if kept else x)
@@ -275,17 +280,18 @@ def register(
         tensors = iter(ctx.saved_tensors)
         x, of_outputs = schema.joined(ctx.rest, tensors), list(tensors)
         ready, ctx.unit = ctx.unit, []
-        there = any(each.numel() for each in ready)
+        parts = tensors_in(ready)
+        there = any(each.numel() for each in parts)
         compiling = torch.compiler.is_compiling()
         plain = "" if compiling else _torch.readable(grad)  # not vmap's (is_grads_batched)
         eager = plain and not torch.is_grad_enabled()
         factor = grad.item() if there and eager and plain == "cpu" else None  # a GPU is not waited for
         # in place not by inf or NaN: zeros, of what has no part in the result, stay zeros
-        scales = eager and (factor is None or math.isfinite(factor)) and all(z.dtype == torch.float32 for z in ready)
+        scales = eager and (factor is None or math.isfinite(factor)) and all(z.dtype == torch.float32 for z in parts)
         if there and (factor == 1 or scales or compiling):
             if factor != 1:
                 scaled = torch.Tensor.mul_ if factor is not None else _scaled
-                ready = [scaled(each, grad) for each in ready]
+                ready = tree_map(lambda each: scaled(each, grad), ready)
             of = (getattr(x, field) for field in gradients)
             results = tuple(_handed(each, value) for each, value in zip(ready, of, strict=True))
         else:
@@ -302,7 +308,7 @@ def register(
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         output = output if saved else (output,)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*tensors_in(output[1:]))
         ctx.set_materialize_grads(False)  # of what is kept: zeros of its size at every backward
         keep(ctx, schema.lift(inputs), output)
 
@@ -366,13 +372,19 @@ def _scaled(unit: Tensor, grad: Tensor) -> Tensor:
     return torch.where(unit == 0, unit, unit * grad)
 
 
-def _handed(gradient: Tensor, value: Any) -> Any:
+def _apart(output: Any) -> Any:
+    """As torch's library wants it: no tensor of a list beside another in one piece of memory"""
+    if isinstance(output, list):
+        return [each if each.untyped_storage().nbytes() == each.nbytes else each.clone() for each in output]
+    return output
+
+
+def _handed(gradient: Any, value: Any) -> Any:
     """As autograd wants it for that argument"""
-    if isinstance(value, list):
-        if gradient.shape == (0,):
-            return [None] * len(value)
-        parts = gradient.split([len(each) for each in value])
-        return [part.to(each.dtype) for part, each in zip(parts, value, strict=True)]
+    if isinstance(gradient, list):
+        values = value if isinstance(value, list) else [value]
+        parts = [part.to(of.dtype) for part, of in zip(gradient, values, strict=False)] or [None for _ in values]
+        return parts if isinstance(value, list) else parts[0]
     return gradient.to(value.dtype) if isinstance(value, Tensor) else gradient
 
 

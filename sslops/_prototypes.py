@@ -23,19 +23,19 @@ class Outputs(NamedTuple):
     result: Out  # the loss, or the losses
     entropy: Out  # of the targets
     stats: Out  # of the students' softmax: a maximum, and the sum of exp(y - maximum)
-    gradient: Out  # the student's where grad is 1, in forward's own sweep
+    gradients: list[Out]  # the student's where grad is 1, in forward's own sweep
     d_prototypes: Out  # ... and that of the prototypes
 
 
-def outputs(teachers: int, students: int, rows: int, shape: tuple[int, ...], dtype: torch.dtype, x: Any) -> Outputs:
-    """shape, dtype: the student's"""
+def outputs(teachers: int, students: int, rows: int, student: list[Tensor], x: Any) -> Outputs:
     ready = x.ready and any(x.needs_grad) and x.reduction != "none"
     fused = x.prototypes is not None
+    of_student = [Out(tuple(crop.shape), torch.float32 if fused else crop.dtype) for crop in student]
     return Outputs(
         result=Out((rows,) if x.reduction == "none" else ()),
         entropy=Out((teachers, rows)),
         stats=Out((0,) if fused else (2, students, rows)),
-        gradient=Out(shape if ready and x.needs_grad[0] else (0,), torch.float32 if fused else dtype),
+        gradients=of_student if ready and x.needs_grad[0] else [],
         d_prototypes=Out(tuple(x.prototypes.shape) if fused and ready and x.needs_grad[1] else (0,)),
     )
 

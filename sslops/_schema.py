@@ -30,7 +30,7 @@ class Out(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-Outputs = Out | tuple[Out, ...]
+Outputs = Out | tuple[Out | list[Out], ...]
 SIGNED = Annotated[float | Tensor, "any finite number"]  # the others are positive
 
 

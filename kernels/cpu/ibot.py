@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -21,9 +21,9 @@ def _problem(x: Arguments) -> Problem:
     )
 
 
-def forward(x: Arguments) -> tuple[Tensor, ...]:
-    result, entropy, stats, *gradients = prototypes.forward(x, _problem(x))
-    return result, entropy, stats, *(d_student.squeeze(0) for d_student in gradients[:1]), *gradients[1:]
+def forward(x: Arguments) -> tuple[Any, ...]:
+    result, entropy, stats, gradients, d_prototypes = prototypes.forward(x, _problem(x))
+    return result, entropy, stats, [d_student.squeeze(0) for d_student in gradients], d_prototypes
 
 
 def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:

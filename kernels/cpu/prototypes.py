@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .memory import FLOAT32, empty
+from .memory import FLOAT32, empty, empty_like
 
 
 class Problem(NamedTuple):
@@ -28,21 +28,21 @@ class Problem(NamedTuple):
     mean: bool
 
 
-def forward(x: Any, problem: Problem) -> tuple[Tensor, ...]:
-    """The op's outputs, the student's gradient as [V, B, K] or [V, B, D]"""
-    first = problem.student[0]
-    rows, width = first.shape[1:]
+def forward(x: Any, problem: Problem) -> tuple[Any, ...]:
+    """The op's outputs"""
+    rows = problem.student[0].shape[1]
     students, teachers = (sum(map(len, crops)) for crops in (problem.student, problem.teacher))
     losses, loss = torch.empty(rows, **FLOAT32), None if x.reduction == "none" else torch.empty((), **FLOAT32)
     entropy, result = torch.empty(teachers, rows, **FLOAT32), losses if loss is None else loss
     wanted = x.ready and any(x.needs_grad) and loss is not None
     if x.prototypes is not None:
-        gradients = _features(x, problem, wanted, None, losses, loss, entropy)
-        return result, entropy, torch.empty(0, **FLOAT32), *gradients
+        d_student, d_prototypes = _features(x, problem, wanted, None, losses, loss, entropy)
+        gradients = list(d_student.split(list(map(len, problem.student)))) if len(d_student) else []
+        return result, entropy, torch.empty(0, **FLOAT32), gradients, d_prototypes
     stats = torch.empty(2, students, rows, **FLOAT32)
-    gradients = [empty(students, rows, width, dtype=first.dtype)] if wanted else []
+    gradients = empty_like(problem.student) if wanted else []
     _C.prototypes_forward(*problem, losses, loss, entropy, stats, gradients)
-    return (result, entropy, stats, *gradients, torch.empty(0, **FLOAT32)) if wanted else (result, entropy, stats)
+    return result, entropy, stats, gradients, torch.empty(0, **FLOAT32)
 
 
 def backward(grad: Tensor, x: Any, problem: Problem, stats: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def _problem(x: Arguments) -> Problem:
     )  # fmt: skip
 
 
-def forward(x: Arguments) -> tuple[Tensor, ...]:
+def forward(x: Arguments) -> tuple[Any, ...]:
     return (prototypes if x.prototypes is None else last_layer).forward(x, _problem(x))
 
 

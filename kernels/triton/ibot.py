@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,9 +22,10 @@ def _problem(x: Arguments) -> Problem:
     )  # fmt: skip
 
 
-def forward(x: Arguments) -> tuple[Tensor, ...]:
-    result, entropy, stats, *gradients = (prototypes if x.prototypes is None else last_layer).forward(x, _problem(x))
-    return result, entropy, stats, *(d_student.squeeze(0) for d_student in gradients[:1]), *gradients[1:]
+def forward(x: Arguments) -> tuple[Any, ...]:
+    of = prototypes if x.prototypes is None else last_layer
+    result, entropy, stats, gradients, *d_prototypes = of.forward(x, _problem(x))
+    return result, entropy, stats, [d_student.squeeze(0) for d_student in gradients], *d_prototypes
 
 
 def backward(grad: Tensor, x: Arguments, entropy: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:

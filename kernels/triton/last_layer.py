@@ -151,12 +151,12 @@ def _run(x: Any, problem: Problem, wanted: list[bool], grad: Tensor | None) -> t
     return prototypes.reduced(problem, losses, x.reduction), entropy, d_student, d_weight[..., :d].contiguous()
 
 
-def forward(x: Any, problem: Problem) -> tuple[Tensor, ...]:
-    """The op's outputs, the student's gradient as [V, B, D]"""
+def forward(x: Any, problem: Problem) -> tuple[Any, ...]:
+    """The op's outputs"""
     wanted = [x.ready and each and x.reduction != "none" for each in x.needs_grad]
     with launch.on(problem.student[0].device):
-        result, entropy, *gradients = _run(x, problem, wanted, None)
-    return result, entropy, entropy.new_empty(0), *gradients
+        result, entropy, d_student, d_prototypes = _run(x, problem, wanted, None)
+    return result, entropy, entropy.new_empty(0), prototypes.of_crops(problem, d_student), d_prototypes
 
 
 def backward(grad: Tensor, x: Any, problem: Problem) -> tuple[list[Tensor], Tensor]:

@@ -364,8 +364,8 @@ def reduced(problem: Problem, of_views: Tensor, reduction: str) -> Tensor:
     return result
 
 
-def forward(x: Any, problem: Problem) -> tuple[Tensor, ...]:
-    """The op's outputs, the gradient as [V, B, K]"""
+def forward(x: Any, problem: Problem) -> tuple[Any, ...]:
+    """The op's outputs"""
     first = problem.student[0]
     b, k = first.shape[1:]
     views, teachers = views_of(problem)
@@ -381,7 +381,14 @@ def forward(x: Any, problem: Problem) -> tuple[Tensor, ...]:
             )
             if gradients:
                 write_gradients(problem, rows, teacher_stats, stats, None, gradients)
-        return reduced(problem, of_views, x.reduction), entropy, stats, *gradients
+        return reduced(problem, of_views, x.reduction), entropy, stats, of_crops(problem, *gradients)
+
+
+def of_crops(problem: Problem, gradient: Tensor | None = None) -> list[Tensor]:
+    """What is [V, B, ..] in one piece, so that one launch writes it"""
+    if gradient is None or not len(gradient):
+        return []
+    return list(gradient.split([len(crop) for crop in problem.student]))
 
 
 def backward(grad: Tensor, problem: Problem, stats: Tensor) -> list[Tensor]:

@@ -35,9 +35,7 @@ def views(crops: Sequence[Tensor]) -> int:
 
 
 def outputs(x: Arguments) -> Outputs:
-    first, students = x.student[0], views(x.student)
-    rows = first.shape[1]
-    return _prototypes.outputs(views(x.teacher), students, rows, (students, *first.shape[1:]), first.dtype, x)
+    return _prototypes.outputs(views(x.teacher), views(x.student), x.student[0].shape[1], x.student, x)
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -60,7 +58,7 @@ def _check_arguments(x: Arguments) -> None:
 
 
 _run = register("dino", Arguments, outputs, reference=reference, check=_check_arguments,
-                gradients=("student", "prototypes"), unit=("gradient", "d_prototypes"))  # fmt: skip
+                gradients=("student", "prototypes"), unit=("gradients", "d_prototypes"))  # fmt: skip
 
 
 def _listed(name: str, crops: Tensor | Sequence[Tensor]) -> list[Tensor]:

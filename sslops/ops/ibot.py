@@ -30,8 +30,7 @@ class Arguments(NamedTuple):
 
 
 def outputs(x: Arguments) -> Outputs:
-    rows, width = x.student.shape
-    return _prototypes.outputs(1, 1, rows, (rows, width), x.student.dtype, x)
+    return _prototypes.outputs(1, 1, x.student.shape[0], [x.student], x)
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -47,7 +46,7 @@ def _check_arguments(x: Arguments) -> None:
 
 
 _run = register("ibot", Arguments, outputs, reference=reference, check=_check_arguments,
-                gradients=("student", "prototypes"), unit=("gradient", "d_prototypes"))  # fmt: skip
+                gradients=("student", "prototypes"), unit=("gradients", "d_prototypes"))  # fmt: skip
 
 
 @distributed.in_step
