@@ -233,17 +233,23 @@ class TestBrokenKernelsAreFound:
         with pytest.raises(AssertionError, match=r"above|NaN|nan"):
             accurate(x, "cpu", **options)
 
+    def plant(self, monkeypatch, fault):
+        run = kernel.forward
+        monkeypatch.setattr(kernel, "forward", lambda x, potentials: run(fault(x), potentials))
+
     def test_a_lost_row(self, monkeypatch):
-        run = kernel.mass
-        monkeypatch.setattr(kernel, "mass", lambda x, b: run(x._replace(scores=x.scores[:, 1:].contiguous()), b))
+        self.plant(monkeypatch, lambda x: x._replace(scores=x.scores[:, 1:].contiguous()))
         self.refuse(scores(300, 40))
 
     def test_a_sloppy_temperature(self, monkeypatch):
-        run = kernel.columns
-        monkeypatch.setattr(kernel, "columns", lambda x: run(x._replace(temperature=x.temperature * (1 + 1e-4))))
+        self.plant(monkeypatch, lambda x: x._replace(temperature=x.temperature * (1 + 1e-4)))
+        self.refuse(scores(300, 40))
+
+    def test_a_lost_pass(self, monkeypatch):
+        self.plant(monkeypatch, lambda x: x._replace(iterations=x.iterations - 1))
         self.refuse(scores(300, 40))
 
     def test_unwritten_memory(self, monkeypatch):
-        monkeypatch.setattr(_C, "sinkhorn_mass", lambda *arguments: None)
+        monkeypatch.setattr(_C, "sinkhorn_potentials", lambda *arguments: None)
         with oracle.poisoned_memory():
             self.refuse(scores(300, 40))

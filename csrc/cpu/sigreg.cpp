@@ -2,6 +2,7 @@
 
 #include <math.h>
 
+#include "log.h"
 #include "random.h"
 #include "rows.h"
 #include "tiles.h"
@@ -20,16 +21,9 @@ SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
 // In (0, 1), from 23 bits, so that it is exact.
 SSLOPS_INLINE F uniform(U word) { return (__builtin_convertvector((I)(word >> 9), F) + 0.5f) * 0x1p-23f; }
 
-// The root of -2 ln u for u in (0, 1): with u = m 2^e and s = (m - 1) / (m + 1), ln m is 2 atanh s.
+// The root of -2 ln u for u in (0, 1)
 SSLOPS_INLINE D radius(F u) {
-  const U bits = (U)u + (0x3f800000u - 0x3f3504f3u);  // m in [sqrt 1/2, sqrt 2)
-  const D e = widen(__builtin_convertvector((I)(bits >> 23) - 127, F));
-  const D m = widen((F)((bits & 0x7fffffu) + 0x3f3504f3u)), s = (m - 1.) / (m + 1.), square = s * s;
-  D p = square * (1. / 11.) + 1. / 9.;
-  p = p * square + 1. / 7.;
-  p = p * square + 1. / 5.;
-  p = p * square + 1. / 3.;
-  const D squared = (e * -1.3862943611198906) - (s * square * p + s) * 4.;
+  const D squared = log_of(u) * -2.;
   F rounded = __builtin_convertvector(squared, F);
 #pragma GCC unroll 16
   for (int k = 0; k < kLanes; ++k) rounded[k] = sqrtf(rounded[k]);

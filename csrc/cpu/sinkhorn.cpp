@@ -2,6 +2,7 @@
 
 #include "../common/parallel.h"
 #include "last_layer.h"
+#include "log.h"
 #include "logits.h"
 
 namespace sslops::sinkhorn {
@@ -114,12 +115,15 @@ void add_columns(const Scores& x, float* top, float* sums) {
   });
 }
 
+void find_columns(const Tensor& scores, const Tensor& prototypes, bool unit, DType operand, double temperature,
+                  int64_t k, float* top, float* sums) {
+  for (int64_t j = 0; j < scores.sizes[0] * k; ++j) top[j] = kLowest, sums[j] = 0.f;
+  for_each_chunk(scores, prototypes, unit, operand, temperature,
+                 [&](int64_t view, const Scores& x) { add_columns(x, top + view * k, sums + view * k); });
+}
+
 void columns(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, Tensor top, Tensor sums) {
-  for (int64_t j = 0; j < top.numel; ++j) top.as<float>()[j] = kLowest, sums.as<float>()[j] = 0.f;
-  const int64_t k = top.sizes[1];
-  for_each_chunk(scores, prototypes, unit, operand, temperature, [&](int64_t view, const Scores& x) {
-    add_columns(x, top.as<float>() + view * k, sums.as<float>() + view * k);
-  });
+  find_columns(scores, prototypes, unit, operand, temperature, top.sizes[1], top.as<float>(), sums.as<float>());
 }
 
 // ---- mass: the tickets are blocks of rows ----
@@ -236,18 +240,78 @@ void add_mass(const Scores& x, const float* b, float* mass) {
   });
 }
 
+void find_mass(const Tensor& scores, const Tensor& prototypes, bool unit, DType operand, double temperature, int64_t k,
+               const float* b, float* mass) {
+  std::memset(mass, 0, scores.sizes[0] * k * sizeof(float));
+  for_each_chunk(scores, prototypes, unit, operand, temperature,
+                 [&](int64_t view, const Scores& x) { add_mass(x, b + view * k, mass + view * k); });
+}
+
 void mass(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, Tensor b, Tensor mass) {
-  std::memset(mass.data, 0, mass.numel * sizeof(float));
-  const int64_t k = mass.sizes[1];
-  for_each_chunk(scores, prototypes, unit, operand, temperature, [&](int64_t view, const Scores& x) {
-    add_mass(x, b.as<float>() + view * k, mass.as<float>() + view * k);
+  find_mass(scores, prototypes, unit, operand, temperature, mass.sizes[1], b.as<float>(), mass.as<float>());
+}
+
+// ---- potentials: small numbers of theirs, in double ----
+
+// b [V, K, to whole vectors] -= the logarithms of sums [V, K], and top / tau if there is a top; 0 where a sum is.
+void lower(int64_t views, int64_t k, const float* sums, const float* top, double tau, double* b) {
+  const int64_t vectors = ceil_div(k, kLanes);
+  parallel_for(views * vectors, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t j = i % vectors * kLanes, at = i / vectors * k + j;
+      const int lanes = static_cast<int>(at_most(k - j, kLanes));
+      const F sum = load_lanes(sums + at, lanes, 0.f), some = select(sum == 0.f, splat(1.f), sum);
+      // 2^64 times as much is no denormal number; NaN stays NaN.
+      D by = log_of(some * 0x1p64f) - 64. * 0.6931471805599453 + __builtin_convertvector(some - some, D);
+      if (top) {
+        const F most = load_lanes(top + at, lanes, 0.f);
+        by += __builtin_convertvector(select(sum == 0.f, F{}, most), D) / tau;
+      }
+      D old;
+      std::memcpy(&old, b + i * kLanes, sizeof old);
+      old -= by;
+      std::memcpy(b + i * kLanes, &old, sizeof old);
+    }
   });
+}
+
+// found [V, K] = b, or b minus its mean over K: small numbers have small roundings.
+void round_off(int64_t views, int64_t k, const double* b, bool centred, float* found) {
+  const int64_t ld = round_up(k, kLanes);
+  for (int64_t view = 0; view < views; ++view, b += ld, found += k) {
+    D total{}, v;
+    for (int64_t j = 0; j < ld && centred; j += kLanes) std::memcpy(&v, b + j, sizeof v), total += v;
+    const double mean = sum(total) / static_cast<double>(k);
+    for_each_vector(k, [&](int64_t j, int lanes) {
+      std::memcpy(&v, b + j, sizeof v);
+      store_lanes(found + j, lanes, __builtin_convertvector(v - mean, F));
+    });
+  }
+}
+
+void potentials(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, int64_t iterations,
+                bool balanced, Tensor b) {
+  const int64_t views = b.sizes[0], k = b.sizes[1];
+  float* const found = b.as<float>();
+  Buffer<float> sums(views * k), top(balanced ? views * k : 0);
+  Buffer<double> exact(views * round_up(k, kLanes));
+  std::memset(exact, 0, views * round_up(k, kLanes) * sizeof(double));
+  if (balanced) {
+    find_columns(scores, prototypes, unit, operand, temperature, k, top, sums);
+    lower(views, k, sums, top, temperature, exact);
+  }
+  for (int64_t pass = balanced; pass < iterations && !give_up(); ++pass) {
+    round_off(views, k, exact, false, found);
+    find_mass(scores, prototypes, unit, operand, temperature, k, found, sums);
+    lower(views, k, sums, nullptr, temperature, exact);
+  }
+  round_off(views, k, exact, true, found);
 }
 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{together<columns>, together<mass>};
+extern const Table table{together<columns>, together<mass>, together<potentials>};
 }
 
 }  // namespace sslops::sinkhorn

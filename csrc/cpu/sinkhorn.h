@@ -14,8 +14,14 @@ struct Table {
   // mass [V, K]: column sums of each row's softmax of scores / temperature + b, b [V, K].
   void (*mass)(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, Tensor b, Tensor mass);
 
+  // b [V, K] after so many iterations, its mean 0, where these are all rows: what sslops/ops/sinkhorn.py makes of
+  // columns and mass, without a dozen small ops in each. balanced: the first one is columns.
+  void (*potentials)(Tensor scores, Tensor prototypes, bool unit, DType operand, double temperature, int64_t iterations,
+                     bool balanced, Tensor b);
+
   static constexpr auto bound() {
-    return std::tuple{Bound{"sinkhorn_columns", &Table::columns}, Bound{"sinkhorn_mass", &Table::mass}};
+    return std::tuple{Bound{"sinkhorn_columns", &Table::columns}, Bound{"sinkhorn_mass", &Table::mass},
+                      Bound{"sinkhorn_potentials", &Table::potentials}};
   }
 };
 

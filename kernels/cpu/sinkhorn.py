@@ -22,10 +22,13 @@ def _given(x: Arguments) -> tuple[Any, ...]:
     return x.scores, x.prototypes, x.unit_prototypes, x.operand_dtype, float(x.temperature)
 
 
+def _count(x: Arguments) -> int:
+    return x.scores.shape[2] if x.prototypes is None else len(x.prototypes)
+
+
 def columns(x: Arguments) -> tuple[Tensor, Tensor]:
     """[V, K] each: a maximum of a column's logits, and the sum of exp(logit - maximum)"""
-    k = x.scores.shape[2] if x.prototypes is None else len(x.prototypes)
-    top, sums = torch.empty(2, len(x.scores), k, **FLOAT32).unbind()
+    top, sums = torch.empty(2, len(x.scores), _count(x), **FLOAT32).unbind()
     _C.sinkhorn_columns(*_given(x), top, sums)
     return top.double() / float(x.temperature), sums.double()
 
@@ -38,4 +41,8 @@ def mass(x: Arguments, b: Tensor) -> Tensor:
 
 
 def forward(x: Arguments, potentials: Callable[..., Tensor]) -> Tensor:
-    return potentials(x, columns, mass).float()  # [V, K] is too little for float64 to cost anything
+    if x.ranks:
+        return potentials(x, columns, mass).float()  # [V, K] is too little for float64 to cost anything
+    b = torch.empty(len(x.scores), _count(x), **FLOAT32)
+    _C.sinkhorn_potentials(*_given(x), x.iterations, x.balanced, b)
+    return b
