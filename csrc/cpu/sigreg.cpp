@@ -226,10 +226,14 @@ void forward(Tensor z, Tensor directions, double step, Tensor sums) {
             total += 2 * knots.count * kLanes;
           }
         }
-        for (int64_t j = 0; j < width; ++j)
-          for (int64_t k = 0; k < 2 * knots.count; ++k)
-            sums.as<float>()[((view * 2 + k % 2) * knots.count + k / 2) * x.m + j0 + j] =
-                static_cast<float>(state.totals[(j / kLanes * 2 * knots.count + k) * kLanes + j % kLanes]);
+        for (int64_t k = 0; k < 2 * knots.count; ++k) {  // a row at a time: a power of two apart they share cache sets
+          float* const to = sums.as<float>() + ((view * 2 + k % 2) * knots.count + k / 2) * x.m + j0;
+          for_each_vector(width, [&](int64_t j, int lanes) {
+            D total;
+            std::memcpy(&total, state.totals + j * 2 * knots.count + k * kLanes, sizeof total);
+            store_lanes(to + j, lanes, __builtin_convertvector(total, F));
+          });
+        }
       });
 }
 
