@@ -15,7 +15,7 @@ struct Pair {
 
 // visit(first column, width, strips of both views), and the diagonal of C in c [D]
 template <typename Visit>
-void for_each_pair(const View& a, const View& b, const Tensor& c, const Visit& visit) {
+void for_each_pair(const View& a, const View& b, float* c, const Visit& visit) {
   for_each_strip(
       a.d, [&] { return Pair(a, b); },
       [&](int64_t first, int64_t width, Pair& strip) {
@@ -28,18 +28,18 @@ void for_each_pair(const View& a, const View& b, const Tensor& c, const Visit& v
           total[j / kLanes] += widen(part);
         });
         for_each_vector(width, [&](int64_t j, int lanes) {
-          store_lanes(c.as<float>() + first + j, lanes, narrow(total[j / kLanes] / static_cast<double>(a.n)));
+          store_lanes(c + first + j, lanes, narrow(total[j / kLanes] / static_cast<double>(a.n)));
         });
         visit(first, width, strip);
       });
 }
 
-void forward_gram(Tensor z_a, Tensor z_b, double eps, DType operand, int64_t batches, int64_t first, Tensor c,
-                  Tensor grams, Tensor sums) {
+void grams(Tensor z_a, Tensor z_b, double eps, DType operand, int64_t batches, int64_t first, Tensor c, Tensor grams,
+           Tensor sums) {
   const View va(z_a, true, eps, operand, batches), vb(z_b, true, eps, operand, batches);
   const double n = static_cast<double>(va.n);
   Transposed a(va), b(vb);
-  for_each_pair(va, vb, c, [&](int64_t from, int64_t width, const Pair& strip) {
+  for_each_pair(va, vb, c.as<float>(), [&](int64_t from, int64_t width, const Pair& strip) {
     a.pack(strip.a, from, width);
     b.pack(strip.b, from, width);
   });
@@ -53,8 +53,16 @@ void forward_gram(Tensor z_a, Tensor z_b, double eps, DType operand, int64_t bat
   }
 }
 
+constexpr float kByPanels = 2.f;  // in the place of a correlation
+
+double by_grams(double lambd, Tensor c, Tensor sums) {
+  const double *const of = sums.as<double>(), total = of[0], squares = of[1], missing = of[2];
+  if (!keeps_digits(squares, total)) *c.as<float>() = kByPanels;
+  return missing + lambd * (total - squares);
+}
+
 void backward_gram(double grad, Tensor z_a, Tensor z_b, double lambd, double eps, DType operand, int64_t batches,
-                   int64_t first, Tensor c, Tensor grams, Tensor g, Tensor dz_a, Tensor dz_b) {
+                   int64_t first, Tensor c, Tensor grams, Tensor g, Tensors dz) {
   constexpr int64_t kStride = stride_of(kStrip);
   const View va(z_a, true, eps, operand, batches), vb(z_b, true, eps, operand, batches);
   const int64_t rows = grams.sizes[1];
@@ -94,8 +102,8 @@ void backward_gram(double grad, Tensor z_a, Tensor z_b, double lambd, double eps
           gradient_means(rows, width, at, exact, mean, along);
           normalize_backward(rows, width, at, exact, mean, along, own.var, eps, grad, out, from);
         };
-        if (g || dz_a) back(0, strip.a, strip.b, dz_a);
-        if (g || dz_b) back(1, strip.b, strip.a, dz_b);
+        if (g || dz.data[0]) back(0, strip.a, strip.b, dz.data[0]);
+        if (g || dz.data[1]) back(1, strip.b, strip.a, dz.data[1]);
       });
 }
 
@@ -126,7 +134,8 @@ double weigh(Tensor s, int64_t n, int64_t first, double lambd) {
 }
 
 // In round r panel i of A meets panel i + r of B: in a round no two tiles add to the same panel of dA or dB.
-double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType operand, Tensor c, Tensor g) {
+// The loss; the diagonal of C in c [D]; dL/dA, dL/dB in g [2, N, D] if there is one
+double panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType operand, float* c, float* g) {
   const View va(z_a, true, eps, operand), vb(z_b, true, eps, operand);
   Matrix a(va.n, va.d), b(va.n, va.d);
   for_each_pair(va, vb, c, [&](int64_t from, int64_t width, const Pair& strip) {
@@ -148,7 +157,7 @@ double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType op
         multiply(a, i, b, j, s, ld);
         double loss = 0.;
         for (int64_t k = 0; k < p; ++k)
-          loss += weigh_row(s + k * ld, q, i0 + k - j0, c.as<float>()[i0 + k], static_cast<double>(n), lambd);
+          loss += weigh_row(s + k * ld, q, i0 + k - j0, c[i0 + k], static_cast<double>(n), lambd);
         losses[ticket] = loss;
         if (!g) return;
         transpose(s, p, q, ld, transposed, ld);
@@ -163,16 +172,39 @@ double forward_panels(Tensor z_a, Tensor z_b, double lambd, double eps, DType op
   double loss = 0.;
   for (int64_t k = 0; k < panels * panels; ++k) loss += losses[k];
   if (g) {
-    da.copy_to(g.as<float>());
-    db.copy_to(g.as<float>() + n * d);
+    da.copy_to(g);
+    db.copy_to(g + n * d);
   }
   return loss;
+}
+
+double forward(Tensor z_a, Tensor z_b, bool by_gram, double lambd, double eps, DType operand, Tensor c, Tensor kept,
+               Tensor sums) {
+  if (!by_gram) return panels(z_a, z_b, lambd, eps, operand, c.as<float>(), kept.as<float>());
+  grams(z_a, z_b, eps, operand, 1, 0, c, kept, sums);
+  const double loss = by_grams(lambd, c, sums);
+  if (*c.as<float>() != kByPanels) return loss;
+  Buffer<float> diagonal(c.numel);
+  return panels(z_a, z_b, lambd, eps, operand, diagonal, nullptr);
+}
+
+void backward(double grad, Tensor z_a, Tensor z_b, bool by_gram, double lambd, double eps, DType operand,
+              int64_t batches, int64_t first, Tensor c, Tensor kept, Tensor g, Tensors dz) {
+  if (by_gram && *c.as<float>() != kByPanels)
+    return backward_gram(grad, z_a, z_b, lambd, eps, operand, batches, first, c, kept, g, dz);
+  const Tensor views[2] = {z_a, z_b};
+  Buffer<float> diagonal(by_gram ? c.numel : 0), made(by_gram ? 2 * z_a.numel : 0);
+  if (by_gram) panels(z_a, z_b, lambd, eps, operand, diagonal, made);
+  const float* const of = by_gram ? static_cast<float*>(made) : kept.as<float>();
+  for (int64_t k = 0; k < 2; ++k)
+    if (dz.data[k])
+      normalize_backward({views[k], true, eps, DType::f32}, of + k * z_a.numel, nullptr, grad, dz.data[k]);
 }
 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{together<forward_gram>, together<backward_gram>, together<forward_panels>, together<weigh>};
+extern const Table table{together<forward>, together<backward>, together<grams>, by_grams, together<weigh>};
 }
 
 }  // namespace sslops::barlow_twins

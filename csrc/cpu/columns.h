@@ -1,6 +1,5 @@
-// What losses on columns need around the collectives of a process group, and the way back through batch normalisation.
-// moments [2, D], float64: mean and biased variance of all ranks' rows, or null for those of z itself. eps < 0: centred
-// only.
+// What losses on columns need around the collectives of a process group, of each of V views [N, D]. moments [V, 2, D],
+// float64: mean and biased variance of all ranks' rows.
 #pragma once
 #include "../common/isa.h"
 #include "../common/tensor.h"
@@ -8,22 +7,21 @@
 namespace sslops::columns {
 
 struct Table {
-  // moments [2, D] of z [N, D]
-  void (*moments)(Tensor z, Tensor moments);
-  // a [N, D] float32: z normalised, as the operand dtype holds it
+  // Of these rows alone
+  void (*moments)(Tensors views, Tensor moments);
+  // a [N, D] float32: z normalised by moments [2, D], or its own where there are none, as the operand dtype holds it;
+  // eps < 0: centred only
   void (*normalize)(Tensor z, double eps, Tensor moments, DType operand, Tensor a);
-  // means [2, D], float64: mean(g), mean(a g) over these rows; g [N, D] is the gradient of the unrounded a
-  void (*gradient_means)(Tensor z, double eps, Tensor moments, Tensor g, Tensor means);
-  // dz [N, D] = grad rstd (g - mean(g) - a mean(a g)); means as gradient_means has them, or null for those of g itself
-  void (*normalize_backward)(double grad, Tensor z, double eps, Tensor moments, Tensor g, Tensor means, Tensor dz);
-  // sum of x y, in double
-  double (*inner)(Tensor x, Tensor y);
+  // means [V, 2, D], float64: mean(g), mean(a g) over these rows; g [N, D] each is the gradient of the unrounded a
+  void (*gradient_means)(Tensors views, double eps, Tensor moments, Tensors g, Tensor means);
+  // dz [N, D] = grad rstd (g - mean(g) - a mean(a g)), the means of all ranks. What is null is not wanted.
+  void (*normalize_backward)(double grad, Tensors views, double eps, Tensor moments, Tensors g, Tensor means,
+                             Tensors dz);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"columns_moments", &Table::moments}, Bound{"columns_normalize", &Table::normalize},
                       Bound{"columns_gradient_means", &Table::gradient_means},
-                      Bound{"columns_normalize_backward", &Table::normalize_backward},
-                      Bound{"columns_inner", &Table::inner}};
+                      Bound{"columns_normalize_backward", &Table::normalize_backward}};
   }
 };
 

@@ -5,9 +5,13 @@
 namespace sslops::cross_correlation {
 namespace {
 
-void forward(Tensor z_a, Tensor z_b, double eps, Tensor moments_a, Tensor moments_b, DType operand, int64_t n,
-             Tensor c) {
-  const Matrix a(View(z_a, true, eps, operand, 1, moments_a)), b(View(z_b, true, eps, operand, 1, moments_b));
+// moments [2, 2, D], the view's among them
+View view(const Tensor& z, int64_t k, double eps, DType operand, const Tensor& moments) {
+  return {z, true, eps, operand, 1, moments ? moments.as<double>() + 2 * k * z.sizes[1] : nullptr};
+}
+
+void forward(Tensor z_a, Tensor z_b, double eps, Tensor moments, DType operand, int64_t n, Tensor c) {
+  const Matrix a(view(z_a, 0, eps, operand, moments)), b(view(z_b, 1, eps, operand, moments));
   constexpr int64_t ld = stride_of(kSide);
   const float inverse = static_cast<float>(1. / static_cast<double>(n));
   parallel_tickets(
@@ -23,8 +27,9 @@ void forward(Tensor z_a, Tensor z_b, double eps, Tensor moments_a, Tensor moment
       });
 }
 
-void product(Tensor z, double eps, Tensor moments, DType operand, Tensor dc, bool transposed, Tensor g) {
-  const Matrix a(View(z, true, eps, operand, 1, moments));
+// g [N, D] = A dC^T, or with transposed A dC
+void product(const View& v, const float* dc, bool transposed, float* g) {
+  const Matrix a(v);
   constexpr int64_t ld = stride_of(kSide);
   const int64_t d = a.d, blocks = ceil_div(16, a.panels), rows = round_up(ceil_div(a.n, blocks), kDeep);
   parallel_tickets(
@@ -34,7 +39,7 @@ void product(Tensor z, double eps, Tensor moments, DType operand, Tensor dc, boo
         const int64_t q = a.width(j);
         float* const out = w + kSide * ld;
         for (int64_t i = 0; i < a.panels && count > 0; ++i) {
-          const float* const from = dc.as<float>() + (transposed ? i * d + j : j * d + i) * kSide;
+          const float* const from = dc + (transposed ? i * d + j : j * d + i) * kSide;
           if (transposed)
             for (int64_t k = 0; k < a.width(i); ++k) std::memcpy(w + k * ld, from + k * d, q * sizeof(float));
           else
@@ -42,14 +47,26 @@ void product(Tensor z, double eps, Tensor moments, DType operand, Tensor dc, boo
           multiply_back(a, i, first, count, w, ld, q, out, ld, i > 0);
         }
         for (int64_t i = 0; i < count; ++i)
-          std::memcpy(g.as<float>() + (first + i) * d + j * kSide, out + i * ld, q * sizeof(float));
+          std::memcpy(g + (first + i) * d + j * kSide, out + i * ld, q * sizeof(float));
       });
+}
+
+void backward(Tensor z_a, Tensor z_b, double eps, Tensor moments, DType operand, Tensor dc, Tensors out) {
+  const Tensor views[2] = {z_a, z_b};
+  for (int64_t k = 0; k < 2; ++k) {
+    const Tensor &z = views[k], &to = out.data[k];
+    if (!to) continue;
+    Buffer<float> scratch(moments ? 0 : z.numel);
+    float* const g = moments ? to.as<float>() : scratch;
+    product(view(views[1 - k], 1 - k, eps, operand, moments), dc.as<float>(), k == 1, g);
+    if (!moments) normalize_backward({z, true, eps, DType::f32}, g, nullptr, 1. / static_cast<double>(z.sizes[0]), to);
+  }
 }
 
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{together<forward>, together<product>};
+extern const Table table{together<forward>, together<backward>};
 }
 
 }  // namespace sslops::cross_correlation

@@ -7,15 +7,15 @@
 namespace sslops::cross_correlation {
 
 struct Table {
-  // c [D, D] = A^T B / n; moments [2, D], float64: of all ranks' rows, or null for those of the views themselves
-  void (*forward)(Tensor z_a, Tensor z_b, double eps, Tensor moments_a, Tensor moments_b, DType operand, int64_t n,
-                  Tensor c);
-  // g [N, D] = B dC^T, or with transposed A dC for z = z_a
-  void (*product)(Tensor z, double eps, Tensor moments, DType operand, Tensor dc, bool transposed, Tensor g);
+  // c [D, D] = A^T B / n; moments [2, 2, D], float64: of both views over all ranks' rows, or null for their own
+  void (*forward)(Tensor z_a, Tensor z_b, double eps, Tensor moments, DType operand, int64_t n, Tensor c);
+  // From dc [D, D] = dL/dC to out [N, D] each: dz_a and dz_b; with moments B dC^T and A dC, for what is left is over
+  // all ranks' rows. What is null is not wanted.
+  void (*backward)(Tensor z_a, Tensor z_b, double eps, Tensor moments, DType operand, Tensor dc, Tensors out);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"cross_correlation_forward", &Table::forward},
-                      Bound{"cross_correlation_product", &Table::product}};
+                      Bound{"cross_correlation_backward", &Table::backward}};
   }
 };
 

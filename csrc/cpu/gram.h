@@ -95,5 +95,9 @@ double gram(const Transposed* const (&views)[kViews], int64_t first, int64_t row
   return total;
 }
 
+// Whether what is off the diagonal, a difference of sums of squares that a Gram matrix knows, keeps its digits: false
+// where few columns are alive or hold most of the variance, and for NaN.
+inline bool keeps_digits(double of_diagonal, double of_all) { return of_diagonal <= 0.9 * of_all; }
+
 }  // namespace
 }  // namespace sslops

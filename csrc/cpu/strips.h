@@ -53,7 +53,7 @@ struct View {
   int64_t batches;
   const double* moments;
 
-  View(const Tensor& x, bool scaled, double eps, DType operand, int64_t batches = 1, const Tensor& moments = {})
+  View(const Tensor& x, bool scaled, double eps, DType operand, int64_t batches = 1, const double* moments = nullptr)
       : x(x.data),
         dtype(x.dtype),
         n(x.sizes[0]),
@@ -62,7 +62,7 @@ struct View {
         eps(eps),
         operand(operand),
         batches(batches),
-        moments(moments.as<double>()) {}
+        moments(moments) {}
 
   SSLOPS_INLINE F at(int64_t i, int64_t j, int lanes) const { return load_as_float(x, dtype, i * d + j, lanes); }
 };
@@ -230,6 +230,25 @@ SSLOPS_INLINE void normalize_backward(int64_t rows, int64_t width, const G& g, c
       store_from_float(out.data, out.dtype, i * d + first + j, lanes,
                        (g(i, j, lanes) - mean32[k] - a(i, j) * along32[k]) * scale[k]);
   });
+}
+
+// Of all columns, g [N, D]; means [2, D]: those of all ranks, or null for its own
+inline void normalize_backward(const View& v, const float* g, const double* means, double grad, const Tensor& out) {
+  for_each_strip(
+      v.d, [&] { return Strip(v); },
+      [&](int64_t first, int64_t width, Strip& strip) {
+        strip.fill(v, first, width);
+        const auto at = [&](int64_t i, int64_t j, int lanes) {
+          return load_lanes(g + i * v.d + first + j, lanes, 0.f);
+        };
+        const auto exact = [&](int64_t i, int64_t j) { return strip.exact(i, j); };
+        Sums mean{}, along{};
+        if (means)
+          load_sums(means + first, width, mean), load_sums(means + v.d + first, width, along);
+        else
+          gradient_means(v.n, width, at, exact, mean, along);
+        normalize_backward(v.n, width, at, exact, mean, along, strip.var, v.eps, grad, out, first);
+      });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // - gram (3 N^2 D FLOP, by symmetry): ||S||^2 = ||Z Z^T||^2, and Z S = (Z Z^T) Z. Scratch: N D, and a few strips of
 //   N x 64 for each thread.
 // - panels (3 N D^2, by symmetry): tiles of S without its diagonal, and at once what they add to Z S. Scratch: 2 N D.
+// A view whose off-diagonal part a Gram matrix does not know well enough goes by panels after all.
 #pragma once
 #include "../common/isa.h"
 #include "../common/tensor.h"
@@ -9,26 +10,34 @@
 namespace sslops::vicreg {
 
 struct Table {
-  // moments [3, D] = mean, biased variance and S_ii; rows [first, first + B) of gram [B, N] = Z Z^T; returns the sum of
-  // its squares.
-  double (*forward_gram)(Tensor z, DType operand, int64_t first, Tensor moments, Tensor gram);
-  // moments as above; t [N, D], if there is one, = Z S without S's diagonal; returns the sum of the squares off it.
-  double (*forward_panels)(Tensor z, DType operand, Tensor moments, Tensor t);
+  // The loss of one or two views; moments [V, 3, D] of them: mean, biased variance and S_ii, or -1 of views by panels.
+  // kept: by_gram Z Z^T [V, N, N], else Z S without S's diagonal [V, N, D], or null. sums [V + 1]: scratch.
+  double (*forward)(Tensors views, bool by_gram, double invariance, double variance, double covariance, double eps,
+                    DType operand, Tensor moments, Tensor kept, Tensor sums);
+  // dz [B, D] each, null if not wanted, of the rows from `first` on if by_gram their rows [V, B, N] are kept, else of
+  // all; n: how many there are with those of other ranks, of_all [V, 2, D]: mean and variance, in float64, where they
+  // are not those of the views.
+  void (*backward)(double grad, Tensors views, bool by_gram, double invariance, double variance, double covariance,
+                   double eps, DType operand, int64_t n, int64_t first, Tensor of_all, Tensor moments, Tensor kept,
+                   Tensors dz);
+
+  // What forward is made of, around the collectives of a process group. Of the rows [first, first + B): their squared
+  // distance in sums [V + 1], and before it the squares of grams [V, B, N], if there are any.
+  void (*grams)(Tensors views, DType operand, int64_t first, Tensor moments, Tensor grams, Tensor sums);
+  // Takes S's diagonals from the sums, or S_ii from the moments of views that go by panels: those without grams, too.
+  void (*choose)(Tensor moments, Tensor sums);
   // Zeroes the diagonal of rows [P, D] of S, from `first`, and returns the sum of the squares that are left.
   double (*off_diagonal)(Tensor s, int64_t first);
-  // sum of (x - y)^2
-  double (*squared_distance)(Tensor x, Tensor y);
-  // dz [B, D] of the rows from `first` on: grad (weight t + Z spread + pull (z - other)), t [B, D] given, or made of
-  // gram and of moments' third row. of_all [2, D]: mean and variance, in float64, where they are not those of z; other
-  // may be null.
-  void (*backward)(double grad, Tensor z, Tensor other, DType operand, int64_t first, Tensor of_all, Tensor t,
-                   Tensor gram, Tensor moments, double weight, Tensor spread, double pull, Tensor dz);
+  double (*loss)(double invariance, double variance, double covariance, double eps, int64_t n, Tensor moments,
+                 Tensor sums);
 
   static constexpr auto bound() {
-    return std::tuple{
-        Bound{"vicreg_forward_gram", &Table::forward_gram}, Bound{"vicreg_forward_panels", &Table::forward_panels},
-        Bound{"vicreg_off_diagonal", &Table::off_diagonal}, Bound{"vicreg_squared_distance", &Table::squared_distance},
-        Bound{"vicreg_backward", &Table::backward}};
+    return std::tuple{Bound{"vicreg_forward", &Table::forward},
+                      Bound{"vicreg_backward", &Table::backward},
+                      Bound{"vicreg_grams", &Table::grams},
+                      Bound{"vicreg_choose", &Table::choose},
+                      Bound{"vicreg_off_diagonal", &Table::off_diagonal},
+                      Bound{"vicreg_loss", &Table::loss}};
   }
 };
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sslops import _C
 
-from .columns import LARGEST_DIAGONAL_SHARE, all_reduce, moments_of_views, normalize_backward, operand, own_rows, panels
+from .columns import all_reduce, gradients_of, moments_of_views, normalize_backward, operand, own_rows, panels, returned
 from .memory import FLOAT32, FLOAT64, empty, refuses  # noqa: F401
 
 if TYPE_CHECKING:
@@ -23,53 +23,42 @@ if TYPE_CHECKING:
     from sslops.ops.barlow_twins import Arguments
 
 DISTRIBUTED = True
+BY_PANELS = 2  # in c, for a correlation: the way by the Gram matrices was left
 
 
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
     """loss []; C's diagonal [D]; rows of the Grams [2, B, N] or dL/dA, dL/dB [2, B, D]"""
-    (n, d), keeps = x.z_a.shape, any(x.needs_grad)
-    c = torch.zeros(d, **FLOAT32)
-    if x.route == "panels":
-        g = empty(2, n, d) if keeps else None
-        loss = _panels(x, c, g, part)
-        return loss, c, loss.new_empty(0) if g is None else g
-    grams, sums = empty(2, part.rows if part else n, n), torch.empty(3, **FLOAT64)
-    _C.barlow_twins_forward_gram(x.z_a, x.z_b, x.eps, x.operand_dtype, *_where(x, part), c, grams, sums)
-    all_reduce(sums[:1], part)
-    total, squares, missing = sums.tolist()
-    if _by_gram(total, squares):
-        loss = torch.tensor(missing + x.lambd * (total - squares), **FLOAT32)
+    (n, d), by_gram, keeps = x.z_a.shape, x.route == "gram", any(x.needs_grad)
+    c, sums = torch.zeros(d, **FLOAT32), torch.empty(3, **FLOAT64)
+    kept = empty(2, part.rows if part else n, n if by_gram else d) if by_gram or keeps else None
+    if part is None:
+        loss = _C.barlow_twins_forward(x.z_a, x.z_b, by_gram, x.lambd, x.eps, x.operand_dtype, c, kept, sums)
+    elif by_gram:
+        _C.barlow_twins_grams(x.z_a, x.z_b, x.eps, x.operand_dtype, *_where(x, part), c, kept, sums)
+        all_reduce(sums[:1], part)
+        loss = _C.barlow_twins_by_grams(x.lambd, c, sums)
+        if c[0] == BY_PANELS:
+            loss = _panels(_own(x, part), None, part)
     else:
-        loss = _panels(_own(x, part), torch.empty_like(c), None, part)
-    return loss, c, grams if keeps else loss.new_empty(0)
+        loss = _panels(x, kept, part)
+    loss = torch.tensor(loss, **FLOAT32)
+    return loss, c, kept if kept is not None and keeps else loss.new_empty(0)
 
 
 def backward(grad: Tensor, x: Arguments, c: Tensor, kept: Tensor, part: Part | None = None) -> tuple[Tensor, ...]:
-    own, across = _own(x, part), part if x.synced else None
-    g: Tensor | None = kept
-    if x.route == "gram":
-        total = torch.tensor(_C.columns_inner(*kept) / len(x.z_a) ** 2, **FLOAT64)
-        if _by_gram(float(all_reduce(total, part)), float(c.double().square().sum())):
-            g = empty(2, *own.z_a.shape) if across else None
-            dz = _empties(own) if g is None else [None, None]
-            _C.barlow_twins_backward_gram(
-                float(grad), x.z_a, x.z_b, x.lambd, x.eps, x.operand_dtype, *_where(x, part), c, kept, g, *dz
-            )
-            if g is None:
-                return tuple(c.new_empty(0, dtype=x.z_a.dtype) if out is None else out for out in dz)
-        else:
-            g = empty(2, *own.z_a.shape)
-            _panels(own, torch.empty_like(c), g, part)
-    assert g is not None
-    return tuple(
-        normalize_backward(float(grad), z, x.eps, each, across) if wanted else z.new_empty(0)
-        for z, each, wanted in zip((own.z_a, own.z_b), g, x.needs_grad, strict=True)
-    )
-
-
-def _by_gram(total: float, squares: float) -> bool:
-    """Whether the off-diagonal part of total = sum C^2 keeps its digits; false where few columns are alive."""
-    return squares <= LARGEST_DIAGONAL_SHARE * total
+    own, by_gram = _own(x, part), x.route == "gram"
+    views, moments = [own.z_a, own.z_b], moments_of_views(own, part)
+    dz = gradients_of(views, x)
+    if part is not None and by_gram and c[0] == BY_PANELS:
+        x, by_gram, kept = own, False, empty(2, *own.z_a.shape)
+        _panels(own, kept, part)
+    g = None if moments is None else empty(2, *own.z_a.shape) if by_gram else kept
+    if by_gram or g is None:
+        options = by_gram, x.lambd, x.eps, x.operand_dtype, *_where(x, part)
+        _C.barlow_twins_backward(float(grad), x.z_a, x.z_b, *options, c, kept, g, dz)
+    if part is not None and moments is not None and g is not None:
+        normalize_backward(float(grad), views, x.eps, moments, list(g), dz, part)
+    return returned(dz, x)
 
 
 def _where(x: Arguments, part: Part | None) -> tuple[int, int]:
@@ -83,17 +72,13 @@ def _own(x: Arguments, part: Part | None) -> Arguments:
     return x._replace(z_a=own_rows(x.z_a, x.route, part), z_b=own_rows(x.z_b, x.route, part))
 
 
-def _empties(x: Arguments) -> list[Tensor | None]:
-    return [empty(*x.z_a.shape, dtype=x.z_a.dtype) if wanted else None for wanted in x.needs_grad]
-
-
-def _panels(x: Arguments, c: Tensor, g: Tensor | None, part: Part | None) -> Tensor:
-    """The loss, and dL/dA, dL/dB into g [2, B, D]; without a part the diagonal into c [D]"""
-    if part is None:
-        loss = _C.barlow_twins_forward_panels(x.z_a, x.z_b, x.lambd, x.eps, x.operand_dtype, c, g)
-        return torch.tensor(loss, **FLOAT32)
-    moments = zip((x.z_a, x.z_b), moments_of_views(x, part), strict=True)
-    a, b = (operand(z, x.eps, m, x.operand_dtype) for z, m in moments)
+def _panels(x: Arguments, g: Tensor | None, part: Part) -> float:
+    """The loss, and dL/dA, dL/dB into g [2, B, D]"""
+    moments = moments_of_views(x, part)
+    a, b = (
+        operand(z, x.eps, None if moments is None else moments[k], x.operand_dtype)
+        for k, z in enumerate((x.z_a, x.z_b))
+    )
     n, loss = len(a) * part.group.size(), 0.0
     for first, p in panels(a.shape[1]):
         own = a[:, first : first + p]
@@ -102,4 +87,4 @@ def _panels(x: Arguments, c: Tensor, g: Tensor | None, part: Part | None) -> Ten
         if g is not None:
             torch.mm(b, s.t(), out=g[0, :, first : first + p])
             torch.addmm(g[1], own, s, beta=float(first > 0), out=g[1])
-    return torch.tensor(loss, **FLOAT32)
+    return loss

@@ -5,7 +5,7 @@ What is summed over the ranks comes out the same on all: decisions may hang on i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from sslops.distributed import Part
 
 PANEL = 1024  # rows of a [D, D] matrix that are summed over the ranks at a time
-# Of a matrix's squares: above it the off-diagonal part, a difference on the gram route, loses more than a digit.
-LARGEST_DIAGONAL_SHARE = 0.9
 
 
 def panels(d: int) -> Iterator[tuple[int, int]]:
@@ -37,18 +35,18 @@ def all_reduce(x: Tensor, part: Part | None) -> Tensor:
     return x
 
 
-def moments_of(z: Tensor, part: Part) -> Tensor:
-    """[2, D]: mean and biased variance over all ranks' rows, in float64"""
-    local, ranks = torch.empty(2, z.shape[1], **FLOAT64), part.group.size()
-    _C.columns_moments(z, local)
-    mean = all_reduce(local[0] / ranks, part)
-    var = all_reduce((local[1] + (local[0] - mean).square()) / ranks, part)
-    return torch.stack([mean, var])
+def moments_of(views: list[Tensor], part: Part) -> Tensor:
+    """[V, 2, D]: mean and biased variance over all ranks' rows, in float64"""
+    local, ranks = torch.empty(len(views), 2, views[0].shape[1], **FLOAT64), part.group.size()
+    _C.columns_moments(views, local)
+    mean, var = local.unbind(1)
+    of_all = all_reduce(mean / ranks, part)
+    return torch.stack([of_all, all_reduce((var + (mean - of_all).square()) / ranks, part)], 1)
 
 
-def moments_of_views(x: Any, part: Part | None) -> tuple[Tensor | None, Tensor | None]:
+def moments_of_views(x: Any, part: Part | None) -> Tensor | None:
     """Of x's two views over all ranks; None where each rank's rows are normalised by their own"""
-    return (moments_of(x.z_a, part), moments_of(x.z_b, part)) if part is not None and x.synced else (None, None)
+    return moments_of([x.z_a, x.z_b], part) if part is not None and x.synced else None
 
 
 def own_rows(z: Tensor, route: str, part: Part | None) -> Tensor:
@@ -63,13 +61,25 @@ def operand(z: Tensor, eps: float, moments: Tensor | None, dtype: torch.dtype) -
     return a
 
 
-def normalize_backward(grad: float, z: Tensor, eps: float, g: Tensor, part: Part | None = None) -> Tensor:
-    """dz [N, D] from g [N, D], the gradient of the normalised z, times grad; with a part statistics are of all ranks"""
-    moments = means = None
-    if part is not None:
-        moments, means = moments_of(z, part), torch.empty(2, z.shape[1], **FLOAT64)
-        _C.columns_gradient_means(z, eps, moments, g, means)
-        all_reduce(means, part).div_(part.group.size())
-    dz = empty(*z.shape, dtype=z.dtype)
-    _C.columns_normalize_backward(grad, z, eps, moments, g, means, dz)
-    return dz
+Gradients = list[Tensor | None]  # of the views; None: not wanted
+
+
+def gradients_of(views: Sequence[Tensor], x: Any) -> Gradients:
+    """Where those that are wanted come to"""
+    return [empty(*z.shape, dtype=z.dtype) if wanted else None for z, wanted in zip(views, x.needs_grad, strict=False)]
+
+
+def returned(dz: Gradients, x: Any) -> tuple[Tensor, ...]:
+    """As the op returns them"""
+    given = [*dz, None][: len(x.needs_grad)]  # VICReg's second view need not be there
+    return tuple(x.z_a.new_empty(0) if out is None else out for out in given)
+
+
+def normalize_backward(
+    grad: float, views: list[Tensor], eps: float, moments: Tensor, g: Gradients, dz: Gradients, part: Part
+) -> None:
+    """dz from g, the gradients of the views [N, D] as they are normalised by the statistics of all ranks, times grad"""
+    means = torch.zeros(moments.shape, **FLOAT64)
+    _C.columns_gradient_means(views, eps, moments, g, means)
+    all_reduce(means, part).div_(part.group.size())
+    _C.columns_normalize_backward(grad, views, eps, moments, g, means, dz)

@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
     """Of V views, Z each, centred; S = Z^T Z."""
 
     loss: Out
-    moments: Out  # mean, variance (in Triton the standard deviation) and S_ii, which panels do without
+    moments: Out  # mean, variance (in Triton the standard deviation) and S_ii, which panels do without (on the CPU: -1)
     kept: Out  # gram: rows of Z Z^T; panels: Z times what S has off its diagonal
     gathered: Out  # the embeddings of all ranks, if there are others
 
