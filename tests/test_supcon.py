@@ -425,6 +425,15 @@ def test_bad_input():
     refused(TypeError, "query_ids", z, labels, key_ids=labels, **keys)
 
 
+def test_labels_are_sorted_once_a_step(monkeypatch):
+    from sslops.ops import supcon as module
+
+    sorted_ids = []
+    monkeypatch.setattr(module, "classes", lambda ids: sorted_ids.append(ids) or classes(ids))
+    with_ids(rows(40, 8)["z"].requires_grad_()).sum().backward()
+    assert len(sorted_ids) == 2  # the labels and the ids
+
+
 class TestPlantedFaults:
     """Broken kernels must not pass."""
 

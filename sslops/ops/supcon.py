@@ -37,7 +37,8 @@ class Arguments(NamedTuple):
 
 class Outputs(NamedTuple):
     """Of all ranks, view by view. s_ij = <z_i, z_j>, or <z_i, k_j>, the rows unit if normalize and rounded to
-    operand_dtype (a key's need not be). With keys inv_norm, stats and views are empty, without them what follows.
+    operand_dtype (a key's need not be). With keys inv_norm, stats, views and classes are empty, without them what
+    follows.
     """
 
     losses: Out
@@ -48,6 +49,7 @@ class Outputs(NamedTuple):
     )
     # row without a positive; for "in" the same over its positives, for "out" 0 and weight over their number
     views: Out  # the embeddings of all ranks, if there are others
+    classes: Out  # of the labels, and of the ids if there are any, of all ranks
     dz: Out  # of the rank's rows, as the next: the derivatives of each one's loss, empty if neither will be wanted
     dtemperature: Out
     seen: Out  # as long as the keys' version is high
@@ -69,6 +71,7 @@ def outputs(x: Arguments) -> Outputs:
         inv_norm=Out((m,)),
         stats=Out((4, m)),
         views=Out((*views, n, d) if x.group and not keyed else (0,), x.z.dtype),
+        classes=Out((0,) if keyed else (1 if x.query_ids is None else 2, n), torch.int32),
         dz=Out((graded, d)),
         dtemperature=Out((graded,)),
         seen=Out((0, max(x.version, 0))),
@@ -150,21 +153,34 @@ def _equal(a: Tensor, b: Any) -> Any:
 
 
 def _to_kernel(x: Arguments, views: Tensor | None = None) -> Arguments:
-    """The arguments of a kernel: labels and ids as classes, weights in float32; with a group, and without keys, those
-    and the embeddings of all ranks
+    """The arguments of a kernel: weights in float32; with a group, and without keys, those and the embeddings of all
+    ranks
     """
+    weights = None if x.weights is None else x.weights.float()
+    if views is None:
+        return x._replace(weights=weights)
+    return x._replace(z=views, weights=None if weights is None else distributed.all_gather(weights, x.group))
+
+
+def _classes(x: Arguments) -> Tensor:
+    """[1 or 2, N] of all ranks' labels and, if there are any, ids"""
+    ids = [each for each in (x.labels, x.query_ids) if each is not None]
+    found = [classes(distributed.all_gather(each, x.group) if x.group else each)[None] for each in ids]
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _of_classes(x: Arguments, rows: Tensor) -> Arguments:
+    return x._replace(labels=rows[0], query_ids=None if x.query_ids is None else rows[1])
+
+
+def _among_keys(x: Arguments) -> Arguments:
+    """Labels and ids, the keys' too, as classes"""
     found: dict[str, Any] = {}
-    if x.weights is not None:
-        weights = x.weights.float()
-        found["weights"] = weights if views is None else distributed.all_gather(weights, x.group)
     for rows, of_keys in (("labels", "key_labels"), ("query_ids", "key_ids")):
-        ids = getattr(x, rows)
-        if ids is not None and x.keys is not None:
+        if (ids := getattr(x, rows)) is not None:
             together = classes(torch.cat([ids, getattr(x, of_keys)]))
-            found[rows], found[of_keys] = together.split([len(ids), len(x.keys)])
-        elif ids is not None:
-            found[rows] = classes(ids if views is None else distributed.all_gather(ids, x.group))
-    return x._replace(**found) if views is None else x._replace(**found, z=views)
+            found[rows], found[of_keys] = together.split([len(ids), len(getattr(x, of_keys))])
+    return x._replace(**found)
 
 
 def _gather(x: Arguments) -> Tensor:
@@ -178,14 +194,15 @@ def _forward(x: Arguments) -> tuple[Tensor, ...]:
     if (x.keys is None) != (x.version < 0):
         _check.bad_value("supcon", "version", "-1 without keys", x.version)
     if x.keys is None:
-        return _forward_views(x)
-    losses, positives, *gradients = kernel(x.backend, "supcon").among_keys(_to_kernel(x))
+        rows = _classes(x)
+        return *_forward_views(_of_classes(x, rows)), rows
+    losses, positives, *gradients = kernel(x.backend, "supcon").among_keys(_to_kernel(_among_keys(x)))
     if x.group:
         rows = torch.cat([losses[None], positives]).unflatten(1, (_sizes(x)[0], -1))
         losses, positives = distributed.all_gather(rows, x.group, 2).flatten(1).split(1)
         losses, positives = losses[0].clone(), positives.clone()
     empty = losses.new_empty(0)
-    return losses, positives, empty, losses.new_empty(4, 0), x.z.new_empty(0), *gradients
+    return losses, positives, empty, losses.new_empty(4, 0), x.z.new_empty(0), empty.int(), *gradients
 
 
 def _kept(x: Arguments) -> Arguments:
@@ -194,10 +211,10 @@ def _kept(x: Arguments) -> Arguments:
 
 
 def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
-    *of_views, dz, dtemperature, seen = saved
+    *of_views, rows, dz, dtemperature, seen = saved
     check_version("supcon", "keys", x.version, seen)
     if x.version < 0:
-        return _backward_views(grad, x, *of_views)
+        return _backward_views(grad, _of_classes(x, rows), *of_views)
     if x.group:
         own = distributed.own_rows(grad, x.group, parts=_sizes(x)[0])
         grad = own * (distributed.size(x.group) if x.shared else 1)
