@@ -1,7 +1,8 @@
 """Builds sslops._C, the native core, with ninja and without torch; the metadata is in pyproject.toml.
 
 SSLOPS_BUILD_CUDA   auto (default): CUDA code where nvcc is found; 0: none; 1: an error where nvcc is absent
-SSLOPS_EMULATE_AMX  1: AMX tiles in plain C++ (tests/amx_emulation), to test their users on a CPU without them
+SSLOPS_EMULATE_AMX  1: AMX tiles in plain C++ (tests/amx_emulation), to test their users on a CPU that has AVX-512 with
+                    bf16, and not them; all other objects are the usual build's
 SSLOPS_SANITIZE     "address,undefined" or "thread": with these sanitizers, without CUDA; see tests/fuzz/sanitized.sh
 SSLOPS_CUDA_ARCHS   GPU architectures, "80,90,100" by default; the last one is also kept as PTX, for newer GPUs
 CUDA_HOME           where bin/nvcc is looked for before PATH
@@ -25,6 +26,7 @@ from setuptools.errors import CompileError, PlatformError
 
 CXX = os.environ.get("CXX", "c++")
 SANITIZE = os.environ.get("SSLOPS_SANITIZE", "")
+EMULATED = os.environ.get("SSLOPS_EMULATE_AMX") == "1"
 CUDA_ARCHS = os.environ.get("SSLOPS_CUDA_ARCHS", "80,90,100").split(",")
 FLAGS = "-O3 -DNDEBUG -std=c++17 -Icsrc"
 LINK_FLAGS = ""
@@ -112,27 +114,32 @@ def ninja_graph(out: Path, tag: str, version: str) -> str:
 
     def compile(rule: str, sources: str, flags: str, variant: str = "") -> None:
         for source in sorted(Path("csrc").glob(sources)):
-            objects.append(str(out / source.with_suffix(f"{variant}.o")))
-            edges.extend([f"build {objects[-1]}: {rule} {source}", "  flags = " + flags.replace("$", "$$")])
+            at, own = out, flags
+            if EMULATED and source.stem in ("isa", "bf16_gemm"):  # all that knows of tiles
+                at, own = flavoured(out), f"{flags} -DSSLOPS_EMULATE_AMX -include tests/amx_emulation/amx_emulation.h"
+            objects.append(str(at / source.with_suffix(f"{variant}.o")))
+            edges.extend([f"build {objects[-1]}: {rule} {source}", "  flags = " + own.replace("$", "$$")])
 
     # The one object that a Python's headers are for: all Pythons' builds share the others.
     includes = dict.fromkeys([pybind11.get_include(), *map(sysconfig.get_path, ("include", "platinclude"))])
     bindings = [cxx_flags, *(f"-isystem {shlex.quote(include)}" for include in includes)]
     compile("cxx", "module.cpp", " ".join([*bindings, *(shlex.quote(f"-D{macro}") for macro in macros)]), f".{tag}")
-    emulated = os.environ.get("SSLOPS_EMULATE_AMX") == "1"
-    compile("cxx", "common/*.cpp", cxx_flags + " -DSSLOPS_EMULATE_AMX" * emulated)
+    compile("cxx", "common/*.cpp", cxx_flags)
     # Of an inline function that several objects hold, the linker keeps the first: with the portable ones in front, no
     # AVX instruction reaches code that runs on every CPU.
     for isa, isa_flags in ISAS.items():
-        if isa == "amx" and emulated:
-            isa_flags += " -include tests/amx_emulation/amx_emulation.h"
         compile("cxx", "cpu/*.cpp", f"{cxx_flags} {isa_flags} -DSSLOPS_ISA={isa}", f".{isa}")
     if os.environ.get("SSLOPS_ZIG"):
         compile("cxx", "manylinux/*.cpp", cxx_flags)
     if nvcc:
         compile("nvcc", "cuda/*.cu", nvcc_flags, ".cuda")
     header = [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
-    return "\n".join([*header, RULES, *edges, f"build {out}/_C.{tag}.so: link {' '.join(objects)}", ""])
+    return "\n".join([*header, RULES, *edges, f"build {flavoured(out)}/_C.{tag}.so: link {' '.join(objects)}", ""])
+
+
+def flavoured(out: Path) -> Path:
+    """The folder of what the usual build has not"""
+    return out / "emulated-amx" if EMULATED else out
 
 
 class NinjaBuild(build_ext):
@@ -149,7 +156,7 @@ class NinjaBuild(build_ext):
             raise CompileError("sslops._C did not build: ninja's output above says why")
         library = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(library))
-        self.copy_file(out / f"_C.{tag}.so", library)
+        self.copy_file(flavoured(out) / f"_C.{tag}.so", library)
 
 
 folders = sorted({file.parent for file in Path("kernels").glob("*/*.py")})

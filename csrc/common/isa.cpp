@@ -18,14 +18,14 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 #if defined(__x86_64__)
 // AMX needs the kernel's leave to use its tile registers (arch_prctl), once a process.
 bool amx_usable() {
-#if defined(SSLOPS_EMULATE_AMX)
-  return true;
-#elif defined(__linux__)
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool amx_bf16 = d & (1u << 22), amx_tile = d & (1u << 24);
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
   const bool avx512_bf16 = a & (1u << 5);
+#if defined(SSLOPS_EMULATE_AMX)
+  return avx512_bf16;
+#elif defined(__linux__)
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool amx_bf16 = d & (1u << 22), amx_tile = d & (1u << 24);
   constexpr int kReqXcompPerm = 0x1023, kXfeatureTileData = 18;
   return amx_bf16 && amx_tile && avx512_bf16 && syscall(SYS_arch_prctl, kReqXcompPerm, kXfeatureTileData) == 0;
 #else
