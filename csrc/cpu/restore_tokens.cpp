@@ -11,15 +11,19 @@ namespace {
 constexpr int64_t kThreadElements = 16384;
 
 void forward(Array visible, Array mask_token, Array positions, const int64_t* ids, Shape s, Array out) {
-  const int64_t rows = s.prefix + s.length;
+  const int64_t rows = s.prefix + s.length, item = visible.dtype == DType::f32 ? 4 : 2;
   parallel_for(s.batch * rows, 1 + kThreadElements / (s.d + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
+    const auto place = [&](int64_t row) {  // of its token; -1: the mask token
       const int64_t b = row / rows, t = row % rows;
-      const int64_t place = t < s.prefix ? t : s.prefix + ids[b * s.length + t - s.prefix];
-      const bool masked = t >= s.prefix && is_masked(s, b, place - s.prefix);
-      const Array from = masked ? mask_token : visible;
-      const int64_t first = masked ? 0 : (b * (s.prefix + s.kept) + place) * s.d;
+      const int64_t id = t < s.prefix ? -1 : ids[b * s.length + t - s.prefix];
+      return is_masked(s, b, id) ? -1 : b * (s.prefix + s.kept) + (id < 0 ? t : s.prefix + id);
+    };
+    for (int64_t row = begin, own = place(begin), next; row < end; ++row, own = next) {
+      next = row + 1 < end ? place(row + 1) : -1;
+      const int64_t t = row % rows, first = own < 0 ? 0 : own * s.d;
+      const Array from = own < 0 ? mask_token : visible;
       for_each_vector(s.d, [&](int64_t j, int lanes) {
+        if (next >= 0) __builtin_prefetch(static_cast<const char*>(visible.data) + (next * s.d + j) * item);
         F v = load_as_float(from.data, from.dtype, first + j, lanes);
         if (positions.data) v += load_as_float(positions.data, positions.dtype, t * s.d + j, lanes);
         store_from_float(out.data, out.dtype, row * s.d + j, lanes, v);
@@ -28,8 +32,10 @@ void forward(Array visible, Array mask_token, Array positions, const int64_t* id
   });
 }
 
-void add(Array grad, int64_t first, int64_t d, double* total) {
+void add(Array grad, int64_t first, int64_t next, int64_t d, double* total) {
+  const int64_t item = grad.dtype == DType::f32 ? 4 : 2;
   for_each_vector(d, [&](int64_t j, int lanes) {
+    __builtin_prefetch(static_cast<const char*>(grad.data) + (next + j) * item);
     const D v = __builtin_convertvector(load_as_float(grad.data, grad.dtype, first + j, lanes), D);
     D sum{};
     std::memcpy(&sum, total + j, lanes * sizeof(double));
@@ -47,9 +53,18 @@ void reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* token
       double* const masked = parts + t * s.d;
       std::memset(visible, 0, s.d * sizeof(double));
       std::memset(masked, 0, s.d * sizeof(double));
-      for (int64_t b = 0; b < s.batch; ++b) {
-        const bool of_mask = t >= s.prefix && is_masked(s, b, ids[b * s.length + t - s.prefix]);
-        if (of_mask || positions) add(grad, (b * rows + t) * s.d, s.d, of_mask ? masked : visible);
+      // Rows of one position are far apart: of each the next one that counts is fetched meanwhile.
+      const auto of_mask = [&](int64_t b) {
+        return t >= s.prefix && is_masked(s, b, ids[b * s.length + t - s.prefix]);
+      };
+      const auto counting = [&](int64_t b) {
+        while (b < s.batch && !positions && !of_mask(b)) ++b;
+        return b;
+      };
+      for (int64_t b = counting(0), next; b < s.batch; b = next) {
+        next = counting(b + 1);
+        add(grad, (b * rows + t) * s.d, ((next < s.batch ? next : b) * rows + t) * s.d, s.d,
+            of_mask(b) ? masked : visible);
       }
       if (positions)
         for (int64_t j = 0; j < s.d; ++j) positions[t * s.d + j] = static_cast<float>(masked[j] + visible[j]);
