@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, distributed
+from . import _check, _torch, distributed
 from ._sums import mean, total
 from .backend import kernel
 
@@ -22,9 +22,13 @@ def reduce(losses: Tensor, reduction: str, group: str = "", parts: int = 1) -> T
 
 
 def classes(ids: Tensor) -> Tensor:
-    """int32 [N] from 0 on, equal where ids are equal; those below 0 are equal to none. (The host would wait for the
-    size of torch.unique's answer.)
+    """int32 [N] of 0 .. N, equal where ids are equal; those below 0 are equal to none. (A GPU's host would wait for
+    torch.unique, whose answer has a size of its own.)
     """
+    if _torch.readable(ids) == "cpu" and len(ids):
+        low, high = torch.aminmax(ids)
+        if low.item() >= 0 and high.item() < len(ids):
+            return ids.to(torch.int32, copy=True)
     ordered, order = ids.sort()
     new = (ordered != ordered.roll(1)) | (ordered < 0)
     return torch.empty_like(order).scatter(0, order, new.cumsum(0)).int()
