@@ -3,7 +3,6 @@
 TypeError for the wrong kind of thing (not a tensor, an integer dtype), ValueError for a wrong value, shape or pairing.
 """
 
-import functools
 import math
 import numbers
 import sys
@@ -62,7 +61,7 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
     device: torch.device | None = None
     whole: torch.Size | None = None  # the shape of "..."
     for name, of, value in _each(op, given, declared):
-        wanted = _dimensions(of.shape)
+        wanted = of.shape.split()
         if not isinstance(value, Tensor):
             bad_type(op, name, f"a tensor [{', '.join(wanted)}]", type(value).__name__)
         if value.layout != torch.strided:
@@ -78,7 +77,7 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
             if shape != whole:
                 bad_value(op, name, f"shape {list(whole)}", list(shape))
         else:
-            if len(shape) < len(wanted) if wanted[-1:] == ("...",) else len(shape) != len(wanted):
+            if len(shape) < len(wanted) if wanted[-1:] == ["..."] else len(shape) != len(wanted):
                 bad_value(op, name, f"shape [{', '.join(wanted)}]", list(shape))
             before = len(sizes)
             for dimension, size in zip(wanted, shape, strict=False):
@@ -95,11 +94,6 @@ def tensors(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> No
         device = value.device if device is None else device
         if value.device != device:
             bad_value(op, name, f"the device of {next(iter(given))}, {device}", value.device)
-
-
-@functools.cache
-def _dimensions(shape: str) -> tuple[str, ...]:
-    return tuple(shape.split())
 
 
 def _each(op: str, given: Mapping[str, Any], declared: Mapping[str, Of]) -> Iterator[tuple[str, Of, Any]]:

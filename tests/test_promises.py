@@ -388,5 +388,14 @@ def test_light_import():
     assert run.stdout.strip() == "[]"
 
 
+def test_compile_warns_of_nothing():
+    script = (
+        "import sslops, torch; z = torch.ones(4, 8, requires_grad=True); "
+        "torch.compile(sslops.nt_xent, fullgraph=True, backend='aot_eager')(z, z).backward()"
+    )
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert not run.stderr
+
+
 def test_build():
     assert sslops.__version__ == _C.build_info()["version"]
