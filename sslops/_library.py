@@ -280,14 +280,14 @@ def register(
         tensors = iter(ctx.saved_tensors)
         x, of_outputs = schema.joined(ctx.rest, tensors), list(tensors)
         ready, ctx.unit = ctx.unit, []
-        parts = tensors_in(ready)
-        there = any(each.numel() for each in parts)
+        there = any(each.numel() for each in tensors_in(ready))
         compiling = torch.compiler.is_compiling()
         plain = "" if compiling else _torch.readable(grad)  # not vmap's (is_grads_batched)
         eager = plain and not torch.is_grad_enabled()
         factor = grad.item() if there and eager and plain == "cpu" else None  # a GPU is not waited for
         # in place not by inf or NaN: zeros, of what has no part in the result, stay zeros
-        scales = eager and (factor is None or math.isfinite(factor)) and all(z.dtype == torch.float32 for z in parts)
+        finite = eager and (factor is None or math.isfinite(factor))
+        scales = finite and all(each.dtype == torch.float32 for each in tensors_in(ready))
         if there and (factor == 1 or scales or compiling):
             if factor != 1:
                 scaled = torch.Tensor.mul_ if factor is not None else _scaled

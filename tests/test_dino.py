@@ -311,6 +311,17 @@ def test_memory():
     assert grown < 1.1 * 40 + 4, f"{grown:.0f} MB"
 
 
+def test_memory_where_the_gradient_is_made_again():
+    """Of bf16 times 3: forward's is gone before."""
+    grown = oracle.grown_memory(
+        "make = lambda v, k: torch.empty(v, 16, k, dtype=torch.bfloat16).fill_(1); "
+        "step = lambda s, t: (3 * sslops.dino(s.requires_grad_(), t)).backward(); "
+        "step(make(10, 3000), make(2, 3000)); s, t = make(10, 65536), make(2, 65536)",
+        "step(s, t)",
+    )
+    assert grown < 1.1 * 20 + 4, f"{grown:.0f} MB"
+
+
 def test_lightly_is_the_same():
     if peers.lightly() is None:
         pytest.skip("lightly is not installed")
