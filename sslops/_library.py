@@ -239,7 +239,9 @@ def register(
         if "needs_grad" in x._fields:
             values = [filled.get(field, getattr(x, field)) for field in gradients]
             filled["needs_grad"] = [torch.is_grad_enabled() and _wants(value, in_levels) for value in values]
-        traced = is_traced() or not all(type(each) in _PLAIN for each in schema.tensors(x))
+        traced = is_traced() or any(
+            type(each) not in _PLAIN or _torch.is_left_by_func(each) for each in schema.tensors(x)
+        )
         if not traced:
             _check.indices(name, x, declared)
         x = prepared(x)

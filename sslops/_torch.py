@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+# Whether a tensor is a wrapper around one, of a transform of torch.func that has ended
+is_left_by_func: Callable[[Tensor], bool] = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
 _KEYS = (("cpu", torch._C.DispatchKey.CPU), ("cuda", torch._C.DispatchKey.CUDA))
 
 

@@ -194,6 +194,21 @@ def test_torch_func(case, device, backend):
 
 
 @each_graded
+def test_tensors_that_outlived_their_transform(case, device, backend):
+    """A wrapper that torch.func has left behind stands for its tensor"""
+    case, left = on(device, case), {}
+
+    def keep(inputs):
+        left.update(inputs)
+        return sum(x.sum() for x in inputs.values())
+
+    torch.func.grad(keep)(case.inputs)
+    torch.testing.assert_close(case.run(backend, left), case.run(backend), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(case.run(backend, left), case.run(backend), rtol=0, atol=0)
+
+
+@each_graded
 def test_torch_func_is_refused_by_name(case, device, backend):
     case = on(device, case)
     (name, *_), refused = case.graded, f"{case.op}: fused kernels have no "
