@@ -38,7 +38,7 @@ def test_against_the_formula():
 
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 5), (2, 3), (70, 33), (600, 24)])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 3), (70, 130), (70, 33), (600, 24)])
 def test_accuracy(device, backend, dtype, shape):
     """Below and above the scale from which the maxima are looked for"""
     for scale in (1.0, 20.0, 100.0):
@@ -171,13 +171,20 @@ class TestPlantedFaults:
     def test_the_same_softmax_for_rows_and_columns(self, monkeypatch):
         run = kernel.backward
         swapped = [2, 3, 0, 1, 4]
-        monkeypatch.setattr(kernel, "backward", lambda grad, x, stats: run(grad, x, stats[swapped]))
+        monkeypatch.setattr(kernel, "backward", lambda grad, x, stats, *kept: run(grad, x, stats[swapped], *kept))
         self.refuse(pairs(90, 16))
 
     def test_a_softmax_in_bf16(self, monkeypatch):
         run = kernel.backward
-        monkeypatch.setattr(kernel, "backward", lambda grad, x, stats: run(grad, x, stats.bfloat16().float()))
+        monkeypatch.setattr(
+            kernel, "backward", lambda grad, x, stats, *kept: run(grad, x, stats.bfloat16().float(), *kept)
+        )
         self.refuse(pairs(130, 24, noise=0.1))
+
+    def test_a_product_that_was_kept_in_bf16(self, monkeypatch):
+        run = kernel.backward
+        monkeypatch.setattr(kernel, "backward", lambda *args: run(*args[:-1], args[-1].bfloat16().float()))
+        self.refuse(pairs(90, 96))
 
     def test_unwritten_memory(self, monkeypatch):
         monkeypatch.setattr(_C, "clip_backward", lambda *args: None)

@@ -7,9 +7,9 @@ namespace {
 
 Scale scale_of(double logit_scale, bool normalize) { return {1. / logit_scale, normalize}; }
 
-void sums(Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, int64_t first, Tensor rows,
-          Tensor columns) {
-  const Pairs x(image, text, normalize, operand, first);
+void sums(Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, int64_t first,
+          Tensor similarity, Tensor rows, Tensor columns) {
+  const Pairs x(image, text, normalize, operand, first, similarity);
   const Scale scale = scale_of(logit_scale, normalize);
   Buffer<float> top(x.sums()), r(x.sums());
   for (int64_t i = 0; i < x.sums(); ++i) top[i] = scale.fixed ? 1.f : kLowest, r[i] = 0.f;
@@ -44,8 +44,8 @@ void close(Tensor rows, Tensor columns, double logit_scale, bool normalize, Tens
 }
 
 void backward(Tensor grad, Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, int64_t first,
-              Tensor stats, Tensor dimage, Tensor dtext, Tensor dlogit_scale) {
-  const Pairs x(image, text, normalize, operand, first);
+              Tensor similarity, Tensor stats, Tensor dimage, Tensor dtext, Tensor dlogit_scale) {
+  const Pairs x(image, text, normalize, operand, first, similarity, similarity.data != nullptr);
   const Scale scale = scale_of(logit_scale, normalize);
   const float *const g = grad.as<float>(), *const kept = stats.as<float>();
   Buffer<float> top(x.sums()), weights(x.sums());

@@ -9,15 +9,19 @@
 namespace sslops {
 namespace {
 
-// Row i of left [B, D] and row first + i of right [N, D] are a pair.
+// Row i of left [B, D] and row first + i of right [N, D] are a pair. S [B, N] is written to `kept`, if there is one, or
+// read from there if it is known.
 struct Pairs {
   int64_t b, n, d, first, side, padded;  // padded: b to whole groups
   DType operand_dtype;
   Buffer<float> inv_norm;
   Rows left_rows, right_rows;
   Operand left, right;
+  float* kept;
+  bool known;
 
-  Pairs(const Tensor& l, const Tensor& r, bool normalize, DType operand, int64_t first)
+  Pairs(const Tensor& l, const Tensor& r, bool normalize, DType operand, int64_t first, const Tensor& kept = {},
+        bool known = false)
       : b(l.sizes[0]),
         n(r.sizes[0]),
         d(l.sizes[1]),
@@ -31,7 +35,9 @@ struct Pairs {
         left_rows(l, normalize, inv_norm),
         right_rows(r, normalize, inv_norm + b),
         left(b, d, operand, false),
-        right(n, d, operand) {
+        right(n, d, operand, !known),
+        kept(kept.as<float>()),
+        known(known) {
     const auto fill = [&](Operand& to, const Rows& rows, int64_t count, float* inverse, int64_t from) {
       for (int64_t i = from; i < from + count; ++i) inverse[i] = rows.norm_of(i);
       to.fill(from, count,
@@ -57,7 +63,11 @@ void for_each_tile(const Pairs& x, const Visit& visit) {
              [&](int64_t i, int64_t j, Tile& tile) {
                const int64_t i0 = i * x.side, rows = at_most(x.b - i0, x.side);
                const int64_t j0 = j * x.side, columns = at_most(x.n - j0, x.side);
-               tile.multiply(x.left, i0, rows, x.right, j0, columns);
+               if (!x.known) tile.multiply(x.left, i0, rows, x.right, j0, columns);
+               for (int64_t k = 0; k < rows && x.kept; ++k) {
+                 float *const kept = x.kept + (i0 + k) * x.n + j0, *const s = tile.s + k * tile.ld;
+                 std::memcpy(x.known ? s : kept, x.known ? kept : s, columns * sizeof(float));
+               }
                const Part part{tile.s, tile.ld, i0, rows, x.padded + j0, columns, true};
                for (int64_t k = 0; k < rows; ++k)
                  for (int64_t column = columns; column < part.width(); ++column) part.row(k)[column] = -kInf;

@@ -25,6 +25,11 @@ class Arguments(NamedTuple):
     backend: str = ""
     needs_grad: list[bool] = []  # noqa: RUF012
 
+    def kept(self, n: int) -> tuple[int, int]:
+        """How much of S [B, N] the CPU keeps for backward: what takes no more than the images"""
+        own, d = self.image.shape
+        return (own, n) if self.backend == "cpu" and any(self.needs_grad) and n <= d else (0, 0)
+
 
 class Outputs(NamedTuple):
     """Of all ranks. s_ij = <image_i, text_j>, the rows unit if normalize and rounded to operand_dtype."""
@@ -35,13 +40,19 @@ class Outputs(NamedTuple):
     # the share of i's negatives in its row's sum and in its column's, added
     stats: Out
     texts: Out  # of all ranks, if there are others
+    similarity: Out  # s of the rank's images, or none of it
 
 
 def outputs(x: Arguments) -> Outputs:
     own, d = x.image.shape
     n = own * distributed.size(x.group)
-    logged = Out((3 if x.count_exceeding else 0, n))
-    return Outputs(Out((n,)), logged, Out((5, n)), Out((n, d) if x.group else (0,), x.text.dtype))
+    return Outputs(
+        losses=Out((n,)),
+        logged=Out((3 if x.count_exceeding else 0, n)),
+        stats=Out((5, n)),
+        texts=Out((n, d) if x.group else (0,), x.text.dtype),
+        similarity=Out(x.kept(n)),
+    )
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -62,19 +73,23 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
     run = kernel(x.backend, "clip").forward
     if not x.group:
-        losses, stats = run(x)
-        return losses, exceeding_pairs(x), stats
+        losses, stats, *similarity = run(x)
+        return losses, exceeding_pairs(x), stats, x.text.new_empty(0), *similarity
     texts, part = distributed.all_gather(x.text, x.group), distributed.part(x.group, len(x.image))
-    losses, stats = run(x._replace(text=texts), part, lambda sums: distributed.all_gather(sums[None], x.group))
-    return losses, exceeding_pairs(x), stats, texts
+    losses, stats, *similarity = run(
+        x._replace(text=texts), part, lambda sums: distributed.all_gather(sums[None], x.group)
+    )
+    return losses, exceeding_pairs(x), stats, texts, *similarity
 
 
-def _backward(grad: Tensor, x: Arguments, _: Tensor, stats: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+def _backward(
+    grad: Tensor, x: Arguments, _: Tensor, stats: Tensor, texts: Tensor, similarity: Tensor
+) -> tuple[Tensor, ...]:
     run = kernel(x.backend, "clip").backward
     if not x.group:
-        return tuple(run(grad, x, stats))
+        return tuple(run(grad, x, stats, None, similarity))
     part = distributed.part(x.group, len(x.image))
-    dimage, dtext, dlogit_scale = run(gradient_over_ranks(grad, x, 1), x._replace(text=texts), stats, part)
+    dimage, dtext, dlogit_scale = run(gradient_over_ranks(grad, x, 1), x._replace(text=texts), stats, part, similarity)
     if x.needs_grad[1]:
         dtext = distributed.reduce_scatter(dtext, x.group, 0)
     return dimage, dtext.to(x.text.dtype), dlogit_scale
@@ -106,8 +121,9 @@ def clip(
     """CLIP's loss: the cross entropy of each image's own text among all texts, and of each text's own image.
 
     Pair i's loss is the mean of two: -log softmax over j of logit_scale <image_i, text_j> at j = i, and the same of
-    logit_scale <image_j, text_i>. Memory is linear in N: no [N, N] matrix. One product serves both directions, 2 N^2 D
-    FLOP forward and 8 N^2 D with both gradients; for a frozen tower, whose embeddings require none, 6 N^2 D.
+    logit_scale <image_j, text_i>. Memory is linear in N: no [N, N] matrix, or none that takes more than the images.
+    One product serves both directions, 2 N^2 D FLOP forward and 8 N^2 D with both gradients; for a frozen tower, whose
+    embeddings require none, 6 N^2 D. (On the CPU, for N <= D, 6 and 4: the product is kept.)
 
     Args:
         image, text: [N, D] each, row i of one being the partner of row i of the other; float32, float16, bfloat16 or
