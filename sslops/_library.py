@@ -11,7 +11,6 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from . import _check, _torch, distributed
 from ._levels import through_levels
@@ -100,9 +99,9 @@ def register(
         raises: that is for backend="eager".
     kept(x): the arguments as backward gets them, those tensors None that it does not need; all of them without it.
     unit: the outputs that backward does not get, one for each gradient: that gradient itself where grad is 1, or a list
-        of them (of one where the argument is a tensor), of its dtype or float32, or empty. In eager mode they are
-        handed out once, scaled in place (half precision only under 1): from there on they are the caller's. A compiled
-        graph scales a copy. Hooks on saved tensors do not see them.
+        of it (a list's gradients are one each, or in one piece along the first dimension), of its dtype or float32, or
+        empty. In eager mode they are handed out once, scaled in place (half precision only under 1): from there on they
+        are the caller's. A compiled graph scales a copy. Hooks on saved tensors do not see them.
     """
     schema, declared = Schema(arguments), _check.declared(arguments)
     placed = [(field, arguments._fields.index(field), of.strided) for field, of in declared.items()]
@@ -182,8 +181,7 @@ def register(
     def implementation(*values: Any) -> Any:
         x = schema.lift(values)
         verify(x)
-        found = run(x)
-        return found if isinstance(found, Tensor) else tuple(map(_apart, found))
+        return run(x)
 
     def fake(*values: Any) -> Any:
         x = schema.lift(values)
@@ -293,7 +291,10 @@ def register(
         if there and (factor == 1 or scales or compiling):
             if factor != 1:
                 scaled = torch.Tensor.mul_ if factor is not None else _scaled
-                ready = tree_map(lambda each: scaled(each, grad), ready)
+                ready = [
+                    [scaled(part, grad) for part in each] if isinstance(each, list) else scaled(each, grad)
+                    for each in ready
+                ]
             of = (getattr(x, field) for field in gradients)
             results = tuple(_handed(each, value) for each, value in zip(ready, of, strict=True))
         else:
@@ -374,17 +375,12 @@ def _scaled(unit: Tensor, grad: Tensor) -> Tensor:
     return torch.where(unit == 0, unit, unit * grad)
 
 
-def _apart(output: Any) -> Any:
-    """As torch's library wants it: no tensor of a list beside another in one piece of memory"""
-    if isinstance(output, list):
-        return [each if each.untyped_storage().nbytes() == each.nbytes else each.clone() for each in output]
-    return output
-
-
 def _handed(gradient: Any, value: Any) -> Any:
     """As autograd wants it for that argument"""
     if isinstance(gradient, list):
         values = value if isinstance(value, list) else [value]
+        if len(gradient) == 1 < len(values):
+            gradient = gradient[0].split([len(each) for each in values])
         parts = [part.to(of.dtype) for part, of in zip(gradient, values, strict=False)] or [None for _ in values]
         return parts if isinstance(value, list) else parts[0]
     return gradient.to(value.dtype) if isinstance(value, Tensor) else gradient

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import sslops
 from benchmarks import peers
-from sslops import _C
+from sslops import _C, _prototypes
 from sslops.kernels.cpu import dino as kernel
 from sslops.ops.dino import Arguments
 
@@ -287,6 +287,25 @@ def test_opcheck(device, backend, reduction):
             result, entropy, stats, *_ = torch.ops.sslops.dino(*arguments)
             bare = oracle.lowered(x._replace(student=[crop.detach() for crop in crops]))
             torch.library.opcheck(torch.ops.sslops.dino_backward.default, (result, *bare, entropy, stats))
+
+
+@each_target
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_gradients_tensor_by_tensor(device, backend, factor, monkeypatch):
+    """As where one piece would be large: the bits of one piece, compiled too"""
+    crops, teacher = logits(3, 2, 4, 9, device=device)
+
+    def gradients(run):
+        students = [crops[:2].clone().requires_grad_(), crops[2].clone().requires_grad_()]
+        run(lambda: factor * sslops.dino(students, teacher, backend=backend))().backward()
+        return [each.grad for each in students]
+
+    for run in (lambda f: f, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True)):
+        with monkeypatch.context() as changed:
+            wanted = gradients(run)
+            changed.setattr(_prototypes, "KEPT", 0)
+            torch._dynamo.reset()
+            assert all(map(torch.equal, gradients(run), wanted))
 
 
 @each_target

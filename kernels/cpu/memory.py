@@ -38,20 +38,6 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return on_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))
 
 
-KEPT = 32 << 20  # bytes: a larger piece glibc's malloc gives back to the system, which clears it again for the next one
-
-
-def empty_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Contiguous CPU tensors [N_i, ..] of one dtype, not initialised: one piece of memory, unless they are kept only by
-    themselves.
-    """
-    first = tensors[0]
-    if sum(x.nbytes for x in tensors) > KEPT:
-        return [empty(*x.shape, dtype=x.dtype) for x in tensors]
-    lengths = [len(x) for x in tensors]
-    return list(empty(sum(lengths), *first.shape[1:], dtype=first.dtype).split(lengths))
-
-
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A contiguous CPU tensor; a large one from the system, which has cleared its pages: no second time"""
     size = math.prod(shape) * dtype.itemsize

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sslops import _C
+from sslops._prototypes import is_apart
 
-from .memory import FLOAT32, empty, empty_like
+from .memory import FLOAT32, empty
 
 
 class Problem(NamedTuple):
@@ -37,10 +38,12 @@ def forward(x: Any, problem: Problem) -> tuple[Any, ...]:
     wanted = x.ready and any(x.needs_grad) and loss is not None
     if x.prototypes is not None:
         d_student, d_prototypes = _features(x, problem, wanted, None, losses, loss, entropy)
-        gradients = list(d_student.split(list(map(len, problem.student)))) if len(d_student) else []
+        gradients = [d_student] if len(d_student) else []
         return result, entropy, torch.empty(0, **FLOAT32), gradients, d_prototypes
     stats = torch.empty(2, students, rows, **FLOAT32)
-    gradients = empty_like(problem.student) if wanted else []
+    pieces = list(map(len, problem.student)) if is_apart(problem.student, x) else [students]
+    first = problem.student[0]
+    gradients = [empty(piece, *first.shape[1:], dtype=first.dtype) for piece in pieces] if wanted else []
     _C.prototypes_forward(*problem, losses, loss, entropy, stats, gradients)
     return result, entropy, stats, gradients, torch.empty(0, **FLOAT32)
 

@@ -156,7 +156,7 @@ def forward(x: Any, problem: Problem) -> tuple[Any, ...]:
     wanted = [x.ready and each and x.reduction != "none" for each in x.needs_grad]
     with launch.on(problem.student[0].device):
         result, entropy, d_student, d_prototypes = _run(x, problem, wanted, None)
-    return result, entropy, entropy.new_empty(0), prototypes.of_crops(problem, d_student), d_prototypes
+    return result, entropy, entropy.new_empty(0), [d_student] if len(d_student) else [], d_prototypes
 
 
 def backward(grad: Tensor, x: Any, problem: Problem) -> tuple[list[Tensor], Tensor]:

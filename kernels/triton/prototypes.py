@@ -381,14 +381,7 @@ def forward(x: Any, problem: Problem) -> tuple[Any, ...]:
             )
             if gradients:
                 write_gradients(problem, rows, teacher_stats, stats, None, gradients)
-        return reduced(problem, of_views, x.reduction), entropy, stats, of_crops(problem, *gradients)
-
-
-def of_crops(problem: Problem, gradient: Tensor | None = None) -> list[Tensor]:
-    """What is [V, B, ..] in one piece, so that one launch writes it"""
-    if gradient is None or not len(gradient):
-        return []
-    return list(gradient.split([len(crop) for crop in problem.student]))
+        return reduced(problem, of_views, x.reduction), entropy, stats, gradients
 
 
 def backward(grad: Tensor, problem: Problem, stats: Tensor) -> list[Tensor]:
