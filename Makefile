@@ -25,7 +25,10 @@ test: build .venv/peers .venv-wheel/installed
 EMULATED := build/emulated-amx
 amx: build
 	SSLOPS_EMULATE_AMX=1 $(PY) setup.py -q build --build-lib $(EMULATED)
+	rm -rf $(EMULATED)/tests $(EMULATED)/benchmarks
 	cp -r tests benchmarks pyproject.toml $(EMULATED)
+	cd $(EMULATED) && $(CURDIR)/$(PY) -c "from sslops import _C; flags = open('/proc/cpuinfo').read(); \
+		assert (_C.isa() == 'amx') == ('avx512_bf16' in flags), _C.__file__"
 	cd $(EMULATED) && OMP_NUM_THREADS=1 $(CURDIR)/$(PY) -m pytest -q -p no:cacheprovider \
 		-k "(amx or dtype1 or bfloat16 or bf16 or autocast) and $(SANITIZABLE)" $(addprefix tests/test_, \
 		$(addsuffix .py,nt_xent supcon info_nce clip siglip nearest relic ibot dino))

@@ -53,7 +53,7 @@ void grams(Tensor z_a, Tensor z_b, double eps, DType operand, int64_t batches, i
   }
 }
 
-constexpr float kByPanels = 2.f;  // in the place of a correlation
+constexpr float kByPanels = 2.f;  // in the place of a correlation, as kernels/cpu/barlow_twins.py knows
 
 double by_grams(double lambd, Tensor c, Tensor sums) {
   const double *const of = sums.as<double>(), total = of[0], squares = of[1], missing = of[2];

@@ -116,10 +116,11 @@ void grams(Tensors views, DType operand, int64_t first, Tensor moments, Tensor g
   double* const to = sums.as<double>();
   for (int64_t k = 0; k < views.count; ++k) {
     const Moments own(moments, k);
+    to[k] = 0.;
     if (grams)
       to[k] = gram_of(views.data[k], operand, first, rows, own, grams.as<float>() + k * rows * n);
     else
-      to[k] = 0., *own.own = -1.f;
+      *own.own = -1.f;
   }
   to[views.count] = views.count == 2 ? squared_distance(views.data[0], views.data[1], first, rows) : 0.;
 }
@@ -129,11 +130,14 @@ void choose(Tensor moments, Tensor sums) {
     const Moments own(moments, k);
     if (own.by_panels()) continue;
     double &total = sums.as<double>()[k], diagonal = squares_of(own.own, moments.sizes[2]);
-    keeps_digits(diagonal, total) ? total -= diagonal : * own.own = -1.f;
+    if (keeps_digits(diagonal, total))
+      total -= diagonal;
+    else
+      *own.own = -1.f;
   }
 }
 
-// Of columns from j: the standard deviation, and 1 beyond the last
+// Of columns from j: the standard deviation, at least 1 beyond the last
 SSLOPS_INLINE D deviation(const float* var, int64_t j, int lanes, int64_t n, double eps) {
   D found = widen(load_lanes(var + j, lanes, 1.f)) * (static_cast<double>(n) / static_cast<double>(n - 1)) + eps;
   for (int lane = 0; lane < kLanes; ++lane) found[lane] = sqrt(found[lane]);

@@ -27,7 +27,7 @@ BY_PANELS = 2  # in c, for a correlation: the way by the Gram matrices was left
 
 
 def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
-    """loss []; C's diagonal [D]; rows of the Grams [2, B, N] or dL/dA, dL/dB [2, B, D]"""
+    """loss []; C's diagonal [D], or BY_PANELS in it; rows of the Grams [2, B, N] or dL/dA, dL/dB [2, B, D]"""
     (n, d), by_gram, keeps = x.z_a.shape, x.route == "gram", any(x.needs_grad)
     c, sums = torch.zeros(d, **FLOAT32), torch.empty(3, **FLOAT64)
     kept = empty(2, part.rows if part else n, n if by_gram else d) if by_gram or keeps else None

@@ -28,7 +28,7 @@ class Outputs(NamedTuple):
     """A, B: the views, normalised; C = A^T B / N."""
 
     loss: Out
-    diagonal: Out  # what the gram route knows of C's
+    diagonal: Out  # what the gram route knows of C's; of a CPU that left it for the panels, the first is 2
     kept: Out  # gram: rows of A A^T and B B^T; panels: dL/dA, dL/dB
     views: Out  # the embeddings of all ranks, if there are others
 
