@@ -50,7 +50,11 @@ class PrototypeCenter(nn.Module):
         self.register_buffer("center", torch.zeros(1, prototypes))
 
     def bias(self, teacher_temp: float | Tensor) -> Tensor:
-        """-center / teacher_temp [K], what `dino` and `ibot` add to the teacher's logits over the same temperature."""
+        """-center / teacher_temp [K], what `dino` and `ibot` add to the teacher's logits over the same temperature, a
+        positive number or a 0-d tensor.
+        """
+        if not isinstance(teacher_temp, Tensor):
+            _check.positive("PrototypeCenter.bias", teacher_temp=teacher_temp)
         return (-self.center / teacher_temp)[0]
 
     @distributed.in_step
@@ -163,7 +167,14 @@ def swav(
     listed = [scores] if isinstance(scores, Tensor) else scores
     crops = [(crop[None] if crop.dim() == 2 else crop).detach() for crop in listed]
     views = [crop[v : v + 1] for crop in crops for v in range(len(crop))]
+    for name, number in (("temperature", temperature), ("epsilon", epsilon)):
+        if not isinstance(number, Tensor):
+            _check.positive("swav", **{name: number})
+    _check.count("swav", "iterations", iterations, 1)
     _check.count("swav", "assign", assign, 1)
+    if len(views) < 2 or not views[0].shape[-1]:
+        wanted = "at least 2 crops [B, K] and one prototype"
+        _check.bad_value("swav", "scores", wanted, [list(view.shape[1:]) for view in views])
     if assign > len(views):
         _check.bad_value("swav", "assign", f"at most {len(views)}, the crops of scores", assign)
     if queue is not None and len(queue) != assign:

@@ -136,6 +136,9 @@ def test_center_refuses():
     refused(ValueError, "prototypes", lambda: sslops.nn.PrototypeCenter(0))
     refused(TypeError, "prototypes", lambda: sslops.nn.PrototypeCenter(2.5))
     refused(ValueError, "momentum", lambda: sslops.nn.PrototypeCenter(3, momentum=1.5))
+    for error, temperature in ((ValueError, 0), (ValueError, -0.04), (TypeError, "warm")):
+        oracle.assert_refused(error, "PrototypeCenter.bias", "teacher_temp",
+                              lambda t=temperature: sslops.nn.PrototypeCenter(3).bias(t))  # fmt: skip
     center = sslops.nn.PrototypeCenter(3)
     for error, bad in ((ValueError, torch.ones(2, 4)), (ValueError, torch.tensor(1.0)),
                        (TypeError, torch.ones(3).int()), (TypeError, [3]),
@@ -243,6 +246,11 @@ def test_swav_refuses():
     def refused(error, argument, *args, **kwargs):
         oracle.assert_refused(error, "swav", argument, lambda: sslops.swav(*args, **kwargs))
 
+    refused(ValueError, "temperature", crops, temperature=0)
+    refused(ValueError, "epsilon", crops, epsilon=-1.0)
+    refused(ValueError, "iterations", crops, iterations=0)
+    refused(ValueError, "scores", crops[:1], assign=1)
+    refused(ValueError, "scores", crops[..., :0])
     refused(ValueError, "assign", crops, assign=4)
     refused(ValueError, "assign", crops, assign=0)
     refused(ValueError, "queue", crops, queue=queue[:1])
@@ -251,8 +259,6 @@ def test_swav_refuses():
     refused(TypeError, "queue[0]", crops, queue=queue.long())
     with pytest.raises(ValueError, match="sinkhorn: prototypes: wanted"):
         sslops.swav(crops, prototypes=torch.ones(5, 4))
-    with pytest.raises(ValueError, match="dino: student: wanted a crop to pair"):
-        sslops.swav(crops[:1], assign=1)
 
 
 # ---- the modules ----

@@ -196,6 +196,8 @@ def lejepa(
     name = distributed.name("lejepa", group)
     _check.probability("lejepa", lambd=lambd)
     views = _views("global_views", global_views)
+    if not sum(map(len, views)):
+        _check.bad_value("lejepa", "global_views", "at least one view", "none")
     everyone = views if local_views is None else [*views, *_views("local_views", local_views, views[0])]
     z = torch.cat(everyone)
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
