@@ -250,7 +250,7 @@ def test_bad_input():
         (TypeError, "local_views", (z, 3)),
     ):  # fmt: skip
         refused(error, name, *views, op="lejepa")
-    refused(ValueError, "global_views", z[:0], z, op="lejepa")
+    refused(ValueError, "global_views", z[None][:0], z, op="lejepa")
     refused(ValueError, "lambd", z, op="lejepa", lambd=1.5)
 
 
