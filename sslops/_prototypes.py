@@ -30,18 +30,11 @@ class Outputs(NamedTuple):
 KEPT = 32 << 20  # bytes: a larger piece glibc's malloc gives back to the system, which clears it again for the next one
 
 
-def is_apart(student: list[Tensor], x: Any) -> bool:
-    """Whether the gradients of several tensors are tensors too: one piece would not be kept, as a GPU's memory is"""
-    size = sum(each.numel() for each in student) * student[0].dtype.itemsize
-    return x.backend == "cpu" and x.prototypes is None and size > KEPT
-
-
 def outputs(teachers: int, students: int, rows: int, student: list[Tensor], x: Any) -> Outputs:
     ready = x.ready and any(x.needs_grad) and x.reduction != "none"
     fused = x.prototypes is not None
-    shapes = [tuple(crop.shape) for crop in student]
-    if len(student) > 1 and not is_apart(student, x):
-        shapes = [(students, *student[0].shape[1:])]
+    apart = len(x.pieces()) == len(student)
+    shapes = [tuple(crop.shape) for crop in student] if apart else [(students, *student[0].shape[1:])]
     of_student = [Out(shape, torch.float32 if fused else student[0].dtype) for shape in shapes]
     return Outputs(
         result=Out((rows,) if x.reduction == "none" else ()),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sslops import _C
-from sslops._prototypes import is_apart
 
 from .memory import FLOAT32, empty
 
@@ -41,9 +40,8 @@ def forward(x: Any, problem: Problem) -> tuple[Any, ...]:
         gradients = [d_student] if len(d_student) else []
         return result, entropy, torch.empty(0, **FLOAT32), gradients, d_prototypes
     stats = torch.empty(2, students, rows, **FLOAT32)
-    pieces = list(map(len, problem.student)) if is_apart(problem.student, x) else [students]
     first = problem.student[0]
-    gradients = [empty(piece, *first.shape[1:], dtype=first.dtype) for piece in pieces] if wanted else []
+    gradients = [empty(piece, *first.shape[1:], dtype=first.dtype) for piece in x.pieces()] if wanted else []
     _C.prototypes_forward(*problem, losses, loss, entropy, stats, gradients)
     return result, entropy, stats, gradients, torch.empty(0, **FLOAT32)
 

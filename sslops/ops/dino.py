@@ -29,6 +29,15 @@ class Arguments(NamedTuple):
     backend: str = ""
     needs_grad: list[bool] = []  # noqa: RUF012
 
+    def pieces(self) -> list[int]:
+        """How many crops each tensor of the student's gradient has: all, or where so much memory of a CPU would not be
+        kept, as many as each of the student's.
+        """
+        size = sum(crop.numel() for crop in self.student) * self.student[0].dtype.itemsize
+        lengths = [len(crop) for crop in self.student]
+        apart = self.backend == "cpu" and self.prototypes is None and size > _prototypes.KEPT
+        return lengths if apart else [sum(lengths)]
+
 
 def views(crops: Sequence[Tensor]) -> int:
     return sum(len(crop) for crop in crops)
