@@ -302,11 +302,12 @@ def register(
             transformed = getattr(ctx, "transformed", False)
             if eager and not transformed and not is_traced():
                 results = run_back(grad, x, of_outputs)
-            elif transformed:
-                read = [grad, *schema.lower(x), *of_outputs]
-                results = through_levels(name, backward_op, read, lambda *_: None, refuse)
             else:
-                results = backward_op(grad, *schema.lower(x), *of_outputs)
+                read = [grad, *schema.lower(x), *of_outputs]
+                if transformed:
+                    results = through_levels(name, backward_op, read, lambda *_: None, refuse)
+                else:
+                    results = backward_op(*read)
         return x, dict(zip(gradients, results if isinstance(results, tuple) else (results,), strict=True))
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:

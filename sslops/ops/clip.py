@@ -124,8 +124,7 @@ def clip(
     Pair i's loss is the mean of two: -log softmax over j of logit_scale <image_i, text_j> at j = i, and the same of
     logit_scale <image_j, text_i>. Memory is linear in N: no [N, N] matrix, or none that takes more than the images.
     One product serves both directions, 2 N^2 D FLOP forward and 8 N^2 D with both gradients; for a frozen tower, whose
-    embeddings require none, 6 N^2 D. (On the CPU, for N <= D and not compiled, 6 and 4: the
-    product is kept.)
+    embeddings require none, 6 N^2 D. (On the CPU, for N <= D and not compiled, 6 and 4: the product is kept.)
 
     Args:
         image, text: [N, D] each, row i of one being the partner of row i of the other; float32, float16, bfloat16 or
@@ -160,8 +159,10 @@ def clip(
     """
     check_options("clip", normalize, reduction, return_metrics)
     group = distributed.name("clip", group)
-    options, keep = (normalize, return_metrics, group, reduction != "none"), not torch.compiler.is_compiling()
-    x = Arguments(image, text, logit_scale, *options, keep=keep)
+    x = Arguments(
+        image, text, logit_scale, normalize, return_metrics, group,
+        shared=reduction != "none", keep=not torch.compiler.is_compiling(),
+    )  # fmt: skip
     losses, logged, *_ = _run(x, backend)
     loss = reduce(losses, reduction, group)
     return (loss, pair_metrics(logged)) if return_metrics else loss
