@@ -16,8 +16,6 @@ constexpr int kTogether = 4;         // rows whose turns are in registers at onc
 
 // ---- directions: in double, so that they are the reference's, rounded ----
 
-SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
-
 // In (0, 1), from 23 bits, so that it is exact.
 SSLOPS_INLINE F uniform(U word) { return (__builtin_convertvector((I)(word >> 9), F) + 0.5f) * 0x1p-23f; }
 

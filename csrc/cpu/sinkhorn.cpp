@@ -262,10 +262,10 @@ void lower(int64_t views, int64_t k, const float* sums, const float* top, double
       const int lanes = static_cast<int>(at_most(k - j, kLanes));
       const F sum = load_lanes(sums + at, lanes, 0.f), some = select(sum == 0.f, splat(1.f), sum);
       // 2^64 times as much is no denormal number; NaN stays NaN.
-      D by = log_of(some * 0x1p64f) - 64. * 0.6931471805599453 + __builtin_convertvector(some - some, D);
+      D by = log_of(some * 0x1p64f) - 64. * 0.6931471805599453 + widen(some - some);
       if (top) {
         const F most = load_lanes(top + at, lanes, 0.f);
-        by += __builtin_convertvector(select(sum == 0.f, F{}, most), D) / tau;
+        by += widen(select(sum == 0.f, F{}, most)) / tau;
       }
       D old;
       std::memcpy(&old, b + i * kLanes, sizeof old);

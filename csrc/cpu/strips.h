@@ -15,7 +15,6 @@ constexpr int64_t kDown = 8;  // rows at a time: what belongs to a column stays 
 
 using Sums = D[kStrip / kLanes];  // of a strip's columns
 
-SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
 SSLOPS_INLINE F narrow(D v) { return __builtin_convertvector(v, F); }
 
 // visit(rows from, to, column of the strip, lanes)

@@ -39,6 +39,7 @@ SSLOPS_INLINE F splat(float x) { return x - F{}; }  // x + 0 would be an additio
 SSLOPS_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 SSLOPS_INLINE F max(F a, F b) { return select(a > b, a, b); }
 SSLOPS_INLINE float max(float a, float b) { return a > b ? a : b; }
+SSLOPS_INLINE D widen(F v) { return __builtin_convertvector(v, D); }
 
 // A bit for each lane, the first in the lowest.
 SSLOPS_INLINE unsigned bits(I mask) {
