@@ -1,12 +1,13 @@
 """What the contrastive losses share: views that lie over ranks, the reduction over rows, and what scripts log."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _check, _torch, distributed
+from ._schema import Out
 from ._sums import mean, total
 from .backend import kernel
 
@@ -15,7 +16,9 @@ IDS = (torch.int64, torch.int32)
 
 
 def reduce(losses: Tensor, reduction: str, group: str = "", parts: int = 1) -> Tensor:
-    """Of the losses of all ranks; "none": this rank's rows of each of their parts"""
+    """Of the losses of all ranks, unless it is done; "none": this rank's rows of each of their parts"""
+    if not losses.dim():
+        return losses
     if reduction == "mean":
         return mean(losses)
     return total(losses) if reduction == "sum" else distributed.own_rows(losses, group, parts)
@@ -50,6 +53,23 @@ def check_version(op: str, name: str, version: int, seen: Tensor) -> None:
         )
 
 
+def is_whole(x: Any) -> bool:
+    """Whether the CPU's forward also reduces the losses and makes the gradients of that"""
+    return x.reduction != "none" and x.backend == "cpu" and not x.group and any(x.needs_grad)
+
+
+def of_whole(x: Any, rows: int, *gradients: Tensor | None) -> list[Out]:
+    """The result and, if it is whole, each of the gradients, None for a number's"""
+    if not is_whole(x):
+        return [Out((rows,)), *(Out((0,)) for _ in gradients)]
+    shapes = (() if value is None else tuple(value.shape) for value in gradients)
+    return [Out(()), *(Out(shape if needed else (0,)) for shape, needed in zip(shapes, x.needs_grad, strict=True))]
+
+
+def wanted(gradients: Sequence[Tensor], x: Any) -> tuple[Tensor, ...]:
+    return tuple(each if needed else each.new_empty(0) for each, needed in zip(gradients, x.needs_grad, strict=True))
+
+
 Direction = Callable[..., tuple[Tensor, ...]]
 
 
@@ -59,33 +79,43 @@ def by_views(
     gather: Callable[[Any], Tensor],
     to_kernel: Callable[..., Any],
 ) -> tuple[Direction, Direction]:
-    """forward and backward by an op's kernels, which with a group are given the views of all ranks, the last output.
-    Of the temperature's gradient, if it is wanted, they find the sum, or what each row adds to it.
+    """forward and backward by an op's kernels, which with a group are given the views of all ranks, the fifth output.
+    Behind it are the gradients, if the first is the whole of the losses.
 
     sizes: V, N, D of the arguments; gather: the views of all ranks; to_kernel: from both a kernel's arguments.
     """
 
     def forward(x: Any) -> tuple[Tensor, ...]:
         run: Direction = kernel(x.backend, op).forward
-        if not x.group:
-            return *run(to_kernel(x)), _check.first(x).new_empty(0)
-        v, own, _ = sizes(x)
-        views = gather(x)
-        return *_over_ranks(run, to_kernel(x, views), v, own), views
+        if x.group:
+            (v, own, _), views = sizes(x), gather(x)
+            return *_over_ranks(run, to_kernel(x, views), v, own), views
+        views = _check.first(x).new_empty(0)
+        if is_whole(x):
+            (losses, *others), gradients = with_gradients(x)
+            return reduce(losses, x.reduction), *others, views, *wanted(gradients, x)
+        losses, *others = run(to_kernel(x))
+        return losses, *others, views, *(losses.new_empty(0) for _ in x.needs_grad)
+
+    def with_gradients(x: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        v, n, _ = sizes(x)
+        found = kernel(x.backend, op).forward(to_kernel(x), share=1 / max(v * n, 1) if x.reduction == "mean" else 1.0)
+        return found[:4], found[4:]
 
     def backward(grad: Tensor, x: Any, *saved: Tensor) -> tuple[Tensor, ...]:
         _, inv_norm, stats, views = saved
         run: Direction = kernel(x.backend, op).backward
-        if not x.group:
-            *dz, dtemperature = run(grad, to_kernel(x), inv_norm, stats)
-        else:
+        if x.group:
             v, own, _ = sizes(x)
             grad = gradient_over_ranks(grad, x, v)
-            *dz, dtemperature = run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
-        if x.needs_grad[-1] and dtemperature.dim():
-            dtemperature = total(dtemperature)
-        found = zip((*dz, dtemperature), x.needs_grad, strict=True)
-        return tuple(each if wanted else each.new_empty(0) for each, wanted in found)
+            found = run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
+        elif is_whole(x):  # all over again, for what forward could not leave: a second use
+            _, gradients = with_gradients(x)
+            dtype = _check.first(x).dtype
+            found = tuple((each * grad).to(dtype if each.dim() else each.dtype) for each in gradients)
+        else:
+            found = run(grad, to_kernel(x), inv_norm, stats)
+        return wanted(found, x)
 
     return forward, backward
 
@@ -101,7 +131,7 @@ def _over_ranks(run: Callable[..., Any], x: Any, views: int, rows: int) -> tuple
 
 def gradient_over_ranks(grad: Tensor, x: Any, views: int) -> Tensor:
     """[V N], that of all ranks' losses, from grad [V N] as this rank knows it"""
-    if x.shared:
+    if x.reduction != "none":
         return grad * distributed.size(x.group)
     own = distributed.own_rows(grad, x.group, parts=views)
     return distributed.all_gather(own.view(views, -1), x.group, 1).view(-1)

@@ -893,7 +893,7 @@ def opcheck(rank, world, inputs):
         (
             ops.nt_xent,
             nt_xent_op.Arguments(
-                z0, z1, None, None, 0.3, True, False, True, name, True, float32, "cpu", [*both, False]
+                z0, z1, None, None, 0.3, True, False, True, name, "mean", float32, "cpu", [*both, False]
             ),
         ),
         (ops.cross_correlation, cross_correlation.Arguments(z0, z1, 1e-5, name, True, float32, both, "cpu")),

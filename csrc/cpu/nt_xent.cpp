@@ -39,18 +39,47 @@ void leave_out(const Views& x, const Part& t) {
   }
 }
 
+// dz0 and dz1 of the examples from `first` on, from the gradients [M] (null: all `share`) and the stats [V + 1, M] of
+// all; returns what they add to the temperature's. held: the tiles, if forward has them.
+float gradients(const Views& x, int64_t first, int64_t count, const float* grad, float share, const float* stats,
+                float* held, const Tensor& dz0, const Tensor& dz1) {
+  const auto g = [&](int64_t i) { return grad ? grad[i] : share; };
+  const float* const shares = stats + 2 * x.m;
+  Buffer<float> top(x.padded), weights(x.padded);
+  for (int64_t i = 0; i < x.padded; ++i) {
+    top[i] = i < x.m ? stats[i] : 0.f;
+    weights[i] = i < x.m ? g(i) * stats[x.m + i] : 0.f;
+  }
+  const auto pull = [&](int64_t i, float* v) {
+    for (int64_t k = 1; k < x.views; ++k) {
+      const int64_t other = x.positive(i, k);
+      const float pull = g(i) * shares[(k - 1) * x.m + i] + g(other) * shares[(x.views - k - 1) * x.m + other];
+      for_each_vector(x.d, [&](int64_t j, int lanes) {
+        store_lanes(v + j, lanes, load_lanes(v + j, lanes, 0.f) - pull * x.at(other, j, lanes));
+      });
+    }
+  };
+  return differentiate(
+      x, first, count, held, [&](const Part& t) { leave_out(x, t); },
+      [&](const Part& t) { weigh(t, x.scale, top, weights); }, pull, dz0, dz1);
+}
+
 void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, double temperature, bool normalize,
-             bool decoupled, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor inv_norm,
-             Tensor stats) {
+             bool decoupled, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor inv_norm, Tensor stats,
+             double share, Tensor dz0, Tensor dz1, Tensor dtemperature) {
   const Views x(z0, z1, classes, temperature, normalize, operand, inv_norm);
   const int64_t rows = losses.numel, count = rows / x.views, padded = x.padded, pairs = x.views - 1;
   Buffer<float> top(padded), sums(padded), similarity(pairs * padded), exceeding(logged.numel ? pairs * padded : 0);
   for (int64_t i = 0; i < padded; ++i) top[i] = kLowest, sums[i] = 0.f;
   for (int64_t i = 0; i < pairs * padded; ++i) similarity[i] = 0.f;
   for (int64_t i = 0; i < pairs * padded && logged.numel; ++i) exceeding[i] = 0.f;
+  const HeldTiles all(x.m);
+  const bool hold = dtemperature && all.are_few();
+  Buffer<float> tiles(hold ? all.count() * all.size : 0);
+  float* const held = hold ? static_cast<float*>(tiles) : nullptr;
   positives(x, similarity);
   const auto prepare = [&](const Part& t) { leave_out(x, t); };
-  for_each_tile(x, first, count, prepare, [&](const Tile&, const Part& t) {
+  for_each_tile(x, first, count, held, false, prepare, [&](const Tile&, const Part& t) {
     add(t, x.scale, top, sums);
     for (int64_t k = 0; k < pairs && logged.numel; ++k)
       count_exceeding(t, similarity + k * padded, exceeding + k * padded);
@@ -83,29 +112,16 @@ void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, doub
       kept[rows] = inverse;
     }
   });
+  if (dtemperature)
+    *dtemperature.as<float>() =
+        gradients(x, 0, x.n, nullptr, static_cast<float>(share), stats.as<float>(), held, dz0, dz1);
 }
 
 void backward(Tensor grad, Tensor z0, Tensor z1, Tensor classes, double temperature, bool normalize, DType operand,
-              int64_t first, Tensor inv_norm, Tensor stats, Tensor dz0, Tensor dz1, Tensor dots) {
+              int64_t first, Tensor inv_norm, Tensor stats, Tensor dz0, Tensor dz1, Tensor dtemperature) {
   const Views x(z0, z1, classes, temperature, normalize, operand, inv_norm);
-  const float *const g = grad.as<float>(), *const kept = stats.as<float>(), *const shares = kept + 2 * x.m;
-  Buffer<float> top(x.padded), weights(x.padded);
-  for (int64_t i = 0; i < x.padded; ++i) {
-    top[i] = i < x.m ? kept[i] : 0.f;
-    weights[i] = i < x.m ? g[i] * kept[x.m + i] : 0.f;
-  }
-  const auto pull = [&](int64_t i, float* v) {
-    for (int64_t k = 1; k < x.views; ++k) {
-      const int64_t other = x.positive(i, k);
-      const float pull = g[i] * shares[(k - 1) * x.m + i] + g[other] * shares[(x.views - k - 1) * x.m + other];
-      for_each_vector(x.d, [&](int64_t j, int lanes) {
-        store_lanes(v + j, lanes, load_lanes(v + j, lanes, 0.f) - pull * x.at(other, j, lanes));
-      });
-    }
-  };
-  differentiate(
-      x, first, [&](const Part& t) { leave_out(x, t); }, [&](const Part& t) { weigh(t, x.scale, top, weights); }, pull,
-      dz0, dz1, dots);
+  const int64_t count = dz0.sizes[dz0.dim - 2];
+  *dtemperature.as<float>() = gradients(x, first, count, grad.as<float>(), 0.f, stats.as<float>(), nullptr, dz0, dz1);
 }
 
 }  // namespace

@@ -15,15 +15,15 @@ struct Table {
   // mean of 1 / r_ip over p, and the negatives' share of r_ip over V - 1 for p = 1 ..; logged [2 (V - 1), V B], unless
   // it has no elements, = the positives' s and how many negatives exceed them. inv_norm [V N].
   // If decoupled, r_ip is without p, and the share is p's weight of positive_weights float32 [V N], 1 if there are
-  // none.
+  // none. With a dtemperature, of all examples: the gradients of share times the losses' sum.
   void (*forward)(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, double temperature, bool normalize,
                   bool decoupled, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor inv_norm,
-                  Tensor stats);
-  // dz0, dz1 [B, D], or dz0 [V, B, D], of the examples from `first` on, and dots [V B] = <z_i, dL/dz_i>, from the
+                  Tensor stats, double share, Tensor dz0, Tensor dz1, Tensor dtemperature);
+  // dz0, dz1 [B, D], or dz0 [V, B, D], of the examples from `first` on, and what they add to dtemperature, from the
   // gradients [V N] and stats [V + 1, V N] of all: W_ij = p_ij grad_i + p_ji grad_j is symmetric, dz = (W z - what the
   // positives pull) / tau.
   void (*backward)(Tensor grad, Tensor z0, Tensor z1, Tensor classes, double temperature, bool normalize, DType operand,
-                   int64_t first, Tensor inv_norm, Tensor stats, Tensor dz0, Tensor dz1, Tensor dots);
+                   int64_t first, Tensor inv_norm, Tensor stats, Tensor dz0, Tensor dz1, Tensor dtemperature);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"nt_xent_forward", &Table::forward}, Bound{"nt_xent_backward", &Table::backward}};

@@ -10,8 +10,28 @@ void spread(const int32_t* of, int64_t n, int64_t m, int64_t padded, int32_t* to
   for (int64_t i = 0; i < padded; ++i) to[i] = i < m ? of[i % n] : -1;
 }
 
+// dz of the examples from `first` on, from the gradients [M] (null: all `share`) and the stats [4, M] of all; returns
+// what they add to the temperature's. held: the tiles, if forward has them.
+float gradients(const Views& x, const Groups& groups, bool inside, int64_t first, int64_t count, const float* grad,
+                float share, const float* stats, float* held, const Tensor& dz) {
+  Buffer<float> top(x.padded), weights(x.padded), top_p(x.padded), wanted(x.padded);
+  for (int64_t i = 0; i < x.padded; ++i) {
+    const float* const kept = stats + i;
+    const float g = i >= x.m ? 0.f : grad ? grad[i] : share;
+    top[i] = i < x.m ? kept[0] : 0.f;
+    weights[i] = i < x.m ? g * kept[x.m] : 0.f;
+    top_p[i] = i < x.m ? kept[2 * x.m] : 0.f;
+    wanted[i] = i < x.m ? g * kept[3 * x.m] : 0.f;
+  }
+  const Weights of{top, weights, top_p, wanted};
+  return differentiate(
+      x, first, count, held, [&](const Part& t) { leave_out(groups, t); },
+      [&](const Part& t) { weigh(groups, x.scale, inside, t, of); }, [](int64_t, float*) {}, dz, {});
+}
+
 void forward(Tensor z, Tensor classes, Tensor ids, Tensor weights, double temperature, bool normalize, bool inside,
-             DType operand, int64_t first, Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats) {
+             DType operand, int64_t first, Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats, double share,
+             Tensor dz, Tensor dtemperature) {
   const Views x(z, {}, classes, temperature, normalize, operand, inv_norm);
   const int64_t rows = losses.numel, count = rows / x.views;
   Buffer<int64_t> sizes(2 * x.n), last(2 * x.n), before(x.n);  // of each class; of each example, in its class
@@ -37,8 +57,12 @@ void forward(Tensor z, Tensor classes, Tensor ids, Tensor weights, double temper
     }
   });
   const Sums sums{top, r, top_p, p, found, base};
+  const HeldTiles all(x.m);
+  const bool hold = dtemperature && all.are_few();
+  Buffer<float> tiles(hold ? all.count() * all.size : 0);
+  float* const held = hold ? static_cast<float*>(tiles) : nullptr;
   for_each_tile(
-      x, first, count, [&](const Part& t) { leave_out(groups, t); },
+      x, first, count, held, false, [&](const Part& t) { leave_out(groups, t); },
       [&](const Tile&, const Part& t) { add(groups, x.scale, inside, t, sums); });
   for (int64_t k = 0; k < rows; ++k) {
     const int64_t i = x.row(k, first, count);
@@ -55,27 +79,20 @@ void forward(Tensor z, Tensor classes, Tensor ids, Tensor weights, double temper
                    : logf(r[i]) + ((top[i] - base[i]) - p[i] / number) / tau;
     *loss *= weight;
   }
+  if (dtemperature)
+    *dtemperature.as<float>() =
+        gradients(x, groups, inside, 0, x.n, nullptr, static_cast<float>(share), stats.as<float>(), held, dz);
 }
 
 void backward(Tensor grad, Tensor z, Tensor classes, Tensor ids, double temperature, bool normalize, bool inside,
-              DType operand, int64_t first, Tensor inv_norm, Tensor stats, Tensor dz, Tensor dots) {
+              DType operand, int64_t first, Tensor inv_norm, Tensor stats, Tensor dz, Tensor dtemperature) {
   const Views x(z, {}, classes, temperature, normalize, operand, inv_norm);
-  Buffer<float> top(x.padded), weights(x.padded), top_p(x.padded), wanted(x.padded);
   Buffer<int32_t> row_ids(ids ? x.padded : 0);
   if (ids) spread(ids.as<int32_t>(), x.n, x.m, x.padded, row_ids);
   const Groups groups{x.row_classes, ids ? static_cast<const int32_t*>(row_ids) : nullptr};
-  for (int64_t i = 0; i < x.padded; ++i) {
-    const float* const kept = stats.as<float>() + i;
-    const float g = i < x.m ? grad.as<float>()[i] : 0.f;
-    top[i] = i < x.m ? kept[0] : 0.f;
-    weights[i] = i < x.m ? g * kept[x.m] : 0.f;
-    top_p[i] = i < x.m ? kept[2 * x.m] : 0.f;
-    wanted[i] = i < x.m ? g * kept[3 * x.m] : 0.f;
-  }
-  const Weights of{top, weights, top_p, wanted};
-  differentiate(
-      x, first, [&](const Part& t) { leave_out(groups, t); },
-      [&](const Part& t) { weigh(groups, x.scale, inside, t, of); }, [](int64_t, float*) {}, dz, {}, dots);
+  const int64_t count = dz.sizes[dz.dim - 2];
+  *dtemperature.as<float>() =
+      gradients(x, groups, inside, first, count, grad.as<float>(), 0.f, stats.as<float>(), nullptr, dz);
 }
 
 // What rows are compared with instead of each other, a chunk at a time, in parts that are joined in order. Fixed by the

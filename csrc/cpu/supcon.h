@@ -11,14 +11,16 @@ struct Table {
   // of one id being no candidates of each other, and weights float32 of the rows' losses; inside: L_in, else L_out.
   // Of the examples first .. first + B, B as losses [V B] say; positives [V B], how many a row has; stats [4, V B]: m_i
   // and weight / r_i, r_i the sum of exp((s_ij - m_i) / tau) over j != i, 0 if it has no positive; inside the same of
-  // the positives alone, else 0 and weight over their number. inv_norm [V N].
+  // the positives alone, else 0 and weight over their number. inv_norm [V N]. With a dtemperature, of all examples: the
+  // gradients of share times the losses' sum.
   void (*forward)(Tensor z, Tensor classes, Tensor ids, Tensor weights, double temperature, bool normalize, bool inside,
-                  DType operand, int64_t first, Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats);
-  // dz [B, D] or [V, B, D] of the examples from `first` on, and dots [V B] = <z_i, dL/dz_i>, from the gradients [V N]
+                  DType operand, int64_t first, Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats,
+                  double share, Tensor dz, Tensor dtemperature);
+  // dz [B, D] or [V, B, D] of the examples from `first` on, and what they add to dtemperature, from the gradients [V N]
   // and stats [4, V N] of all: W_ij = (p_ij - q_ij) grad_i + (p_ji - q_ji) grad_j is symmetric, q_ij what L_in or L_out
   // wants p_ij to be, dz = W z / tau. The difference is taken in the tile: it may be small, and W may be rounded.
   void (*backward)(Tensor grad, Tensor z, Tensor classes, Tensor ids, double temperature, bool normalize, bool inside,
-                   DType operand, int64_t first, Tensor inv_norm, Tensor stats, Tensor dz, Tensor dots);
+                   DType operand, int64_t first, Tensor inv_norm, Tensor stats, Tensor dz, Tensor dtemperature);
   // The same of candidates that are not z's rows but keys [K, D], of a dtype of their own: classes of all are of 0 ..
   // 2 (N + K) - 1; ids and key_ids: both or neither. dz [V N, D] and dtemperature [V N], float32, unless they have no
   // elements: of each row's weighted loss, from a second pass, 6 M K D FLOP in all. Scratch: z twice, at most

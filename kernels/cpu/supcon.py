@@ -25,26 +25,28 @@ def _common(x: Arguments, part: Part | None) -> tuple[object, ...]:
     return x.z, x.labels, x.query_ids, *options, part.first if part else 0
 
 
-def forward(x: Arguments, part: Part | None = None) -> tuple[Tensor, ...]:
+def forward(x: Arguments, part: Part | None = None, share: float = 0.0) -> tuple[Tensor, ...]:
+    """With a share also the gradients of so much of the losses' sum, in float32"""
     views, n = x.z.shape[:-2].numel(), x.z.shape[-2]
     rows = views * (part.rows if part else n)
     losses, positives, inv_norm = (torch.empty(shape, **FLOAT32) for shape in ((rows,), (1, rows), (views * n,)))
     stats = torch.empty(4, rows, **FLOAT32)
+    gradients = (torch.empty(x.z.shape, **FLOAT32), torch.empty((), **FLOAT32)) if share else ()
     z, labels, ids, *options = _common(x, part)
-    _C.supcon_forward(z, labels, ids, x.weights, *options, losses, positives, inv_norm, stats)
-    return losses, positives, inv_norm, stats
+    _C.supcon_forward(
+        z, labels, ids, x.weights, *options, losses, positives, inv_norm, stats, share, *(gradients or (None, None))
+    )
+    return losses, positives, inv_norm, stats, *gradients
 
 
 def backward(
     grad: Tensor, x: Arguments, inv_norm: Tensor, stats: Tensor, part: Part | None = None
 ) -> tuple[Tensor, Tensor]:
     *views, n, d = x.z.shape
-    dz = x.z.new_empty(*views, part.rows if part else n, d)
-    dots = torch.empty(dz.shape[:-1].numel(), **FLOAT32)
+    dz, dtemperature = x.z.new_empty(*views, part.rows if part else n, d), torch.empty((), **FLOAT32)
     # inv_norm found anew: what is saved is not written to
-    _C.supcon_backward(grad, *_common(x, part), torch.empty_like(inv_norm), stats, dz, dots)
-    # dL/d(1/tau) = (tau / 2) sum_i <z_i, dz_i>
-    return dz, dots * (-0.5 / float(x.temperature)) if x.needs_grad[1] else dots
+    _C.supcon_backward(grad, *_common(x, part), torch.empty_like(inv_norm), stats, dz, dtemperature)
+    return dz, dtemperature
 
 
 def among_keys(x: Arguments) -> tuple[Tensor, ...]:

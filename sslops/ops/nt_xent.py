@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, by_views, check_options, classes, metrics, reduce
+from .._contrastive import IDS, REDUCTIONS, by_views, check_options, classes, is_whole, metrics, of_whole, reduce
 from .._library import Out, register
 
 
@@ -22,7 +22,7 @@ class Arguments(NamedTuple):
     decoupled: bool
     count_exceeding: bool  # whether to count the negatives that exceed a positive
     group: str
-    shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
+    reduction: str  # if not "none", the losses of all ranks have the same gradient on all; else each knows its own's
     operand_dtype: torch.dtype = torch.float32
     backend: str = ""
     needs_grad: list[bool] = []  # noqa: RUF012
@@ -38,6 +38,9 @@ class Outputs(NamedTuple):
     # of row i and its positive p, k views on, the mean of 1 / r_ip and, for k = 1 .., the negatives' share / (V - 1);
     # decoupled, r_ip has no p, and its weight stands for the share
     views: Out  # the embeddings of all ranks, if there are others
+    dz0: Out  # these where `losses` is their whole, a number
+    dz1: Out
+    dtemperature: Out
 
 
 def _sizes(x: Arguments) -> tuple[int, int, int]:
@@ -48,16 +51,19 @@ def _sizes(x: Arguments) -> tuple[int, int, int]:
 def outputs(x: Arguments) -> Outputs:
     v, own, d = _sizes(x)
     n = own * distributed.size(x.group)
+    losses, *gradients = of_whole(x, v * n, x.z0, x.z1, None)
     return Outputs(
-        losses=Out((v * n,)),
-        logged=Out((2 * (v - 1) if x.count_exceeding else 0, v * n)),
-        inv_norm=Out((v * n,)),
-        stats=Out((v + 1, v * n)),
-        views=Out((v, n, d) if x.group else (0,), x.z0.dtype),
+        losses,
+        Out((2 * (v - 1) if x.count_exceeding else 0, v * n)),
+        Out((v * n,)),
+        Out((v + 1, v * n)),
+        Out((v, n, d) if x.group else (0,), x.z0.dtype),
+        *gradients,
     )
 
 
 def _check_views(x: Arguments) -> None:
+    _check.choice("nt_xent", "reduction", x.reduction, REDUCTIONS)
     if x.z0.dim() != (3 if x.z1 is None else 2):
         _check.bad_value("nt_xent", "z0", "shape [V, N, D] alone or [N, D] beside z1", list(x.z0.shape))
     if x.z1 is None and len(x.z0) < 2:
@@ -154,7 +160,8 @@ _run = register(
     gradients=("z0", "z1", "temperature"),
     forward=_forward,
     backward=_backward,
-    kept=lambda x: x._replace(positive_weights=None),  # the stats have them
+    kept=lambda x: x if is_whole(x) else x._replace(positive_weights=None),  # the stats have them
+    unit=("dz0", "dz1", "dtemperature"),
 )
 
 
@@ -224,12 +231,11 @@ def nt_xent(
     check_options("nt_xent", normalize, reduction, return_metrics)
     _check.flag("nt_xent", "decoupled", decoupled)
     group = distributed.name("nt_xent", group)
-    shared = reduction != "none"
     tensors = (z0, z1, query_ids, positive_weights)
-    x = Arguments(*tensors, temperature, normalize, decoupled, return_metrics, group, shared)
+    x = Arguments(*tensors, temperature, normalize, decoupled, return_metrics, group, reduction)
     losses, logged, *_ = _run(x, backend)
     views = 2 if z1 is not None else len(z0)
     loss = reduce(losses, reduction, group, parts=views)
-    if z1 is None and not shared:
+    if z1 is None and reduction == "none":
         loss = loss.view(z0.shape[:-1])
     return (loss, metrics(*logged.chunk(2))) if return_metrics else loss

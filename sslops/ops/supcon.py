@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, by_views, check_options, check_version, classes, reduce, version
+from .._contrastive import IDS, REDUCTIONS, by_views, check_options, check_version, classes, of_whole, reduce, version
 from .._library import Out, register
 from .._sums import total
 from ..backend import kernel
@@ -29,7 +29,7 @@ class Arguments(NamedTuple):
     where: str
     version: int  # of the keys, to know them again in backward, which has no more of them; -1: there are none
     group: str
-    shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
+    reduction: str  # if not "none", the losses of all ranks have the same gradient on all; else each knows its own's
     operand_dtype: torch.dtype = torch.float32
     backend: str = ""
     needs_grad: list[bool] = []  # noqa: RUF012
@@ -50,9 +50,11 @@ class Outputs(NamedTuple):
     # row without a positive; for "in" the same over its positives, for "out" 0 and weight over their number
     views: Out  # the embeddings of all ranks, if there are others
     classes: Out  # of the labels, and of the ids if there are any, of all ranks
-    dz: Out  # of the rank's rows, as the next: the derivatives of each one's loss, empty if neither will be wanted
-    dtemperature: Out
+    row_dz: Out  # of the rank's rows, as the next: the derivatives of each one's loss, empty if neither will be wanted
+    row_dtemperature: Out
     seen: Out  # as long as the keys' version is high
+    dz: Out  # these where `losses` is their whole, a number
+    dtemperature: Out
 
 
 def _sizes(x: Arguments) -> tuple[int, int, int]:
@@ -65,16 +67,18 @@ def outputs(x: Arguments) -> Outputs:
     *views, _, _ = x.z.shape
     n, keyed = own * distributed.size(x.group), x.version >= 0
     m, graded = (0 if keyed else v * n), (v * own if keyed and any(x.needs_grad) else 0)
+    losses, *of_losses = of_whole(x, v * n, x.z, None) if not keyed else (Out((v * n,)), Out((0,)), Out((0,)))
     return Outputs(
-        losses=Out((v * n,)),
-        positives=Out((1, v * n)),
-        inv_norm=Out((m,)),
-        stats=Out((4, m)),
-        views=Out((*views, n, d) if x.group and not keyed else (0,), x.z.dtype),
-        classes=Out((0,) if keyed else (1 if x.query_ids is None else 2, n), torch.int32),
-        dz=Out((graded, d)),
-        dtemperature=Out((graded,)),
-        seen=Out((0, max(x.version, 0))),
+        losses,
+        Out((1, v * n)),
+        Out((m,)),
+        Out((4, m)),
+        Out((*views, n, d) if x.group and not keyed else (0,), x.z.dtype),
+        Out((0,) if keyed else (1 if x.query_ids is None else 2, n), torch.int32),
+        Out((graded, d)),
+        Out((graded,)),
+        Out((0, max(x.version, 0))),
+        *of_losses,
     )
 
 
@@ -86,6 +90,7 @@ def _check_views(x: Arguments) -> None:
     if x.labels.shape != x.z.shape[-2:-1]:
         _check.bad_value("supcon", "labels", f"shape {list(x.z.shape[-2:-1])}", list(x.labels.shape))
     _check.choice("supcon", "where", x.where, WHERE)
+    _check.choice("supcon", "reduction", x.reduction, REDUCTIONS)
     _check.count("supcon", "version", x.version, -1, 2**32 - 1)
     if x.keys is None:
         for name, value in (("key_labels", x.key_labels), ("key_ids", x.key_ids)):
@@ -195,7 +200,9 @@ def _forward(x: Arguments) -> tuple[Tensor, ...]:
         _check.bad_value("supcon", "version", "-1 without keys", x.version)
     if x.keys is None:
         rows = _classes(x)
-        return *_forward_views(_of_classes(x, rows)), rows
+        found = _forward_views(_of_classes(x, rows))
+        of_keys = (found[0].new_empty(shape) for shape in ((0, x.z.shape[-1]), 0, (0, 0)))
+        return *found[:5], rows, *of_keys, *found[5:]
     losses, positives, *gradients = kernel(x.backend, "supcon").among_keys(_to_kernel(_among_keys(x)))
     if x.group:
         rows = torch.cat([losses[None], positives]).unflatten(1, (_sizes(x)[0], -1))
@@ -217,7 +224,7 @@ def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
         return _backward_views(grad, _of_classes(x, rows), *of_views)
     if x.group:
         own = distributed.own_rows(grad, x.group, parts=_sizes(x)[0])
-        grad = own * (distributed.size(x.group) if x.shared else 1)
+        grad = own * (1 if x.reduction == "none" else distributed.size(x.group))
     found = (dz * grad[:, None]).to(x.z.dtype).view(x.z.shape), total(grad * dtemperature)
     return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(found, x.needs_grad, strict=True))
 
@@ -232,6 +239,7 @@ _run = register(
     forward=_forward,
     backward=_backward,
     kept=_kept,
+    unit=("dz", "dtemperature"),
 )
 
 
@@ -322,12 +330,11 @@ def supcon(
     """
     check_options("supcon", normalize, reduction, return_metrics)
     group = distributed.name("supcon", group)
-    shared = reduction != "none"
     tensors = (z, labels, keys, key_labels, query_ids, key_ids, weights)
     of_keys = -1 if keys is None else version(keys)
-    losses, positives, *_ = _run(Arguments(*tensors, temperature, normalize, where, of_keys, group, shared), backend)
+    losses, positives, *_ = _run(Arguments(*tensors, temperature, normalize, where, of_keys, group, reduction), backend)
     loss = reduce(losses, reduction, group, parts=z.shape[:-2].numel())
-    if not shared:
+    if reduction == "none":
         loss = loss.view(z.shape[:-1])
     if not return_metrics:
         return loss
