@@ -66,6 +66,17 @@ def of_whole(x: Any, rows: int, *gradients: Tensor | None) -> list[Out]:
     return [Out(()), *(Out(shape if needed else (0,)) for shape, needed in zip(shapes, x.needs_grad, strict=True))]
 
 
+def share(x: Any, rows: int) -> float:
+    """Of each loss in the whole"""
+    return 1 / max(rows, 1) if x.reduction == "mean" else 1.0
+
+
+def scaled(gradients: Sequence[Tensor], grad: Tensor, x: Any) -> tuple[Tensor, ...]:
+    """Those of the whole, found again for what forward could not leave, a second use: the same bits"""
+    dtype = _check.first(x).dtype
+    return tuple((each * grad).to(dtype if each.dim() else each.dtype) for each in gradients)
+
+
 def wanted(gradients: Sequence[Tensor], x: Any) -> tuple[Tensor, ...]:
     return tuple(each if needed else each.new_empty(0) for each, needed in zip(gradients, x.needs_grad, strict=True))
 
@@ -99,7 +110,7 @@ def by_views(
 
     def with_gradients(x: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         v, n, _ = sizes(x)
-        found = kernel(x.backend, op).forward(to_kernel(x), share=1 / max(v * n, 1) if x.reduction == "mean" else 1.0)
+        found = kernel(x.backend, op).forward(to_kernel(x), share=share(x, v * n))
         return found[:4], found[4:]
 
     def backward(grad: Tensor, x: Any, *saved: Tensor) -> tuple[Tensor, ...]:
@@ -109,10 +120,8 @@ def by_views(
             v, own, _ = sizes(x)
             grad = gradient_over_ranks(grad, x, v)
             found = run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
-        elif is_whole(x):  # all over again, for what forward could not leave: a second use
-            _, gradients = with_gradients(x)
-            dtype = _check.first(x).dtype
-            found = tuple((each * grad).to(dtype if each.dim() else each.dtype) for each in gradients)
+        elif is_whole(x):
+            found = scaled(with_gradients(x)[1], grad, x)
         else:
             found = run(grad, to_kernel(x), inv_norm, stats)
         return wanted(found, x)

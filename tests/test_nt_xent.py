@@ -416,6 +416,34 @@ def test_many_views(device, backend, dtype, op, v, n, d):
 
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 33), (3, 90, 33), (2, 301, 96), (2, 640, 24), (2, 1500, 16)])
+def test_the_mean(device, backend, dtype, shape):
+    """On a CPU forward makes its gradients, from tiles that it holds or finds again"""
+    z = crops(*shape, dtype=dtype, device=device, noise=4.0)
+    two = dict(zip(("z0", "z1"), z["z0"], strict=True)) if len(z["z0"]) == 2 else z
+    for temperature in (1.0, 0.02):
+        for inputs in (z, two):
+            with oracle.poisoned_memory():
+                oracle.check(sslops.nt_xent, inputs, backend, temperature=temperature)
+
+
+@pytest.mark.parametrize("wanted", ["z0", "z1", "temperature"])
+def test_the_mean_twice_and_in_part(wanted):
+    """The second time the gradient is found anew; each is the same alone"""
+    inputs = views(90, 16) | {"temperature": torch.tensor(0.2)}
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    loss = sslops.nt_xent(**leaves, backend="cpu")
+    together = torch.autograd.grad(loss, list(leaves.values()), torch.tensor(0.3), retain_graph=True)
+    again = torch.autograd.grad(loss, list(leaves.values()), torch.tensor(0.3))
+    alone = sslops.nt_xent(**inputs | {wanted: leaves[wanted]}, backend="cpu")
+    (only,) = torch.autograd.grad(alone, leaves[wanted], torch.tensor(0.3))
+    for first, second in zip(together, again, strict=True):
+        assert torch.equal(first, second)
+    assert torch.equal(only, together[list(inputs).index(wanted)])
+
+
+@each_target
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_ids_of_two_views(device, backend, dtype):
     oracle.check(losses_of_ids, views(150, 24, dtype=dtype, device=device), backend, temperature=0.1)
 

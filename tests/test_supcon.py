@@ -25,11 +25,11 @@ def rows(*shape: int, dtype=torch.float32, device="cpu", noise: float = 1.0) -> 
     return {"z": z.to(device, dtype)}
 
 
-def losses(z, classes=10, **kwargs):
+def losses(z, classes=10, reduction="none", **kwargs):
     """Labels in the order of the rows' centres, some rows without one, and some alone with theirs"""
     label = torch.arange(z.shape[-2], device=z.device)
     label = torch.where(label % 23 == 7, -1, torch.where(label % 19 == 5, label + 100, label % classes))
-    return sslops.supcon(z, label, reduction="none", **kwargs)
+    return sslops.supcon(z, label, reduction=reduction, **kwargs)
 
 
 def among(z, count=300, ids=False, weights=False, **kwargs):
@@ -159,6 +159,18 @@ def test_accuracy(device, backend, where, dtype, shape):
         with oracle.poisoned_memory():
             inputs = rows(*shape, dtype=dtype, device=device)
             oracle.check(losses, inputs, backend, where=where, temperature=temperature)
+
+
+@each_target
+@each_where
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 33), (3, 301, 24), (2600, 16)])
+def test_accuracy_of_the_mean(device, backend, where, dtype, shape):
+    """On a CPU forward makes its gradients, from tiles that it holds or finds again"""
+    for temperature in (1.0, 0.02):
+        with oracle.poisoned_memory():
+            inputs = rows(*shape, dtype=dtype, device=device)
+            oracle.check(losses, inputs, backend, where=where, temperature=temperature, reduction="mean")
 
 
 @each_target

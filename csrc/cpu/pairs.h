@@ -18,15 +18,15 @@ struct Pairs {
   Rows left_rows, right_rows;
   Operand left, right;
   float* kept;
-  bool known;
+  bool known = false;
 
-  Pairs(const Tensor& l, const Tensor& r, bool normalize, DType operand, int64_t first, const Tensor& kept = {},
-        bool known = false)
+  Pairs(const Tensor& l, const Tensor& r, bool normalize, DType operand, int64_t first, float* kept = nullptr)
       : b(l.sizes[0]),
         n(r.sizes[0]),
         d(l.sizes[1]),
         first(first),
-        side(n <= 512    ? 64
+        side(n <= 64     ? 32  // for two threads
+             : n <= 512  ? 64
              : n <= 2048 ? 128
                          : kMaxSide),
         padded(round_up(b, kGroup)),
@@ -35,9 +35,8 @@ struct Pairs {
         left_rows(l, normalize, inv_norm),
         right_rows(r, normalize, inv_norm + b),
         left(b, d, operand, false),
-        right(n, d, operand, !known),
-        kept(kept.as<float>()),
-        known(known) {
+        right(n, d, operand),
+        kept(kept) {
     const auto fill = [&](Operand& to, const Rows& rows, int64_t count, float* inverse, int64_t from) {
       for (int64_t i = from; i < from + count; ++i) inverse[i] = rows.norm_of(i);
       to.fill(from, count,

@@ -226,7 +226,7 @@ def forward(
     return losses, stats
 
 
-def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None, *_: Tensor) -> tuple[Tensor, ...]:
+def backward(grad: Tensor, x: Arguments, stats: Tensor, part: Part | None = None) -> tuple[Tensor, ...]:
     """Of a part: its images' gradients, what its rows add to the texts', in float32, and to logit_scale's"""
     image, text, operand_dtype = x.image, x.text, x.operand_dtype
     (b, d), n, first = image.shape, len(text), part.first if part else 0

@@ -6,9 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import distributed
+from .. import _check, distributed
 from .._check import Of
-from .._contrastive import check_options, exceeding, exceeding_pairs, gradient_over_ranks, pair_metrics, reduce
+from .._contrastive import (
+    REDUCTIONS,
+    check_options,
+    exceeding,
+    exceeding_pairs,
+    gradient_over_ranks,
+    is_whole,
+    of_whole,
+    pair_metrics,
+    reduce,
+    scaled,
+    share,
+    wanted,
+)
 from .._library import Out, register
 from ..backend import kernel
 
@@ -20,16 +33,10 @@ class Arguments(NamedTuple):
     normalize: bool
     count_exceeding: bool  # whether to count the texts that exceed an image's own, and the images that exceed a text's
     group: str
-    shared: bool  # the losses of all ranks have the same gradient on all of them; else each knows that of its own
+    reduction: str  # if not "none", the losses of all ranks have the same gradient on all; else each knows its own's
     operand_dtype: torch.dtype = torch.float32
     backend: str = ""
     needs_grad: list[bool] = []  # noqa: RUF012
-    keep: bool = False  # S for backward, on the CPU and if it is no larger than the images: a graph would be of N <= D
-
-    def kept(self, n: int) -> tuple[int, int]:
-        """How much of S [B, N]"""
-        own, d = self.image.shape
-        return (own, n) if self.keep and self.backend == "cpu" and any(self.needs_grad) and n <= d else (0, 0)
 
 
 class Outputs(NamedTuple):
@@ -41,18 +48,21 @@ class Outputs(NamedTuple):
     # the share of i's negatives in its row's sum and in its column's, added
     stats: Out
     texts: Out  # of all ranks, if there are others
-    similarity: Out  # s of the rank's images, or none of it
+    dimage: Out  # these where `losses` is their whole, a number
+    dtext: Out
+    dlogit_scale: Out
 
 
 def outputs(x: Arguments) -> Outputs:
     own, d = x.image.shape
     n = own * distributed.size(x.group)
+    losses, *gradients = of_whole(x, n, x.image, x.text, None)
     return Outputs(
-        losses=Out((n,)),
-        logged=Out((3 if x.count_exceeding else 0, n)),
-        stats=Out((5, n)),
-        texts=Out((n, d) if x.group else (0,), x.text.dtype),
-        similarity=Out(x.kept(n)),
+        losses,
+        Out((3 if x.count_exceeding else 0, n)),
+        Out((0,) if is_whole(x) else (5, n)),
+        Out((n, d) if x.group else (0,), x.text.dtype),
+        *gradients,
     )
 
 
@@ -72,28 +82,35 @@ def reference(x: Arguments) -> tuple[Tensor, Tensor]:
 
 # A kernel with a distributed form takes all ranks' texts, the Part that the images are, and what gathers the sums.
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
+    none = x.text.new_empty(0)
+    if is_whole(x):
+        losses, *gradients = _with_gradients(x)
+        return reduce(losses, x.reduction), exceeding_pairs(x), losses.new_empty(0), none, *wanted(gradients, x)
     run = kernel(x.backend, "clip").forward
     if not x.group:
-        losses, stats, *similarity = run(x)
-        return losses, exceeding_pairs(x), stats, x.text.new_empty(0), *similarity
+        losses, stats = run(x)
+        return losses, exceeding_pairs(x), stats, none, *(losses.new_empty(0) for _ in x.needs_grad)
     texts, part = distributed.all_gather(x.text, x.group), distributed.part(x.group, len(x.image))
-    losses, stats, *similarity = run(
-        x._replace(text=texts), part, lambda sums: distributed.all_gather(sums[None], x.group)
-    )
-    return losses, exceeding_pairs(x), stats, texts, *similarity
+    losses, stats = run(x._replace(text=texts), part, lambda sums: distributed.all_gather(sums[None], x.group))
+    return losses, exceeding_pairs(x), stats, texts
 
 
-def _backward(
-    grad: Tensor, x: Arguments, _: Tensor, stats: Tensor, texts: Tensor, similarity: Tensor
-) -> tuple[Tensor, ...]:
+def _with_gradients(x: Arguments) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = kernel(x.backend, "clip").with_gradients(x, share(x, len(x.image)))
+    return found
+
+
+def _backward(grad: Tensor, x: Arguments, _: Tensor, stats: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+    if is_whole(x):
+        return wanted(scaled(_with_gradients(x)[1:], grad, x), x)
     run = kernel(x.backend, "clip").backward
     if not x.group:
-        return tuple(run(grad, x, stats, None, similarity))
+        return wanted(run(grad, x, stats, None), x)
     part = distributed.part(x.group, len(x.image))
-    dimage, dtext, dlogit_scale = run(gradient_over_ranks(grad, x, 1), x._replace(text=texts), stats, part, similarity)
+    dimage, dtext, dlogit_scale = run(gradient_over_ranks(grad, x, 1), x._replace(text=texts), stats, part)
     if x.needs_grad[1]:
         dtext = distributed.reduce_scatter(dtext, x.group, 0)
-    return dimage, dtext.to(x.text.dtype), dlogit_scale
+    return wanted((dimage, dtext.to(x.text.dtype), dlogit_scale), x)
 
 
 _run = register(
@@ -101,9 +118,11 @@ _run = register(
     Arguments,
     outputs,
     reference=reference,
+    check=lambda x: _check.choice("clip", "reduction", x.reduction, REDUCTIONS),
     gradients=("image", "text", "logit_scale"),
     forward=_forward,
     backward=_backward,
+    unit=("dimage", "dtext", "dlogit_scale"),
 )
 
 
@@ -122,9 +141,10 @@ def clip(
     """CLIP's loss: the cross entropy of each image's own text among all texts, and of each text's own image.
 
     Pair i's loss is the mean of two: -log softmax over j of logit_scale <image_i, text_j> at j = i, and the same of
-    logit_scale <image_j, text_i>. Memory is linear in N: no [N, N] matrix, or none that takes more than the images.
+    logit_scale <image_j, text_i>. Memory is linear in N: no [N, N] matrix, or none beyond 16 MB.
     One product serves both directions, 2 N^2 D FLOP forward and 8 N^2 D with both gradients; for a frozen tower, whose
-    embeddings require none, 6 N^2 D. (On the CPU, for N <= D and not compiled, 6 and 4: the product is kept.)
+    embeddings require none, 6 N^2 D. (On a CPU 6 and 4 up to N = 2048: the product is held, and forward makes the
+    gradients of a mean or a sum.)
 
     Args:
         image, text: [N, D] each, row i of one being the partner of row i of the other; float32, float16, bfloat16 or
@@ -159,10 +179,7 @@ def clip(
     """
     check_options("clip", normalize, reduction, return_metrics)
     group = distributed.name("clip", group)
-    x = Arguments(
-        image, text, logit_scale, normalize, return_metrics, group,
-        shared=reduction != "none", keep=not torch.compiler.is_compiling(),
-    )  # fmt: skip
+    x = Arguments(image, text, logit_scale, normalize, return_metrics, group, reduction)
     losses, logged, *_ = _run(x, backend)
     loss = reduce(losses, reduction, group)
     return (loss, pair_metrics(logged)) if return_metrics else loss
