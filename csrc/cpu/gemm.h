@@ -1,6 +1,6 @@
 // float32 matrix products for one thread, on operands that lie in its caches: C [m, n] (+)= A [m, k] B [k, n].
-// Every sum runs over k in order, kDepth numbers a part, with fused multiply-adds: the result does not depend on m, n
-// or the threads, and long sums do not gather the roundings of all their terms.
+// Every sum runs over k in order, kTerms numbers a part, with fused multiply-adds where there are any: the result does
+// not depend on m, n or the threads, and long sums do not gather the roundings of all their terms.
 #pragma once
 #include "vec.h"
 
@@ -10,6 +10,7 @@ namespace {
 constexpr int kVectors = 2, kPanel = kVectors * kLanes;  // columns of C that stay in registers
 constexpr int kRows = kLanes == 16 ? 8 : 6;              // ... and rows: as many as there are registers for
 constexpr int64_t kDepth = 4096 / kPanel;                // of B at a time: 16 KiB, half of a first-level cache
+constexpr int64_t kTerms = 128;                          // ... and of a sum, whatever the ISA: its digits depend on it
 constexpr int64_t kAhead = 16;                           // steps of a sum that operands are fetched before
 
 // a(i, k) = data[i * row + k * column]
@@ -79,17 +80,17 @@ SSLOPS_INLINE void panel(int64_t m, int64_t depth, Left a, const float* b, int64
 
 // C's rows are written up to whole vectors.
 __attribute__((noinline)) void gemm(int64_t m, int64_t n, int64_t k, Left a, Right b, float* c, int64_t ldc, bool add) {
-  for (int64_t from = 0; from < k || (from == 0 && !add); from += kDepth) {
-    const int64_t depth = k - from < kDepth ? k - from : kDepth;
-    const Left left{a.data + from * a.column, a.row, a.column};
-    for (int64_t j = 0; j < n; j += kPanel) {
-      const float* const right = b.data + j / kPanel * b.panel + from * b.row;
-      if (n - j > kLanes)
-        panel<kVectors>(m, depth, left, right, b.row, c + j, ldc, add || from > 0);
-      else
-        panel<1>(m, depth, left, right, b.row, c + j, ldc, add || from > 0);
-    }
-  }
+  for (int64_t from = 0; from < k || (from == 0 && !add); from += kDepth)
+    for (int64_t j = 0; j < n; j += kPanel)
+      for (int64_t part = from; part < at_most(k, from + kDepth) || (part == 0 && !add); part += kTerms) {
+        const int64_t depth = at_most(k - part, kTerms);
+        const Left left{a.data + part * a.column, a.row, a.column};
+        const float* const right = b.data + j / kPanel * b.panel + part * b.row;
+        if (n - j > kLanes)
+          panel<kVectors>(m, depth, left, right, b.row, c + j, ldc, add || part > 0);
+        else
+          panel<1>(m, depth, left, right, b.row, c + j, ldc, add || part > 0);
+      }
 }
 
 }  // namespace
