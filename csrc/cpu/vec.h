@@ -91,20 +91,22 @@ SSLOPS_INLINE void store(float* p, int n, F v) {
 #endif
 }
 
-SSLOPS_INLINE float sum(F v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
-  return lane[0];
+// Half to half until one lane is left. By types: of a loop over lanes in memory, GCC makes one at run time.
+template <typename T, int kN>
+struct Lanes {
+  typedef T Vector __attribute__((vector_size(kN * sizeof(T))));
+};
+template <typename T, int kN>
+SSLOPS_INLINE T fold(typename Lanes<T, kN>::Vector v) {
+  if constexpr (kN == 2) return v[0] + v[1];
+  if constexpr (kN > 2) {
+    typename Lanes<T, kN / 2>::Vector half[2];
+    std::memcpy(half, &v, sizeof half);
+    return fold<T, kN / 2>(half[0] + half[1]);
+  }
 }
-SSLOPS_INLINE double sum(D v) {
-  double lane[kLanes];
-  std::memcpy(lane, &v, sizeof v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
-  return lane[0];
-}
+SSLOPS_INLINE float sum(F v) { return fold<float, kLanes>(v); }
+SSLOPS_INLINE double sum(D v) { return fold<double, kLanes>(v); }
 SSLOPS_INLINE float max(F v) {
   typedef float Quarter __attribute__((vector_size(16)));
   float lane[kLanes];
@@ -196,6 +198,7 @@ template <typename Visit>
 SSLOPS_INLINE void in_chains(int64_t n, Visit&& visit) {
   int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+#pragma GCC unroll 4  // the chains would lie in memory
     for (int k = 0; k < 4; ++k) visit(j + k * kLanes, k, kLanes);
   for_each_vector(n - j, [&](int64_t i, int lanes) { visit(j + i, 0, lanes); });
 }
