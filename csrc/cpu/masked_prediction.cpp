@@ -1,6 +1,5 @@
 #include "masked_prediction.h"
 
-#include "../common/huge_pages.h"
 #include "parts.h"
 #include "patches.h"
 
@@ -17,14 +16,14 @@ SSLOPS_INLINE float sum_of(int64_t n, Term&& term) {
 
 Normal normal_of(const float* x, int64_t n, Norm norm, float eps) {
   const float mean = sum_of(n, [&](int64_t j, int lanes) { return load_lanes(x + j, lanes, 0.f); }) / n;
-  const auto difference = [&](int64_t j, int lanes) { return load_lanes(x + j, lanes, mean) - mean; };
-  const float differences = sum_of(n, difference);
   const float share = 1.f / n;
-  const float mean_square = sum_of(n, [&](int64_t j, int lanes) {
-    const F d = difference(j, lanes);
-    return d * (d * share);
+  F differences[4]{}, squares[4]{};
+  in_chains(n, [&](int64_t j, int k, int lanes) {
+    const F d = load_lanes(x + j, lanes, mean) - mean;
+    differences[k] += d;
+    squares[k] += d * (d * share);
   });
-  return normal(norm, n, mean, differences, mean_square, eps);
+  return normal(norm, n, mean, sum(differences), sum(squares), eps);
 }
 
 void normalize(float* x, int64_t n, const Normal& normal) {
@@ -51,26 +50,27 @@ struct Values {
   int64_t from, next, to;
 };
 
-// The error of pred against x, normalised by `norm`, and, unless d_pred is null, its gradient times `weight`.
-template <Loss kLoss>
-float compare(const Prediction& pred, const Values& at, const float* x, const Normal& norm, int64_t size, float beta,
-              float weight, void* d_pred) {
+// The error of pred against x, normalised by `norm`, and, unless d_pred is null, its gradient times `weight`. All by
+// value: what is written to d_pred could be anything that is referred to, and would be loaded again for each vector.
+template <Loss kLoss, DType kDType>
+float compare(const void* pred, Values at, const float* x, Normal norm, int64_t size, float beta, float weight,
+              void* d_pred) {
   return sum_of(size, [&](int64_t j, int lanes) {
-    prefetch(pred.data, pred.dtype, at.next + j);
-    F d = load_as_float(pred.data, pred.dtype, at.from + j, lanes) - apply(norm, load_lanes(x + j, lanes, 0.f));
-    if (d_pred) store_from_float(d_pred, pred.dtype, at.to + j, lanes, slope_of<kLoss>(d, beta) * weight);
+    prefetch(pred, kDType, at.next + j);
+    F d = load_as_float(pred, kDType, at.from + j, lanes) - apply(norm, load_lanes(x + j, lanes, 0.f));
+    if (d_pred) store_from_float(d_pred, kDType, at.to + j, lanes, slope_of<kLoss>(d, beta) * weight);
     if (lanes < kLanes) d = load(reinterpret_cast<const float*>(&d), lanes, 0.f);  // the others must not count
     return error_of<kLoss>(d, beta);
   });
 }
 
-template <>
-float compare<Loss::cosine>(const Prediction& pred, const Values& at, const float* x, const Normal&, int64_t size,
-                            float, float weight, void* d_pred) {
-  const auto of_pred = [&](int64_t j, int lanes) { return load_as_float(pred.data, pred.dtype, at.from + j, lanes); };
+template <DType kDType>
+float compare_directions(const void* pred, Values at, const float* x, Normal, int64_t size, float, float weight,
+                         void* d_pred) {
+  const auto of_pred = [&](int64_t j, int lanes) { return load_as_float(pred, kDType, at.from + j, lanes); };
   const auto of_x = [&](int64_t j, int lanes) { return load_lanes(x + j, lanes, 0.f); };
   const float product = sum_of(size, [&](int64_t j, int lanes) {
-    prefetch(pred.data, pred.dtype, at.next + j);
+    prefetch(pred, kDType, at.next + j);
     return of_pred(j, lanes) * of_x(j, lanes);
   });
   const float squares = sum_of(size, [&](int64_t j, int lanes) {
@@ -84,9 +84,17 @@ float compare<Loss::cosine>(const Prediction& pred, const Values& at, const floa
   if (d_pred)
     for_each_vector(size, [&](int64_t j, int lanes) {
       const F d = of_pred(j, lanes) * c.of_p - of_x(j, lanes) * c.of_x;
-      store_from_float(d_pred, pred.dtype, at.to + j, lanes, d * weight);
+      store_from_float(d_pred, kDType, at.to + j, lanes, d * weight);
     });
   return c.error;
+}
+
+template <DType kDType>
+auto comparison(Loss loss) {
+  return loss == Loss::squared     ? compare<Loss::squared, kDType>
+         : loss == Loss::l1        ? compare<Loss::l1, kDType>
+         : loss == Loss::smooth_l1 ? compare<Loss::smooth_l1, kDType>
+                                   : compare_directions<kDType>;
 }
 
 Sums loss(Prediction pred, Target t, Error error, const float* factors, const float* mask, const float* grad, bool each,
@@ -94,10 +102,9 @@ Sums loss(Prediction pred, Target t, Error error, const float* factors, const fl
   const Patches& p = t.patches;
   const int64_t size = patch_size(p), area = patch_area(p), count = patch_count(p), patches = p.images * count;
   const int64_t row = size * (pred.dtype == DType::f32 ? 4 : 2);
-  const auto compared = error.loss == Loss::squared     ? compare<Loss::squared>
-                        : error.loss == Loss::l1        ? compare<Loss::l1>
-                        : error.loss == Loss::smooth_l1 ? compare<Loss::smooth_l1>
-                                                        : compare<Loss::cosine>;
+  const auto compared = pred.dtype == DType::f32    ? comparison<DType::f32>(error.loss)
+                        : pred.dtype == DType::bf16 ? comparison<DType::bf16>(error.loss)
+                                                    : comparison<DType::f16>(error.loss);
   Sums sums{};
   for (int64_t i = 0; i < patches; ++i) sums.weight += mask[i];
   const float own = terms(error, p);
@@ -128,7 +135,7 @@ Sums loss(Prediction pred, Target t, Error error, const float* factors, const fl
       if (error.loss == Loss::cosine) normalize(planes, size, norm);
       const float* const x = arrange(planes, p, t.layout, planes + size);
       const double weight = over / own * mask[i] * (d_pred ? grad[each ? i : 0] : 0.f);
-      const float found = compared(pred, {of_pred(i), of_pred(next), i * size}, x, norm, size, error.beta,
+      const float found = compared(pred.data, {of_pred(i), of_pred(next), i * size}, x, norm, size, error.beta,
                                    static_cast<float>(weight), d_pred);
       errors[i] = mask[i] * (found / own);
     }
@@ -140,7 +147,6 @@ Sums loss(Prediction pred, Target t, Error error, const float* factors, const fl
 void call_forward(Tensor pred, Tensor images, Tensor mask, int64_t frames, int64_t height, int64_t width, bool hwc,
                   Tensor factors, int64_t norm, double eps, int64_t kind, double beta, Tensor errors, Tensor result,
                   Tensor inverse, Tensor d_pred) {
-  on_huge_pages(d_pred);
   const float one = 1.f;
   const Sums sums = loss(prediction(pred), target(images, frames, height, width, hwc, norm, eps), error(kind, beta),
                          factors.as<float>(), mask.as<float>(), &one, false, errors.as<float>(), d_pred.data);
@@ -152,7 +158,6 @@ void call_forward(Tensor pred, Tensor images, Tensor mask, int64_t frames, int64
 void call_backward(Tensor pred, Tensor images, Tensor mask, int64_t frames, int64_t height, int64_t width, bool hwc,
                    Tensor factors, int64_t norm, double eps, int64_t kind, double beta, Tensor grad, Tensor,
                    Tensor d_pred) {
-  on_huge_pages(d_pred);
   Buffer<float> errors(mask.numel);
   loss(prediction(pred), target(images, frames, height, width, hwc, norm, eps), error(kind, beta), factors.as<float>(),
        mask.as<float>(), grad.as<float>(), grad.dim > 0, errors, d_pred.data);

@@ -21,7 +21,7 @@ SSLOPS_INLINE F load_pixels(const void* base, DType dtype, int64_t index, int n)
 
 SSLOPS_INLINE void prefetch(const void* base, DType dtype, int64_t index) {
   const int64_t size = dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2;
-  __builtin_prefetch(static_cast<const char*>(base) + index * size, 0, 2);
+  __builtin_prefetch(static_cast<const char*>(base) + index * size);
 }
 
 // body(from, at, channel): where each row of a patch's pixels begins, from its corner and in planes.
