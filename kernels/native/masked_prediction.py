@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..cpu import memory
 from . import patches
 from .call import call, refuses  # noqa: F401
 
@@ -35,12 +36,13 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
     if x.pred.is_cuda:
         call(x.pred.device, "masked_prediction", *_operands(x), errors, loss, inverse)
         return (errors if loss is None else loss), inverse
-    d_pred = x.pred.new_empty(x.pred.shape if x.ahead else (0,))
+    d_pred = memory.empty(*(x.pred.shape if x.ahead else (0,)), dtype=x.pred.dtype)
     call(x.pred.device, "masked_prediction", *_operands(x), errors, loss, inverse, d_pred)
     return (errors if loss is None else loss), inverse, d_pred
 
 
 def backward(grad: Tensor, x: Arguments, inverse: Tensor) -> Tensor:
-    d_pred = x.pred.new_empty(x.pred.shape)
+    shape, dtype = x.pred.shape, x.pred.dtype
+    d_pred = x.pred.new_empty(shape) if x.pred.is_cuda else memory.empty(*shape, dtype=dtype)
     call(x.pred.device, "masked_prediction_backward", *_operands(x), grad, inverse, d_pred)
     return d_pred
