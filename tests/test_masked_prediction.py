@@ -513,3 +513,18 @@ def test_bad_input_to_the_registered_op():
     for bad, named in (((loss[None], inverse), "grad"), ((loss, inverse.double()), "inverse")):
         with pytest.raises(ValueError, match=f"masked_prediction: {named}"):
             torch.ops.sslops.masked_prediction_backward(bad[0], *good, bad[1])
+
+
+def test_a_gradient_of_new_pages():
+    """A large gradient lies in memory of its own, and is what those of its parts are"""
+    pred, images = torch.randn(64, 196, 768), torch.randn(64, 3, 224, 224)
+    mask = (torch.rand(64, 196) < 0.75).float()
+
+    def gradient(i, j):
+        x = pred[i:j].clone().requires_grad_()
+        loss = sslops.masked_prediction(x, images[i:j], mask[i:j], 16, norm="patch", reduction="none", backend="cpu")
+        return torch.autograd.grad(loss.sum(), x)[0]
+
+    found = gradient(0, 64)
+    assert found.nbytes > 32 << 20
+    assert torch.equal(found, torch.cat([gradient(i, i + 16) for i in range(0, 64, 16)]))

@@ -274,3 +274,15 @@ def test_bad_counts():
     refused(ValueError, "counts", counts[:2])
     refused(ValueError, "counts[0]", counts + 1)
     refused(ValueError, "counts[1]", counts - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_result_past_the_caches(dtype):
+    """A large result is stored otherwise, with the same bits"""
+    b, k, length, d = 144, 64, 256, 256 * 4 // dtype.itemsize
+    x, token, pos = (torch.randn(s).to(dtype) for s in ((b, k, d), (1, 1, d), (1, length, d)))
+    ids = torch.rand(b, length).argsort(1)
+    found = sslops.restore_tokens(x, token, ids, pos, backend="cpu")
+    assert found.nbytes > 32 << 20
+    parts = [sslops.restore_tokens(x[i : i + 16], token, ids[i : i + 16], pos, backend="cpu") for i in range(0, b, 16)]
+    assert torch.equal(found, torch.cat(parts))

@@ -71,9 +71,16 @@ void add(const void* grad, const int64_t* rows, const int64_t* next, int64_t d, 
   });
 }
 
-template <DType kDType>
-void reduce(const void* grad, const int64_t* ids, Shape s, double* parts, float* token, float* positions) {
+template <int kRows>
+auto adding(DType dtype) {
+  return dtype == DType::f32    ? add<kRows, DType::f32>
+         : dtype == DType::bf16 ? add<kRows, DType::bf16>
+                                : add<kRows, DType::f16>;
+}
+
+void reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* token, float* positions) {
   constexpr int kGroup = 4;
+  const auto add_group = adding<kGroup>(grad.dtype), add_one = adding<1>(grad.dtype);
   const int64_t rows = s.prefix + s.length;
   // One thread adds up all that comes to a position.
   parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
@@ -97,7 +104,7 @@ void reduce(const void* grad, const int64_t* ids, Shape s, double* parts, float*
       for (int64_t k = 0; k < count;) {
         double* const total = k < of_mask ? masked : visible;
         const bool whole = k + kGroup <= (k < of_mask ? of_mask : count);
-        (whole ? add<kGroup, kDType> : add<1, kDType>)(grad, at + k, at + k + (whole ? kGroup : 1), s.d, total);
+        (whole ? add_group : add_one)(grad.data, at + k, at + k + (whole ? kGroup : 1), s.d, total);
         k += whole ? kGroup : 1;
       }
       if (positions)
@@ -107,13 +114,6 @@ void reduce(const void* grad, const int64_t* ids, Shape s, double* parts, float*
   for (int64_t t = 1; t < rows; ++t)
     for (int64_t j = 0; j < s.d; ++j) parts[j] += parts[t * s.d + j];
   for (int64_t j = 0; j < s.d; ++j) token[j] = rows ? static_cast<float>(parts[j]) : 0.f;
-}
-
-void reduce(Array grad, const int64_t* ids, Shape s, double* parts, float* token, float* positions) {
-  const auto run = grad.dtype == DType::f32    ? reduce<DType::f32>
-                   : grad.dtype == DType::bf16 ? reduce<DType::bf16>
-                                               : reduce<DType::f16>;
-  run(grad.data, ids, s, parts, token, positions);
 }
 
 void call_forward(Tensor visible, Tensor mask_token, Tensor positions, Tensor ids, Tensor counts, int64_t kept,
