@@ -47,59 +47,71 @@ void raise(const Batch& x, const Part& t, float* sums) {
   for (int64_t j = 0; j < t.columns && t.mirrored; ++j) raise_one(t.j0 + j, columns[0][j], columns[1][j]);
 }
 
-// Adds kCount rows to their own sums and, where the tile is mirrored, to those of its columns.
-template <bool kFixed, bool kMirrored, bool kMasked, int kRowCount>
-SSLOPS_INLINE void add_rows(const Batch& x, const Part& t, int64_t k, float* sums, const float* positives,
-                            float (*columns)[kMaxSide]) {
-  const float inverse = x.scale.inverse, *const top_a = sums + kTopA * x.padded, *const top_b = sums + kTopB * x.padded;
-  F totals[kRowCount][kTerms]{};
-  for (int64_t j = 0; j < t.width(); j += kLanes) {
-    F down[kTerms]{};
-    for (int r = 0; r < kRowCount; ++r) {
-      const int64_t i = t.i0 + k + r;
-      const F a = load(t.a + (k + r) * t.ld + j), b = load(t.b + (k + r) * t.ld + j);
-      const auto power = [&](F s, F top) { return exp_nonpositive((s - top) * inverse); };
-      const float own_a = kFixed ? x.scale.top : top_a[i], own_b = kFixed ? x.scale.top : top_b[i];
-      const F e_a = power(a, splat(own_a)), e_b = power(b, splat(own_b));
-      // exp(d) - 1 - d = even(d) + odd(d): by their series where the difference would lose digits.
-      const F d = (b - a) * inverse, z = d * d;
-      const F even = z * (z * (z * 0.0013981894f + 0.041665795f) + 0.5f);
-      const F odd = z * d * (z * (z * (1.f / 5040) + 1.f / 120) + 1.f / 6);
-      const auto add = [&](F* to, I mask, F p, F q, F d, F series, F above) {
-        const auto kept = [&](F v) { return kMasked ? select(mask, v, F{}) : v; };
-        to[kA] += kept(p);
-        to[kB] += kept(q);
-        to[kY] += kept(p * above);
-        to[kE] += kept(p * d);
-        if (kFixed) to[kV] += kept(select(z < 0.25f, p * series, (q - p) - p * d));
-      };
-      I own{}, other{};
-      if (kMasked) {
-        const Masks mask(x, t, i, j);
-        own = mask.own, other = mask.other;
-      }
-      add(totals[r], own, e_a, e_b, kFixed ? d : ((b - own_b) - (a - own_a)) * inverse, even + odd, b - positives[i]);
-      if (kMirrored) {  // the mirror image has b for a
-        const F other_a = load(top_a + t.j0 + j), other_b = load(top_b + t.j0 + j);
-        add(down, other, kFixed ? e_b : power(b, other_a), kFixed ? e_a : power(a, other_b),
-            kFixed ? -d : ((a - other_b) - (b - other_a)) * inverse, even - odd, a - load(positives + t.j0 + j));
-      }
-    }
-    for (int term = 0; term < kTerms && kMirrored; ++term)
-      store(columns[term] + j, load(columns[term] + j) + down[term]);
-  }
-  for (int r = 0; r < kRowCount; ++r)
-    for (int term = 0; term < kTerms; ++term) sums[term * x.padded + t.i0 + k + r] += sum(totals[r][term]);
+// Of a logit beneath its maximum: beneath a fixed one no farther than 43.
+template <bool kFixed>
+SSLOPS_INLINE F exp_of(F x) {
+  return kFixed ? exp_bounded(x) : exp_nonpositive(x);
 }
 
+// Adds the tile to the sums of its rows and, where it is mirrored, to those of its columns. A few rows at a time, first
+// all their exponentials: in one loop with the sums, chains of steps wait where none of the next has begun.
 template <bool kFixed, bool kMirrored, bool kMasked>
 void add(const Batch& x, const Part& t, float* sums, const float* positives) {
-  float columns[kTerms][kMaxSide];
+  constexpr int64_t kBlock = 8;  // rows
+  const float inverse = x.scale.inverse, *const top_a = sums + kTopA * x.padded, *const top_b = sums + kTopB * x.padded;
+  float columns[kTerms][kMaxSide], powers[2][kBlock][kMaxSide];
   for (auto& column : columns)
     for (int64_t j = 0; j < t.width(); ++j) column[j] = 0.f;
-  int64_t k = 0;
-  for (; k + 2 <= t.rows; k += 2) add_rows<kFixed, kMirrored, kMasked, 2>(x, t, k, sums, positives, columns);
-  if (k < t.rows) add_rows<kFixed, kMirrored, kMasked, 1>(x, t, k, sums, positives, columns);
+  for (int64_t k = 0; k < t.rows; k += kBlock) {
+    const int64_t count = at_most(t.rows - k, kBlock);
+    const auto at_a = [&](int64_t r) { return t.a + (k + r) * t.ld; };
+    const auto at_b = [&](int64_t r) { return t.b + (k + r) * t.ld; };
+    const auto own_a = [&](int64_t r) { return kFixed ? x.scale.top : top_a[t.i0 + k + r]; };
+    const auto own_b = [&](int64_t r) { return kFixed ? x.scale.top : top_b[t.i0 + k + r]; };
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t j = 0; j < t.width(); j += kLanes) {
+        store(powers[0][r] + j, exp_of<kFixed>((load(at_a(r) + j) - own_a(r)) * inverse));
+        store(powers[1][r] + j, exp_of<kFixed>((load(at_b(r) + j) - own_b(r)) * inverse));
+      }
+    F totals[kBlock][kTerms]{};
+    for (int64_t j = 0; j < t.width(); j += kLanes) {
+      F down[kTerms]{};
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t i = t.i0 + k + r;
+        const F a = load(at_a(r) + j), b = load(at_b(r) + j);
+        const F e_a = load(powers[0][r] + j), e_b = load(powers[1][r] + j);
+        // exp(d) - 1 - d = even(d) + odd(d): by their series where the difference would lose digits.
+        const F d = (b - a) * inverse, z = d * d;
+        const F even = z * (z * (z * 0.0013981894f + 0.041665795f) + 0.5f);
+        const F odd = z * d * (z * (z * (1.f / 5040) + 1.f / 120) + 1.f / 6);
+        const auto add = [&](F* to, I mask, F p, F q, F d, F series, F above) {
+          const auto kept = [&](F v) { return kMasked ? select(mask, v, F{}) : v; };
+          to[kA] += kept(p);
+          to[kB] += kept(q);
+          to[kY] += kept(p * above);
+          to[kE] += kept(p * d);
+          if (kFixed) to[kV] += kept(select(z < 0.25f, p * series, (q - p) - p * d));
+        };
+        I own{}, other{};
+        if (kMasked) {
+          const Masks mask(x, t, i, j);
+          own = mask.own, other = mask.other;
+        }
+        add(totals[r], own, e_a, e_b, kFixed ? d : ((b - own_b(r)) - (a - own_a(r))) * inverse, even + odd,
+            b - positives[i]);
+        if (kMirrored) {  // the mirror image has b for a
+          const F other_a = load(top_a + t.j0 + j), other_b = load(top_b + t.j0 + j);
+          add(down, other, kFixed ? e_b : exp_of<kFixed>((b - other_a) * inverse),
+              kFixed ? e_a : exp_of<kFixed>((a - other_b) * inverse),
+              kFixed ? -d : ((a - other_b) - (b - other_a)) * inverse, even - odd, a - load(positives + t.j0 + j));
+        }
+      }
+      for (int term = 0; term < kTerms && kMirrored; ++term)
+        store(columns[term] + j, load(columns[term] + j) + down[term]);
+    }
+    for (int64_t r = 0; r < count; ++r)
+      for (int term = 0; term < kTerms; ++term) sums[term * x.padded + t.i0 + k + r] += sum(totals[r][term]);
+  }
   for (int term = 0; term < kTerms && kMirrored; ++term)
     for (int64_t j = 0; j < t.columns; ++j) sums[term * x.padded + t.j0 + j] += columns[term][j];
 }
@@ -139,7 +151,7 @@ void weigh(const Batch& x, const Part& t, const float* stats) {
     for (int64_t j = 0; j < t.width(); j += kLanes) {
       const F a = load(at_a + j), b = load(at_b + j);
       const auto of_column = [&](Stat stat) { return load(stats + stat * x.padded + t.j0 + j); };
-      const auto power = [&](F s, F top) { return exp_nonpositive((s - top) * inverse); };
+      const auto power = [&](F s, F top) { return exp_of<kFixed>((s - top) * inverse); };
       // Where p is all at one place, its Y and b are the same number: they cancel.
       const auto pulled = [&](F p, F y, F other, F s) { return p * (alpha + kappa * (y - (other - s))); };
       const F e_a = power(a, kFixed ? splat(x.scale.top) : top_a), e_b = power(b, kFixed ? splat(x.scale.top) : top_b);

@@ -29,10 +29,10 @@ struct Scale {
         top(top) {}
 };
 
-// e^x for x <= 0 (any x up to 88): relative error below 1.5e-7; 0 below -87.3; NaN stays NaN. In two steps of ln 2, so
-// that large exponents are as exact as their logits.
-SSLOPS_INLINE F exp_nonpositive(F x) {
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded number in the low bits
+// e^x for -87.3 <= x <= 88: relative error below 1.5e-7; NaN stays NaN. In two steps of ln 2, so that large exponents
+// are as exact as their logits.
+SSLOPS_INLINE F exp_bounded(F x) {
+  const float magic = 12583039.f;  // 1.5 * 2^23 + 127: adding it leaves the rounded number's exponent in the low bits
   const F biased = x * 1.44269504088896f + magic, whole = biased - magic;
   const F f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // in [-ln 2 / 2, ln 2 / 2]
   F p = splat(0.0013836742145940661f);
@@ -42,9 +42,10 @@ SSLOPS_INLINE F exp_nonpositive(F x) {
   p = p * f + 0.49999991059303284f;
   p = p * f + 1.f;
   p = p * f + 1.f;
-  const F power = (F)(((U)biased + 127u) << 23);
-  return select(x < -87.3f, F{}, p * power);
+  return p * (F)((U)biased << 23);
 }
+// The same for any x <= 88: 0 below -87.3.
+SSLOPS_INLINE F exp_nonpositive(F x) { return select(x < -87.3f, F{}, exp_bounded(x)); }
 SSLOPS_INLINE float exp_nonpositive(float x) { return exp_nonpositive(splat(x))[0]; }
 
 // A row's softmax once all its negatives have passed: r_neg, their sum of exp((s - top) / tau), and the positive's s.
