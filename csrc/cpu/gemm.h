@@ -59,23 +59,27 @@ SSLOPS_INLINE void micro(int64_t depth, Left a, const float* b, int64_t b_row, f
     }
 }
 
-// The last rows, fewer than kRows.
+// Of up to kRows rows.
 template <int kM, int kN>
-void last_rows(int64_t m, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t ldc, bool add) {
+void few_rows(int64_t m, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t ldc, bool add) {
   if constexpr (kM > 0) {
     if (m == kM) return micro<kM, kN>(depth, a, b, b_row, c, ldc, add);
-    last_rows<kM - 1, kN>(m, depth, a, b, b_row, c, ldc, add);
+    few_rows<kM - 1, kN>(m, depth, a, b, b_row, c, ldc, add);
   }
 }
 
 template <int kN>
 SSLOPS_INLINE void panel(int64_t m, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t ldc,
                          bool add) {
+  const auto at = [&](int64_t i) { return Left{a.data + i * a.row, a.row, a.column}; };
   int64_t i = 0;
-  for (; i + kRows <= m; i += kRows)
-    micro<kRows, kN>(depth, {a.data + i * a.row, a.row, a.column}, b, b_row, c + i * ldc, ldc, add);
-  if (i < m)
-    last_rows<kRows - 1, kN>(m - i, depth, {a.data + i * a.row, a.row, a.column}, b, b_row, c + i * ldc, ldc, add);
+  for (; m - i == kRows || m - i >= 2 * kRows; i += kRows)
+    micro<kRows, kN>(depth, at(i), b, b_row, c + i * ldc, ldc, add);
+  // In halves: sums of one or two rows are too few to be added to in every cycle.
+  for (int64_t rows; i < m; i += rows) {
+    rows = m - i > kRows ? (m - i + 1) / 2 : m - i;
+    few_rows<kRows, kN>(rows, depth, at(i), b, b_row, c + i * ldc, ldc, add);
+  }
 }
 
 // C's rows are written up to whole vectors.
