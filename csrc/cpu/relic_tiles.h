@@ -170,10 +170,12 @@ struct Masks {
   SSLOPS_INLINE Masks(const Batch& x, const Part& t, int64_t i, int64_t j) {
     I lane;
     for (int k = 0; k < kLanes; ++k) lane[k] = k;
-    const I steps = lane + static_cast<int32_t>(t.j0 + j - i), inside = lane < static_cast<int32_t>(t.columns - j);
+    const I inside = lane < static_cast<int32_t>(t.columns - j);
+    const I steps = inside ? lane + static_cast<int32_t>(t.j0 + j - i) : I{};
+    // The row's own column and those beyond the tile become n steps away. One comparison: of the product of two GCC
+    // makes scalar code.
     const auto follows = [&](I steps) {
-      steps += (steps < 0) & static_cast<int32_t>(x.n);
-      return inside & (steps > 0) & (steps <= static_cast<int32_t>(x.negatives));
+      return steps + ((steps < 1) & static_cast<int32_t>(x.n)) <= static_cast<int32_t>(x.negatives);
     };
     own = follows(steps);
     other = follows(-steps);
