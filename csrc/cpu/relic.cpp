@@ -173,7 +173,7 @@ void weigh(const Batch& x, const Part& t, const float* stats) {
 }
 
 // The gradients of sum_i grad_i loss_i (grad null: all 1) into those of `out` that have memory; returns the
-// temperature's. held: the tiles, if forward has them.
+// temperature's. held: the first tiles, if forward has them.
 float gradients(const Batch& x, const float* grad, const float* kept, float* held, const Tensor (&out)[2]) {
   const int64_t padded = x.padded, ld = x.online.ld, count = out[1] ? 2 : 1, rows = padded + bf16_gemm::kBlock;
   Buffer<float> stats((kPositive + 1) * padded), dz(count * rows * ld), dots(x.n);
@@ -224,7 +224,7 @@ void forward(Tensor online, Tensor target, double temperature, double alpha, dou
   const Batch x(online, target, temperature, alpha, beta, negatives, normalize, operand);
   const int64_t n = x.n, padded = x.padded;
   const bool hold = of_sum && x.held();
-  Buffer<float> sums(kSums * padded), positives(padded), tiles(hold ? x.first[x.count] * x.size() : 0);
+  Buffer<float> sums(kSums * padded), positives(padded), tiles(hold ? x.held() * x.size() : 0);
   for (int64_t k = 0; k < kSums * padded; ++k) sums[k] = k / padded == kTopA || k / padded == kTopB ? kLowest : 0.f;
   for (int64_t i = 0; i < padded; ++i) positives[i] = 0.f;
   float* const held = hold ? static_cast<float*>(tiles) : nullptr;

@@ -11,8 +11,8 @@ namespace sslops::relic {
 struct Table {
   // losses [N] and stats [8, N] = (a maximum of row i of S over its candidates; 1 / sum exp((s - maximum) / tau) over
   // them; the same of S^T; Y_i = E_p[s_ji - s_ii]; -tau dloss/ds_ii; s_ii; how many negatives exceed it, if `count`).
-  // of_sum [gradients, N, D], of_sum_temperature []: the gradients of the losses' sum, in float32, where the tiles of S
-  // are few enough to be held until they are known; not written elsewhere.
+  // of_sum [gradients, N, D], of_sum_temperature []: the gradients of the losses' sum, in float32, where an eighth of
+  // the tiles of S or more can be held until they are known; not written elsewhere.
   void (*forward)(Tensor online, Tensor target, double temperature, double alpha, double beta, int64_t negatives,
                   bool normalize, DType operand, bool count, Tensor losses, Tensor stats, Tensor of_sum,
                   Tensor of_sum_temperature);

@@ -43,8 +43,11 @@ struct Panels {
   }
   // Of a pair's two tiles, in floats.
   int64_t size() const { return 2 * side * stride_of(side); }
-  // Whether forward can hold all tiles until their gradients are known.
-  bool held() const { return first[count] * size() * static_cast<int64_t>(sizeof(float)) <= kMaxHeld; }
+  // How many pairs' tiles forward holds until their gradients are known: none where that would be fewer than an eighth.
+  int64_t held() const {
+    const int64_t most = kMaxHeld / (size() * static_cast<int64_t>(sizeof(float)));
+    return first[count] <= 8 * most ? at_most(first[count], most) : 0;
+  }
 };
 
 struct Batch : Panels {
@@ -113,7 +116,7 @@ struct Tiles {
 };
 
 // visit(tiles, part) over all pairs, a row's in a fixed order, one at a time, first that which holds its positive.
-// held: where all tiles lie, or null; ready: they are there from the sweep before.
+// held: where the first x.held() tiles lie, or null; ready: they are there from the sweep before.
 template <typename Visit>
 void for_each_tile(const Batch& x, float* held, bool ready, const Visit& visit) {
   const int64_t n = x.n, far = n - x.negatives;
@@ -123,7 +126,7 @@ void for_each_tile(const Batch& x, float* held, bool ready, const Visit& visit) 
     tiles.a.move(at);
     tiles.b.move(at ? at + x.size() / 2 : nullptr);
     float *const a = tiles.a.s, *const b = tiles.b.s;
-    if (!ready) {
+    if (!(at && ready)) {
       tiles.a.multiply(x.online, i0, rows, x.target, j0, columns);
       if (mirrored) tiles.b.multiply(x.target, i0, rows, x.online, j0, columns);
       for (int64_t k = 0; k < rows && !mirrored; ++k)
@@ -134,7 +137,8 @@ void for_each_tile(const Batch& x, float* held, bool ready, const Visit& visit) 
   Tournament(x.count).run([&] { return Tiles{Tile(x.side, x.online.bf16), Tile(x.side, x.online.bf16)}; },
                           [&](int64_t i, int64_t j, Tiles& tiles) {
                             if (!x.meet(i, j)) return;
-                            float* const at = held ? held + x.place(i, j) * x.size() : nullptr;
+                            const bool kept = held && x.place(i, j) < x.held();
+                            float* const at = kept ? held + x.place(i, j) * x.size() : nullptr;
                             int64_t i0 = i * x.side, i1 = i0 + x.side < n ? i0 + x.side : n;
                             int64_t j0 = j * x.side, j1 = j0 + x.side < n ? j0 + x.side : n;
                             if (i == j) {  // Symmetry saves nothing in the tiles on the diagonal: they are small.

@@ -72,7 +72,7 @@ class Outputs(NamedTuple):
 
     losses: Out  # alpha (-log p_ii) + beta KL(p_i || q_i)
     stats: Out  # what a kernel keeps of a row for its backward, at last s_ii and how many s_ij exceed it, if counted
-    of_sum: Out  # of online (and target): the gradients of the losses' sum, where the CPU has them from small batches
+    of_sum: Out  # of online (and target): the gradients of the losses' sum, where the CPU has them from forward
     of_sum_temperature: Out
 
 
