@@ -55,13 +55,13 @@ def check_version(op: str, name: str, version: int, seen: Tensor) -> None:
 
 def is_whole(x: Any) -> bool:
     """Whether the CPU's forward also reduces the losses and makes the gradients of that"""
-    return x.reduction != "none" and x.backend == "cpu" and not x.group and any(x.needs_grad)
+    return x.reduction != "none" and x.backend == "cpu" and not getattr(x, "group", "") and any(x.needs_grad)
 
 
-def of_whole(x: Any, rows: int, *gradients: Tensor | None) -> list[Out]:
-    """The result and, if it is whole, each of the gradients, None for a number's"""
+def of_whole(x: Any, losses: tuple[int, ...], *gradients: Tensor | None) -> list[Out]:
+    """The result, of that shape unless it is whole, and then each of the gradients, None for a number's"""
     if not is_whole(x):
-        return [Out((rows,)), *(Out((0,)) for _ in gradients)]
+        return [Out(losses), *(Out((0,)) for _ in gradients)]
     shapes = (() if value is None else tuple(value.shape) for value in gradients)
     return [Out(()), *(Out(shape if needed else (0,)) for shape, needed in zip(shapes, x.needs_grad, strict=True))]
 

@@ -140,8 +140,18 @@ def test_accuracy(device, backend, dtype, n, d, temperature, negatives):
 @each_target
 def test_batches_of_more_than_one_route(device, backend):
     """The CPU's forward pass, which finds the gradient, holds all tiles, and some."""
-    for n in (1024, 2000):
+    for n in (70, 1024, 2000):
         oracle.check(mean_loss, views(n, 24, device=device, noise=4.0), backend)
+
+
+def test_a_batch_of_which_no_tile_is_held():
+    found = []
+    for reduction in ("mean", "none"):
+        leaves = [x.requires_grad_() for x in views(5600, 8).values()]
+        loss = sslops.relic(*leaves, temperature=0.3, **WEIGHTS, reduction=reduction, backend="cpu").mean()
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for whole, of_rows in zip(*found, strict=True):
+        torch.testing.assert_close(whole, of_rows, rtol=0, atol=0)
 
 
 def mean_loss(online, target, **kwargs):
@@ -348,31 +358,32 @@ def test_backward_twice(device, backend):
     assert all(map(torch.equal, first, torch.autograd.grad(loss, leaves)))
 
 
-def lowered(online, target, backend, *, negatives=None, temperature=0.3, of_target=True) -> list:
+def lowered(online, target, backend, *, negatives=None, temperature=0.3, of_target=True, reduction="none") -> list:
     """The arguments of torch.ops.sslops.relic"""
     order = None
     if negatives is not None:
         pairs = len(online) * len(target) if online.dim() == 3 else 1
         order = torch.arange(online.shape[-2], device=online.device).flip(0).repeat(pairs, 1)
     needs_grad = [True, of_target, isinstance(temperature, torch.Tensor)]
-    options = (negatives, order, True, True, torch.float32, needs_grad, backend)
+    options = (negatives, order, True, True, reduction, torch.float32, needs_grad, backend)
     return oracle.lowered(Arguments(online, target, temperature, 1.0, 2.0, *options))
 
 
 @each_target
 @pytest.mark.parametrize("negatives", [None, 3])
-@pytest.mark.parametrize("of_target", [False, True])
-def test_opcheck(device, backend, negatives, of_target):
+@pytest.mark.parametrize(("of_target", "reduction"), [(False, "none"), (True, "none"), (False, "mean"), (True, "sum")])
+def test_opcheck(device, backend, negatives, of_target, reduction):
     online, target = views(6, 8, device=device).values()
     online.requires_grad_()
     target.requires_grad_(of_target)
     temperature = torch.tensor(0.3, device=device, requires_grad=True) if negatives else 0.3
-    arguments = lowered(online, target, backend, negatives=negatives, temperature=temperature, of_target=of_target)
+    options = {"negatives": negatives, "temperature": temperature, "of_target": of_target, "reduction": reduction}
+    arguments = lowered(online, target, backend, **options)
     torch.library.opcheck(torch.ops.sslops.relic.default, arguments)
     with torch.no_grad():
-        found, *saved = torch.ops.sslops.relic(*arguments)
+        found, stats, *_ = torch.ops.sslops.relic(*arguments)
         detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-        torch.library.opcheck(torch.ops.sslops.relic_backward.default, (found, *detached, *saved))
+        torch.library.opcheck(torch.ops.sslops.relic_backward.default, (found, *detached, stats))
 
 
 @pytest.mark.parametrize(("device", "backend"), [*TARGETS, ("cpu", "eager")])
@@ -536,14 +547,15 @@ class TestMultiCrop:
 
     @each_target
     @pytest.mark.parametrize("negatives", [None, 3])
-    def test_opcheck(self, device, backend, negatives):
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    def test_opcheck(self, device, backend, negatives, reduction):
         crops = torch.randn(5, 6, 8, device=device, requires_grad=True)
-        arguments = lowered(crops[:3], crops[3:], backend, negatives=negatives)
+        arguments = lowered(crops[:3], crops[3:], backend, negatives=negatives, reduction=reduction)
         torch.library.opcheck(torch.ops.sslops.relic.default, arguments)
         with torch.no_grad():
-            found, *saved = torch.ops.sslops.relic(*arguments)
+            found, stats, *_ = torch.ops.sslops.relic(*arguments)
             detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-            torch.library.opcheck(torch.ops.sslops.relic_backward.default, (found, *detached, *saved))
+            torch.library.opcheck(torch.ops.sslops.relic_backward.default, (found, *detached, stats))
 
     @each_target
     def test_bad_input_to_the_registered_op(self, device, backend):
@@ -619,7 +631,7 @@ def test_bad_input_to_the_registered_op():
     """torch.ops.sslops can be called by anyone: nothing that reaches a pointer goes unchecked."""
     online, target = views(4, 8).values()
     good = lowered(online, target, "cpu", negatives=2)
-    _, *saved = torch.ops.sslops.relic(*good)
+    _, stats, *_ = torch.ops.sslops.relic(*good)
 
     def refused(error, k, value):
         with pytest.raises(error, match=r"^relic: "):
@@ -634,8 +646,8 @@ def test_bad_input_to_the_registered_op():
     refused(TypeError, names.index("order"), torch.arange(4.0))
     refused(ValueError, names.index("backend"), "tpu")
     refused(ValueError, names.index("order"), torch.arange(4) + 1)
-    for k, name in enumerate(("grad", "stats", "of_sum", "of_sum_temperature")):
-        tensors = [torch.ones(4), *saved]
+    for k, name in enumerate(("grad", "stats")):
+        tensors = [torch.ones(4), stats]
         tensors[k] = torch.ones(4, 4)
         with pytest.raises(ValueError, match=f"relic: {name}"):
             torch.ops.sslops.relic_backward(tensors[0], *good, *tensors[1:])

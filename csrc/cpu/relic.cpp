@@ -172,12 +172,13 @@ void weigh(const Batch& x, const Part& t, const float* stats) {
   }
 }
 
-// The gradients of sum_i grad_i loss_i (grad null: all 1) into those of `out` that have memory; returns the
+// The gradients of sum_i grad_i loss_i (grad null: all `share`) into those of `out` that have memory; returns the
 // temperature's. held: the first tiles, if forward has them.
-float gradients(const Batch& x, const float* grad, const float* kept, float* held, const Tensor (&out)[2]) {
+float gradients(const Batch& x, const float* grad, float share, const float* kept, float* held,
+                const Tensor (&out)[2]) {
   const int64_t padded = x.padded, ld = x.online.ld, count = out[1] ? 2 : 1, rows = padded + bf16_gemm::kBlock;
   Buffer<float> stats((kPositive + 1) * padded), dz(count * rows * ld), dots(x.n);
-  const auto weight = [&](int64_t i) { return grad ? grad[i] : 1.f; };
+  const auto weight = [&](int64_t i) { return grad ? grad[i] : share; };
   for (int64_t stat = 0; stat <= kPositive; ++stat)
     for (int64_t i = 0; i < padded; ++i)
       stats[stat * padded + i] =
@@ -219,11 +220,11 @@ float gradients(const Batch& x, const float* grad, const float* kept, float* hel
 }
 
 void forward(Tensor online, Tensor target, double temperature, double alpha, double beta, int64_t negatives,
-             bool normalize, DType operand, bool count, Tensor losses, Tensor stats, Tensor of_sum,
-             Tensor of_sum_temperature) {
+             bool normalize, DType operand, bool count, Tensor losses, Tensor stats, double share, Tensor donline,
+             Tensor dtarget, Tensor dtemperature) {
   const Batch x(online, target, temperature, alpha, beta, negatives, normalize, operand);
   const int64_t n = x.n, padded = x.padded;
-  const bool hold = of_sum && x.held();
+  const bool hold = dtemperature && x.held();
   Buffer<float> sums(kSums * padded), positives(padded), tiles(hold ? x.held() * x.size() : 0);
   for (int64_t k = 0; k < kSums * padded; ++k) sums[k] = k / padded == kTopA || k / padded == kTopB ? kLowest : 0.f;
   for (int64_t i = 0; i < padded; ++i) positives[i] = 0.f;
@@ -266,36 +267,16 @@ void forward(Tensor online, Tensor target, double temperature, double alpha, dou
       for (int64_t k = 0; k < kStats; ++k) stats.as<float>()[k * n + i] = kept[k];
     }
   });
-  if (!hold) return;
-  Tensor out[] = {of_sum, {}};
-  if (of_sum.sizes[0] == 2) {
-    out[1] = of_sum;
-    out[1].data += n * x.d * sizeof(float);
-  }
-  *of_sum_temperature.as<float>() = gradients(x, nullptr, stats.as<float>(), held, out);
+  if (!dtemperature) return;
+  const float part = static_cast<float>(share);
+  *dtemperature.as<float>() = gradients(x, nullptr, part, stats.as<float>(), held, {donline, dtarget});
 }
 
 void backward(Tensor grad, Tensor online, Tensor target, double temperature, double alpha, double beta,
-              int64_t negatives, bool normalize, DType operand, Tensor stats, Tensor of_sum, Tensor of_sum_temperature,
-              Tensor donline, Tensor dtarget, Tensor dtemperature) {
-  const int64_t n = online.sizes[0], size = online.numel;
-  const float* const g = grad.as<float>();
-  bool scaled = of_sum && Panels(n, negatives).held();
-  for (int64_t i = 1; i < n && scaled; ++i) scaled = g[i] == g[0];  // as all reductions have them
-  const Tensor out[] = {donline, dtarget};
-  if (!scaled) {
-    const Batch x(online, target, temperature, alpha, beta, negatives, normalize, operand);
-    *dtemperature.as<float>() = gradients(x, g, stats.as<float>(), nullptr, out);
-    return;
-  }
-  *dtemperature.as<float>() = *of_sum_temperature.as<float>() * g[0];
-  for (int which = 0; which < (dtarget ? 2 : 1); ++which)
-    parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {
-      for_each_vector(end - begin, [&](int64_t k, int lanes) {
-        const F v = load_lanes(of_sum.as<float>() + which * size + begin + k, lanes, 0.f);
-        store_from_float(out[which].data, out[which].dtype, begin + k, lanes, v * g[0]);
-      });
-    });
+              int64_t negatives, bool normalize, DType operand, Tensor stats, Tensor donline, Tensor dtarget,
+              Tensor dtemperature) {
+  const Batch x(online, target, temperature, alpha, beta, negatives, normalize, operand);
+  *dtemperature.as<float>() = gradients(x, grad.as<float>(), 0.f, stats.as<float>(), nullptr, {donline, dtarget});
 }
 
 }  // namespace

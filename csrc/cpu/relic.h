@@ -11,16 +11,15 @@ namespace sslops::relic {
 struct Table {
   // losses [N] and stats [8, N] = (a maximum of row i of S over its candidates; 1 / sum exp((s - maximum) / tau) over
   // them; the same of S^T; Y_i = E_p[s_ji - s_ii]; -tau dloss/ds_ii; s_ii; how many negatives exceed it, if `count`).
-  // of_sum [gradients, N, D], of_sum_temperature []: the gradients of the losses' sum, in float32, where an eighth of
-  // the tiles of S or more can be held until they are known; not written elsewhere.
+  // With a dtemperature also the gradients of share times the losses' sum, from tiles of S that stay, as many as may.
   void (*forward)(Tensor online, Tensor target, double temperature, double alpha, double beta, int64_t negatives,
-                  bool normalize, DType operand, bool count, Tensor losses, Tensor stats, Tensor of_sum,
-                  Tensor of_sum_temperature);
+                  bool normalize, DType operand, bool count, Tensor losses, Tensor stats, double share, Tensor donline,
+                  Tensor dtarget, Tensor dtemperature);
   // donline, dtarget [N, D] (or None), dtemperature [] from grad [N]. With W_ij = tau dL/ds_ij = p_ij grad_i (alpha +
   // beta (Y_i - (s_ji - s_ii)) / tau) where j is a negative of i, + beta grad_j (q_ji - p_ji) where i is one of j.
   void (*backward)(Tensor grad, Tensor online, Tensor target, double temperature, double alpha, double beta,
-                   int64_t negatives, bool normalize, DType operand, Tensor stats, Tensor of_sum,
-                   Tensor of_sum_temperature, Tensor donline, Tensor dtarget, Tensor dtemperature);
+                   int64_t negatives, bool normalize, DType operand, Tensor stats, Tensor donline, Tensor dtarget,
+                   Tensor dtemperature);
 
   static constexpr auto bound() {
     return std::tuple{Bound{"relic_forward", &Table::forward}, Bound{"relic_backward", &Table::backward}};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from sslops import _C
 
-from .memory import FLOAT32, empty, refuses, zeros  # noqa: F401
+from .memory import FLOAT32, empty, refuses  # noqa: F401
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sslops.ops.relic import Arguments
 
 
@@ -20,45 +23,65 @@ def _common(x: Arguments) -> tuple[object, ...]:
     return x.online, x.target, *weights, x.normalize, x.operand_dtype
 
 
-def forward(x: Arguments) -> tuple[Tensor, ...]:
-    (*_, b, d), crops = x.online.shape, x.crops
+def forward(x: Arguments, share: float = 0.0) -> tuple[Tensor, ...]:
+    """losses and stats; with a share also the gradients of so much of the losses' sum, in float32"""
+    b, crops = x.online.shape[-2], x.crops
     losses = (torch.empty if x.order is None else torch.zeros)(*crops, b, **FLOAT32)  # an order may lack rows
-    found = losses, empty(*crops, 8, b), zeros(*crops, x.gradients, b, d), zeros(*crops, 1)
+    stats = empty(*crops, 8, b)
     if not crops:
-        _forward(x, *found)
-        return found
-    for pair, *of_pair in zip(x.pairs(), *(each.flatten(0, 1) for each in found), strict=True):
-        _forward(pair, *of_pair)
-    return found
+        return losses, stats, *_forward(x, losses, stats, share)
+    of_pairs = zip(x.pairs(), losses.flatten(0, 1), stats.flatten(0, 1), strict=True)
+    found = (_forward(pair, of_pair, its, share) for pair, of_pair, its in of_pairs)
+    return losses, stats, *(_together(x, found, torch.float32) if share else (each for none in found for each in none))
 
 
-def _forward(x: Arguments, losses: Tensor, *kept: Tensor) -> None:
+def _forward(x: Arguments, losses: Tensor, stats: Tensor, share: float) -> tuple[Tensor, ...]:
     found = losses if x.order is None else torch.empty_like(losses)
-    _C.relic_forward(*_common(x.in_order()), x.count_exceeding, found, *kept)
+    gradients = _memory(x, torch.float32) if share else ()
+    options = x.count_exceeding, found, stats, share
+    _C.relic_forward(*_common(x.in_order()), *options, *(gradients or (None, None, None)))
     if x.order is not None:
         losses[x.order[0]] = found
+    return _as_they_came(x, *gradients) if share else ()
 
 
-def backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, x: Arguments, stats: Tensor) -> tuple[Tensor, ...]:
     if not x.crops:
-        gradients, dtemperature = _backward(grad, x, *saved)
-    else:
-        gradients = [torch.zeros_like(each) for each in (x.online, x.target)[: x.gradients]]
-        dtemperature = torch.zeros((), **FLOAT32)
-        of_pairs = zip(x.pairs(), *(each.flatten(0, 1) for each in (grad, *saved)), strict=True)
-        for k, (pair, of_pair, *kept) in enumerate(of_pairs):
-            shares, of_temperature = _backward(of_pair, pair, *kept)
-            dtemperature += of_temperature
-            for total, crop, share in zip(gradients, divmod(k, x.crops[1]), shares, strict=False):
-                total[crop] += share
-    return gradients[0], gradients[1] if x.gradients == 2 else x.target.new_empty(0), dtemperature
+        return _backward(grad, x, stats)
+    of_pairs = zip(grad.flatten(0, 1), x.pairs(), stats.flatten(0, 1), strict=True)
+    return _together(x, (_backward(*of_pair) for of_pair in of_pairs), x.online.dtype)
 
 
-def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[list[Tensor], Tensor]:
-    found = [torch.empty_like(each) for each in (x.online, x.target)[: x.gradients]]
-    of_target, dtemperature = found[1] if x.gradients == 2 else None, torch.empty((), **FLOAT32)
+def _backward(grad: Tensor, x: Arguments, stats: Tensor) -> tuple[Tensor, ...]:
+    found = _memory(x, x.online.dtype)
     g = grad if x.order is None else grad.index_select(0, x.order[0])
-    _C.relic_backward(g, *_common(x.in_order()), *saved, found[0], of_target, dtemperature)
-    if x.order is not None:
-        found = [torch.zeros_like(each).index_copy_(0, x.order[0], each) for each in found]
-    return found, dtemperature
+    _C.relic_backward(g, *_common(x.in_order()), stats, *found)
+    return _as_they_came(x, *found)
+
+
+def _memory(x: Arguments, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of a pair's gradients: online's, target's if it will be wanted, and the temperature's"""
+    donline = torch.empty_like(x.online, dtype=dtype)
+    return donline, donline.new_empty(x.target.shape if x.gradients == 2 else 0), torch.empty((), **FLOAT32)
+
+
+def _as_they_came(x: Arguments, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """Those of rows, which are in the order that was drawn"""
+    if x.order is None:
+        return gradients
+    return *(
+        torch.zeros_like(each).index_copy_(0, x.order[0], each) if each.numel() else each for each in gradients[:2]
+    ), gradients[2]
+
+
+def _together(x: Arguments, of_pairs: Iterable[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of all crops, from those of each pair"""
+    dtarget = torch.zeros_like(x.target, dtype=dtype) if x.gradients == 2 else x.target.new_empty(0)
+    donline, dtemperature = torch.zeros_like(x.online, dtype=dtype), torch.zeros((), **FLOAT32)
+    pairs = itertools.product(*map(range, x.crops))
+    for (i, j), (of_online, of_target, of_temperature) in zip(pairs, of_pairs, strict=True):
+        donline[i] += of_online
+        if x.gradients == 2:
+            dtarget[j] += of_target
+        dtemperature += of_temperature
+    return donline, dtarget, dtemperature

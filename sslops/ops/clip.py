@@ -56,7 +56,7 @@ class Outputs(NamedTuple):
 def outputs(x: Arguments) -> Outputs:
     own, d = x.image.shape
     n = own * distributed.size(x.group)
-    losses, *gradients = of_whole(x, n, x.image, x.text, None)
+    losses, *gradients = of_whole(x, (n,), x.image, x.text, None)
     return Outputs(
         losses,
         Out((3 if x.count_exceeding else 0, n)),

@@ -51,7 +51,7 @@ def _sizes(x: Arguments) -> tuple[int, int, int]:
 def outputs(x: Arguments) -> Outputs:
     v, own, d = _sizes(x)
     n = own * distributed.size(x.group)
-    losses, *gradients = of_whole(x, v * n, x.z0, x.z1, None)
+    losses, *gradients = of_whole(x, (v * n,), x.z0, x.z1, None)
     return Outputs(
         losses,
         Out((2 * (v - 1) if x.count_exceeding else 0, v * n)),

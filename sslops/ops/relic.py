@@ -11,9 +11,19 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import Metrics, check_options, metrics, reduce
+from .._contrastive import (
+    REDUCTIONS,
+    Metrics,
+    check_options,
+    is_whole,
+    metrics,
+    of_whole,
+    reduce,
+    scaled,
+    share,
+    wanted,
+)
 from .._library import Out, register
-from .._sums import mean
 from ..backend import BACKENDS, kernel
 
 
@@ -29,6 +39,7 @@ class Arguments(NamedTuple):
     ]  # of the rows, for each of the pairs; None: as they come
     normalize: bool
     count_exceeding: bool  # whether to count the negatives that exceed a positive
+    reduction: str
     operand_dtype: torch.dtype = torch.float32
     needs_grad: list[bool] = []  # noqa: RUF012
     backend: str = ""
@@ -72,19 +83,15 @@ class Outputs(NamedTuple):
 
     losses: Out  # alpha (-log p_ii) + beta KL(p_i || q_i)
     stats: Out  # what a kernel keeps of a row for its backward, at last s_ii and how many s_ij exceed it, if counted
-    of_sum: Out  # of online (and target): the gradients of the losses' sum, where the CPU has them from forward
-    of_sum_temperature: Out
+    donline: Out  # these where `losses` is their whole, a number
+    dtarget: Out
+    dtemperature: Out
 
 
 def outputs(x: Arguments) -> Outputs:
-    *_, b, d = x.online.shape
-    kept = x.backend == "cpu"
-    return Outputs(
-        losses=Out((*x.crops, b)),
-        stats=Out((*x.crops, 8, b)),
-        of_sum=Out((*x.crops, x.gradients if kept else 0, b, d)),
-        of_sum_temperature=Out((*x.crops, int(kept))),
-    )
+    b = x.online.shape[-2]
+    losses, *gradients = of_whole(x, (*x.crops, b), x.online, x.target, None)
+    return Outputs(losses, Out((*x.crops, 8, b)), *gradients)
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -132,13 +139,28 @@ def _check_arguments(x: Arguments) -> None:
     if x.order is not None and x.order.shape != (shape := (math.prod(x.crops), x.online.shape[-2])):
         _check.bad_value("relic", "order", f"shape {list(shape)}", list(x.order.shape))
     _check.non_negative("relic", alpha=x.alpha, beta=x.beta)
+    _check.choice("relic", "reduction", x.reduction, REDUCTIONS)
     if x.num_negatives is not None:
         _check.count("relic", "num_negatives", x.num_negatives, 1, x.online.shape[-2] - 1)
 
 
-def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
-    found = kernel(x.backend, "relic").backward(grad, x, *saved)
-    return tuple(each if wanted else each.new_empty(0) for each, wanted in zip(found, x.needs_grad, strict=True))
+def _forward(x: Arguments) -> tuple[Tensor, ...]:
+    if not is_whole(x):
+        found: tuple[Tensor, ...] = kernel(x.backend, "relic").forward(x)
+        return found
+    losses, stats, *gradients = _with_gradients(x)
+    return reduce(losses, x.reduction), stats, *wanted(gradients, x)
+
+
+def _with_gradients(x: Arguments) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = kernel(x.backend, "relic").forward(x, share(x, math.prod(x.crops) * x.online.shape[-2]))
+    return found
+
+
+def _backward(grad: Tensor, x: Arguments, stats: Tensor) -> tuple[Tensor, ...]:
+    if is_whole(x):
+        return wanted(scaled(_with_gradients(x)[2:], grad, x), x)
+    return wanted(kernel(x.backend, "relic").backward(grad, x, stats), x)
 
 
 _run = register(
@@ -148,7 +170,9 @@ _run = register(
     reference=reference,
     check=_check_arguments,
     gradients=("online", "target", "temperature"),
+    forward=_forward,
     backward=_backward,
+    unit=("donline", "dtarget", "dtemperature"),
 )
 
 
@@ -263,7 +287,7 @@ def relic(
     group = distributed.name("relic", group)
     options = {
         "temperature": temperature, "alpha": alpha, "beta": beta, "num_negatives": num_negatives,
-        "normalize": normalize, "count_exceeding": return_metrics,
+        "normalize": normalize, "count_exceeding": return_metrics, "reduction": reduction,
     }  # fmt: skip
     losses, logged = _losses("relic", {"online": online}, {"target": target}, options, generator, group, backend)
     loss = reduce(losses, reduction, group)
@@ -319,7 +343,8 @@ def relic_multicrop(
     group = distributed.name(op, group)
     options = {
         "temperature": temperature, "alpha": alpha, "beta": beta, "num_negatives": num_negatives,
-        "normalize": normalize, "count_exceeding": return_metrics,
+        "normalize": normalize, "count_exceeding": return_metrics, "reduction": "mean",
     }  # fmt: skip
     losses, logged = _losses(op, named[0] | named[1], named[2], options, generator, group, backend)
-    return (mean(losses), metrics(*logged.unbind(-2))) if return_metrics else mean(losses)
+    loss = reduce(losses, "mean")
+    return (loss, metrics(*logged.unbind(-2))) if return_metrics else loss

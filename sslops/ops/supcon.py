@@ -67,7 +67,7 @@ def outputs(x: Arguments) -> Outputs:
     *views, _, _ = x.z.shape
     n, keyed = own * distributed.size(x.group), x.version >= 0
     m, graded = (0 if keyed else v * n), (v * own if keyed and any(x.needs_grad) else 0)
-    losses, *of_losses = of_whole(x, v * n, x.z, None) if not keyed else (Out((v * n,)), Out((0,)), Out((0,)))
+    losses, *of_losses = of_whole(x, (v * n,), x.z, None) if not keyed else (Out((v * n,)), Out((0,)), Out((0,)))
     return Outputs(
         losses,
         Out((1, v * n)),

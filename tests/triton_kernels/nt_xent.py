@@ -64,7 +64,9 @@ def arguments(
     count: bool = False,
 ) -> Arguments:
     needs_grad = [True, z1 is not None, True]
-    return Arguments(z0, z1, None, None, temperature, normalize, False, count, "", False, operand, "triton", needs_grad)
+    return Arguments(
+        z0, z1, None, None, temperature, normalize, False, count, "", "none", operand, "triton", needs_grad
+    )
 
 
 def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], tuple[Tensor, ...]]:

@@ -41,7 +41,7 @@ def call(
     tau = torch.ones((), device=device) if temperature is None else temperature
     needs_grad = [True, gradients == 2, temperature is None]
     arguments = Arguments(
-        online, target, tau, 1.0, 1.0, negatives, order, normalize, count, compute, needs_grad, "triton"
+        online, target, tau, 1.0, 1.0, negatives, order, normalize, count, "none", compute, needs_grad, "triton"
     )
     with mock.patch.object(launch, "precision", return_value="tf32" if operands == "tf32" else "ieee"):
         losses, *saved = relic.forward(arguments)
@@ -80,7 +80,7 @@ def tuning(operands: str, width: int, kernel: str, device: str) -> Callable[[], 
     compute = torch.bfloat16 if operands == "half" else torch.float32
     views = torch.randn(2, 1024 if operands == "ieee" else 4096, width, dtype=compute, device=device)
     needs_grad = [True, False, False]
-    x = Arguments(*views, 0.1, 1.0, 1.0, None, None, True, False, compute, needs_grad, "triton")
+    x = Arguments(*views, 0.1, 1.0, 1.0, None, None, True, False, "none", compute, needs_grad, "triton")
     losses, *saved = relic.forward(x)
     if kernel == "forward":
         return lambda: relic.forward(x)

@@ -51,7 +51,7 @@ def call(
 def arguments(
     z: Tensor, labels: Tensor, temperature: float | Tensor, normalize: bool = True, where: str = "out"
 ) -> Arguments:
-    options = temperature, normalize, where, -1, "", True, z.dtype, "triton", [True, True]
+    options = temperature, normalize, where, -1, "", "mean", z.dtype, "triton", [True, True]
     return Arguments(z, labels, None, None, None, None, None, *options)
 
 
