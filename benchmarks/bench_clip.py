@@ -57,7 +57,7 @@ def test_time(benchmark, device, case):
     torch._dynamo.reset()
     variants = {name: variant(loss, *towers, part) for name, loss in losses(d, device).items()}
     once = matmul(2 * n * n * d, dtype, device)
-    variants["matmuls"] = lambda: [once() for _ in range(3)]  # eager's; ours are one more
+    variants["matmuls"] = lambda: [once() for _ in range(3)]  # eager's; ours are one more where S is not held
     record(benchmark, variants, limit="matmuls", n=n, d=d, dtype=dtype, part=part, flop=8 * n * n * d)
 
 

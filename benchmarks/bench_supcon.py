@@ -106,7 +106,7 @@ def step(loss: Callable, z: torch.Tensor, *rest: torch.Tensor) -> None:
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     (m, d, *k), dtype, part = case
-    # Half the tiles of S; in backward them again, and W z. Of keys all tiles, both in forward.
+    # Half the tiles of S, them again (unless a CPU holds them, up to M = 2560), and W z. Of keys all tiles, and W z.
     flop = 6 * m * k[0] * d if k else 4 * m * m * d
     tensors = inputs(m, d, *k, dtype=dtype, device=device)
     torch._dynamo.reset()

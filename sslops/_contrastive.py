@@ -53,22 +53,32 @@ def check_version(op: str, name: str, version: int, seen: Tensor) -> None:
         )
 
 
+def reduction_of_op(reduction: str, group: str) -> str:
+    """The `reduction` among an op's arguments: "none" where what forward makes with it would be lost, or for nobody"""
+    lost = torch.compiler.is_exporting() if torch.compiler.is_compiling() else _torch.in_func()
+    return "none" if lost and not group else reduction
+
+
 def is_whole(x: Any) -> bool:
     """Whether the CPU's forward also reduces the losses and makes the gradients of that"""
     return x.reduction != "none" and x.backend == "cpu" and not getattr(x, "group", "") and any(x.needs_grad)
 
 
-def of_whole(x: Any, losses: tuple[int, ...], *gradients: Tensor | None) -> list[Out]:
-    """The result, of that shape unless it is whole, and then each of the gradients, None for a number's"""
+def of_whole(x: Any, losses: tuple[int, ...], *gradients: tuple[int, ...]) -> list[Out]:
+    """The result, of that shape unless it is whole, and then each of the gradients"""
     if not is_whole(x):
         return [Out(losses), *(Out((0,)) for _ in gradients)]
-    shapes = (() if value is None else tuple(value.shape) for value in gradients)
-    return [Out(()), *(Out(shape if needed else (0,)) for shape, needed in zip(shapes, x.needs_grad, strict=True))]
+    return [Out(()), *(Out(shape if needed else (0,)) for shape, needed in zip(gradients, x.needs_grad, strict=True))]
 
 
-def share(x: Any, rows: int) -> float:
+def factor(x: Any, losses: int) -> float:
     """Of each loss in the whole"""
-    return 1 / max(rows, 1) if x.reduction == "mean" else 1.0
+    return 1 / max(losses, 1) if x.reduction == "mean" else 1.0
+
+
+def left_out(x: Any) -> list[Tensor]:
+    """In the place of the gradients, where forward makes none: faster than to have them filled in"""
+    return [_check.first(x).new_empty(0, dtype=torch.float32) for _ in x.needs_grad]
 
 
 def scaled(gradients: Sequence[Tensor], grad: Tensor, x: Any) -> tuple[Tensor, ...]:
@@ -91,7 +101,7 @@ def by_views(
     to_kernel: Callable[..., Any],
 ) -> tuple[Direction, Direction]:
     """forward and backward by an op's kernels, which with a group are given the views of all ranks, the fifth output.
-    Behind it are the gradients, if the first is the whole of the losses.
+    Behind it are the gradients, if the first is the whole of the losses; the third and the fourth are empty then.
 
     sizes: V, N, D of the arguments; gather: the views of all ranks; to_kernel: from both a kernel's arguments.
     """
@@ -102,16 +112,15 @@ def by_views(
             (v, own, _), views = sizes(x), gather(x)
             return *_over_ranks(run, to_kernel(x, views), v, own), views
         views = _check.first(x).new_empty(0)
-        if is_whole(x):
-            (losses, *others), gradients = with_gradients(x)
-            return reduce(losses, x.reduction), *others, views, *wanted(gradients, x)
-        losses, *others = run(to_kernel(x))
-        return losses, *others, views, *(losses.new_empty(0) for _ in x.needs_grad)
+        if not is_whole(x):
+            return *run(to_kernel(x)), views, *left_out(x)
+        losses, logged, *gradients = with_gradients(x)
+        return reduce(losses, x.reduction), logged, *left_out(x)[:2], views, *wanted(gradients, x)
 
-    def with_gradients(x: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def with_gradients(x: Any) -> list[Tensor]:
         v, n, _ = sizes(x)
-        found = kernel(x.backend, op).forward(to_kernel(x), share=share(x, v * n))
-        return found[:4], found[4:]
+        losses, logged, _, _, *gradients = kernel(x.backend, op).forward(to_kernel(x), factor=factor(x, v * n))
+        return [losses, logged, *gradients]
 
     def backward(grad: Tensor, x: Any, *saved: Tensor) -> tuple[Tensor, ...]:
         _, inv_norm, stats, views = saved
@@ -121,7 +130,7 @@ def by_views(
             grad = gradient_over_ranks(grad, x, v)
             found = run(grad, to_kernel(x, views), inv_norm, stats, distributed.part(x.group, own))
         elif is_whole(x):
-            found = scaled(with_gradients(x)[1], grad, x)
+            found = scaled(with_gradients(x)[2:], grad, x)
         else:
             found = run(grad, to_kernel(x), inv_norm, stats)
         return wanted(found, x)

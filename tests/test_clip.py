@@ -198,7 +198,7 @@ class TestPlantedFaults:
 
     def test_the_gradients_of_a_sum_for_a_mean(self, monkeypatch):
         run = kernel.with_gradients
-        monkeypatch.setattr(kernel, "with_gradients", lambda x, share: run(x, 1.0))
+        monkeypatch.setattr(kernel, "with_gradients", lambda x, factor: run(x, 1.0))
         with pytest.raises(AssertionError, match="above"):
             oracle.check(sslops.clip, pairs(40, 8), "cpu")
 

@@ -427,6 +427,22 @@ def test_the_mean(device, backend, dtype, shape):
                 oracle.check(sslops.nt_xent, inputs, backend, temperature=temperature)
 
 
+def test_an_exported_graph_makes_no_gradients():
+    """With a learned temperature: it is for inference"""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, z0, z1):
+            return sslops.nt_xent(z0, z1, temperature=self.temperature, backend="cpu")
+
+    graph = torch.export.export(Module(), tuple(views(6, 8).values())).graph
+    (call,) = (node for node in graph.nodes if "sslops" in str(node.target))
+    assert "none" in call.args
+
+
 @pytest.mark.parametrize("wanted", ["z0", "z1", "temperature"])
 def test_the_mean_twice_and_in_part(wanted):
     """The second time the gradient is found anew; each is the same alone"""
@@ -713,6 +729,12 @@ class TestTheOracleItself:
 
         self.plant(monkeypatch, "forward", fault)
         self.refuse(views(300, 128, noise=1e-2, dtype=torch.bfloat16), temperature=0.05)
+
+    def test_the_gradients_of_a_sum_for_a_mean(self, monkeypatch):
+        run = kernel.forward
+        monkeypatch.setattr(kernel, "forward", lambda x, factor=0.0: run(x, factor=factor and 1.0))
+        with pytest.raises(AssertionError, match="above"):
+            oracle.check(sslops.nt_xent, views(90, 16), "cpu")
 
     def test_unwritten_memory(self, monkeypatch):
         monkeypatch.setattr(_C, "nt_xent_backward", lambda *args: None)

@@ -155,6 +155,18 @@ def test_gradient_scaling(case, device, backend):
 
 
 @each_graded
+def test_second_use(case, device, backend):
+    """What forward left is given away at the first one: the same bits are found anew, and by each gradient alone"""
+    case = on(device, case)
+    leaves = {name: x.clone().requires_grad_(name in case.graded) for name, x in case.inputs.items()}
+    given = [leaves[name] for name in case.graded]
+    out = case.run(backend, leaves)
+    first, second = (torch.autograd.grad(out, given, torch.full_like(out, 0.3), retain_graph=True) for _ in range(2))
+    for ours, theirs in zip(second, first, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@each_graded
 def test_second_derivative_is_refused(case, device, backend):
     case = on(device, case)
     leaves = {name: x.clone().requires_grad_(name in case.graded) for name, x in case.inputs.items()}

@@ -701,6 +701,12 @@ class TestTheOracleItself:
         self.plant(monkeypatch, "forward", lambda run, x: run(x._replace(temperature=x.temperature * (1 + 1e-5))))
         self.refuse()
 
+    def test_the_gradients_of_a_sum_for_a_mean(self, monkeypatch):
+        run = kernel.forward
+        monkeypatch.setattr(kernel, "forward", lambda x, factor=0.0: run(x, factor=factor and 1.0))
+        with pytest.raises(AssertionError, match="above"):
+            oracle.check(mean_loss, views(300, 32), "cpu")
+
     def test_unwritten_memory(self, monkeypatch):
         monkeypatch.setattr(_C, "relic_backward", lambda *args: None)
         with oracle.poisoned_memory():

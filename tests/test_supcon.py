@@ -475,6 +475,12 @@ class TestPlantedFaults:
         with pytest.raises(AssertionError, match="above"):
             oracle.check(among, rows(60, 16), "cpu", ids=True)
 
+    def test_the_gradients_of_a_sum_for_a_mean(self, monkeypatch):
+        run = kernel.forward
+        monkeypatch.setattr(kernel, "forward", lambda x, factor=0.0: run(x, factor=factor and 1.0))
+        with pytest.raises(AssertionError, match="above"):
+            oracle.check(losses, rows(90, 16), "cpu", reduction="mean")
+
     def test_unwritten_memory(self, monkeypatch):
         monkeypatch.setattr(_C, "supcon_backward", lambda *args: None)
         with oracle.poisoned_memory():

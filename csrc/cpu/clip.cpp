@@ -50,10 +50,11 @@ void close(Tensor rows, Tensor columns, double logit_scale, bool normalize, Tens
          losses.as<float>(), stats.as<float>());
 }
 
-// dimage and dtext, or one of them, from the gradients [N] (null: all `share`) and stats [5, N]; returns logit_scale's.
-float gradients(const Pairs& x, const Scale& scale, const float* grad, float share, const float* stats,
+// dimage and dtext, or one of them, from the gradients [N] (null: all `factor`) and stats [5, N]; returns
+// logit_scale's.
+float gradients(const Pairs& x, const Scale& scale, const float* grad, float factor, const float* stats,
                 const Tensor& dimage, const Tensor& dtext) {
-  const auto g = [&](int64_t i) { return grad ? grad[i] : share; };
+  const auto g = [&](int64_t i) { return grad ? grad[i] : factor; };
   Buffer<float> top(x.sums()), weights(x.sums());
   for (int64_t k = 0; k < x.sums(); ++k) top[k] = weights[k] = 0.f;
   for (int64_t i = 0; i < x.b; ++i) {
@@ -70,19 +71,17 @@ float gradients(const Pairs& x, const Scale& scale, const float* grad, float sha
   return static_cast<float>(differentiate(x, static_cast<float>(0.5 * scaled), weigh_tile, dimage, dtext) / scaled);
 }
 
-void forward(Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, double share, Tensor losses,
-             Tensor dimage, Tensor dtext, Tensor dlogit_scale) {
-  constexpr int64_t kMaxHeld = 16 << 20;  // bytes
+void with_gradients(Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, double factor,
+                    Tensor losses, Tensor dimage, Tensor dtext, Tensor dlogit_scale) {
   const Scale scale = scale_of(logit_scale, normalize);
   const int64_t n = losses.numel;
-  const bool hold = dlogit_scale && n * n * static_cast<int64_t>(sizeof(float)) <= kMaxHeld;
+  const bool hold = n * n * static_cast<int64_t>(sizeof(float)) <= kMaxHeld;
   Buffer<float> s(hold ? n * n : 0), rows(3 * n), columns(2 * n), stats(5 * n);
   Pairs x(image, text, normalize, operand, 0, hold ? static_cast<float*>(s) : nullptr);
   add_up(x, scale, rows, columns);
   finish(rows, columns, n, 1, scale, losses.as<float>(), stats);
-  if (!dlogit_scale) return;
   x.known = hold;
-  *dlogit_scale.as<float>() = gradients(x, scale, nullptr, static_cast<float>(share), stats, dimage, dtext);
+  *dlogit_scale.as<float>() = gradients(x, scale, nullptr, static_cast<float>(factor), stats, dimage, dtext);
 }
 
 void backward(Tensor grad, Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, int64_t first,
@@ -95,7 +94,7 @@ void backward(Tensor grad, Tensor image, Tensor text, double logit_scale, bool n
 }  // namespace
 
 namespace SSLOPS_ISA {
-extern const Table table{together<forward>, together<sums>, close, together<backward>};
+extern const Table table{together<with_gradients>, together<sums>, close, together<backward>};
 }
 
 }  // namespace sslops::clip

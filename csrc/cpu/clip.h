@@ -8,10 +8,10 @@
 namespace sslops::clip {
 
 struct Table {
-  // Without a group. losses [N], and with a dlogit_scale the gradients of share times their sum, dimage and dtext [N,
+  // Without a group. losses [N], and with a dlogit_scale the gradients of factor times their sum, dimage and dtext [N,
   // D], or one of them empty, and dlogit_scale [].
-  void (*forward)(Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, double share,
-                  Tensor losses, Tensor dimage, Tensor dtext, Tensor dlogit_scale);
+  void (*with_gradients)(Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, double factor,
+                         Tensor losses, Tensor dimage, Tensor dtext, Tensor dlogit_scale);
   // rows [3, B] = a maximum m_i of row i's s and the sum of exp(logit_scale (s_ij - m_i)), over j != i; s_ii. columns
   // [2, N]: the same two of the columns, over the B rows.
   void (*sums)(Tensor image, Tensor text, double logit_scale, bool normalize, DType operand, int64_t first, Tensor rows,
@@ -25,7 +25,7 @@ struct Table {
                    int64_t first, Tensor stats, Tensor dimage, Tensor dtext, Tensor dlogit_scale);
 
   static constexpr auto bound() {
-    return std::tuple{Bound{"clip_forward", &Table::forward}, Bound{"clip_sums", &Table::sums},
+    return std::tuple{Bound{"clip_with_gradients", &Table::with_gradients}, Bound{"clip_sums", &Table::sums},
                       Bound{"clip_close", &Table::close}, Bound{"clip_backward", &Table::backward}};
   }
 };

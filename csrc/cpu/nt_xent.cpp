@@ -39,11 +39,11 @@ void leave_out(const Views& x, const Part& t) {
   }
 }
 
-// dz0 and dz1 of the examples from `first` on, from the gradients [M] (null: all `share`) and the stats [V + 1, M] of
+// dz0 and dz1 of the examples from `first` on, from the gradients [M] (null: all `factor`) and the stats [V + 1, M] of
 // all; returns what they add to the temperature's. held: the tiles, if forward has them.
-float gradients(const Views& x, int64_t first, int64_t count, const float* grad, float share, const float* stats,
+float gradients(const Views& x, int64_t first, int64_t count, const float* grad, float factor, const float* stats,
                 float* held, const Tensor& dz0, const Tensor& dz1) {
-  const auto g = [&](int64_t i) { return grad ? grad[i] : share; };
+  const auto g = [&](int64_t i) { return grad ? grad[i] : factor; };
   const float* const shares = stats + 2 * x.m;
   Buffer<float> top(x.padded), weights(x.padded);
   for (int64_t i = 0; i < x.padded; ++i) {
@@ -66,7 +66,7 @@ float gradients(const Views& x, int64_t first, int64_t count, const float* grad,
 
 void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, double temperature, bool normalize,
              bool decoupled, DType operand, int64_t first, Tensor losses, Tensor logged, Tensor inv_norm, Tensor stats,
-             double share, Tensor dz0, Tensor dz1, Tensor dtemperature) {
+             double factor, Tensor dz0, Tensor dz1, Tensor dtemperature) {
   const Views x(z0, z1, classes, temperature, normalize, operand, inv_norm);
   const int64_t rows = losses.numel, count = rows / x.views, padded = x.padded, pairs = x.views - 1;
   Buffer<float> top(padded), sums(padded), similarity(pairs * padded), exceeding(logged.numel ? pairs * padded : 0);
@@ -114,7 +114,7 @@ void forward(Tensor z0, Tensor z1, Tensor classes, Tensor positive_weights, doub
   });
   if (dtemperature)
     *dtemperature.as<float>() =
-        gradients(x, 0, x.n, nullptr, static_cast<float>(share), stats.as<float>(), held, dz0, dz1);
+        gradients(x, 0, x.n, nullptr, static_cast<float>(factor), stats.as<float>(), held, dz0, dz1);
 }
 
 void backward(Tensor grad, Tensor z0, Tensor z1, Tensor classes, double temperature, bool normalize, DType operand,

@@ -172,13 +172,13 @@ void weigh(const Batch& x, const Part& t, const float* stats) {
   }
 }
 
-// The gradients of sum_i grad_i loss_i (grad null: all `share`) into those of `out` that have memory; returns the
+// The gradients of sum_i grad_i loss_i (grad null: all `factor`) into those of `out` that have memory; returns the
 // temperature's. held: the first tiles, if forward has them.
-float gradients(const Batch& x, const float* grad, float share, const float* kept, float* held,
+float gradients(const Batch& x, const float* grad, float factor, const float* kept, float* held,
                 const Tensor (&out)[2]) {
   const int64_t padded = x.padded, ld = x.online.ld, count = out[1] ? 2 : 1, rows = padded + bf16_gemm::kBlock;
   Buffer<float> stats((kPositive + 1) * padded), dz(count * rows * ld), dots(x.n);
-  const auto weight = [&](int64_t i) { return grad ? grad[i] : share; };
+  const auto weight = [&](int64_t i) { return grad ? grad[i] : factor; };
   for (int64_t stat = 0; stat <= kPositive; ++stat)
     for (int64_t i = 0; i < padded; ++i)
       stats[stat * padded + i] =
@@ -220,7 +220,7 @@ float gradients(const Batch& x, const float* grad, float share, const float* kep
 }
 
 void forward(Tensor online, Tensor target, double temperature, double alpha, double beta, int64_t negatives,
-             bool normalize, DType operand, bool count, Tensor losses, Tensor stats, double share, Tensor donline,
+             bool normalize, DType operand, bool count, Tensor losses, Tensor stats, double factor, Tensor donline,
              Tensor dtarget, Tensor dtemperature) {
   const Batch x(online, target, temperature, alpha, beta, negatives, normalize, operand);
   const int64_t n = x.n, padded = x.padded;
@@ -268,7 +268,7 @@ void forward(Tensor online, Tensor target, double temperature, double alpha, dou
     }
   });
   if (!dtemperature) return;
-  const float part = static_cast<float>(share);
+  const float part = static_cast<float>(factor);
   *dtemperature.as<float>() = gradients(x, nullptr, part, stats.as<float>(), held, {donline, dtarget});
 }
 

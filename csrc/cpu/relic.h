@@ -11,9 +11,9 @@ namespace sslops::relic {
 struct Table {
   // losses [N] and stats [8, N] = (a maximum of row i of S over its candidates; 1 / sum exp((s - maximum) / tau) over
   // them; the same of S^T; Y_i = E_p[s_ji - s_ii]; -tau dloss/ds_ii; s_ii; how many negatives exceed it, if `count`).
-  // With a dtemperature also the gradients of share times the losses' sum, from tiles of S that stay, as many as may.
+  // With a dtemperature also the gradients of factor times the losses' sum, from tiles of S that stay, as many as may.
   void (*forward)(Tensor online, Tensor target, double temperature, double alpha, double beta, int64_t negatives,
-                  bool normalize, DType operand, bool count, Tensor losses, Tensor stats, double share, Tensor donline,
+                  bool normalize, DType operand, bool count, Tensor losses, Tensor stats, double factor, Tensor donline,
                   Tensor dtarget, Tensor dtemperature);
   // donline, dtarget [N, D] (or None), dtemperature [] from grad [N]. With W_ij = tau dL/ds_ij = p_ij grad_i (alpha +
   // beta (Y_i - (s_ji - s_ii)) / tau) where j is a negative of i, + beta grad_j (q_ji - p_ji) where i is one of j.

@@ -9,7 +9,7 @@
 namespace sslops::relic {
 namespace {
 
-constexpr int64_t kMaxSide = 128, kMaxHeld = 16 << 20;  // bytes of tiles that forward may hold
+constexpr int64_t kMaxSide = 128;
 
 // Which panels of rows have pairs, i with j if one's rows are negatives of the other's; j >= i.
 struct Panels {

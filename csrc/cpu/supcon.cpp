@@ -10,14 +10,14 @@ void spread(const int32_t* of, int64_t n, int64_t m, int64_t padded, int32_t* to
   for (int64_t i = 0; i < padded; ++i) to[i] = i < m ? of[i % n] : -1;
 }
 
-// dz of the examples from `first` on, from the gradients [M] (null: all `share`) and the stats [4, M] of all; returns
+// dz of the examples from `first` on, from the gradients [M] (null: all `factor`) and the stats [4, M] of all; returns
 // what they add to the temperature's. held: the tiles, if forward has them.
 float gradients(const Views& x, const Groups& groups, bool inside, int64_t first, int64_t count, const float* grad,
-                float share, const float* stats, float* held, const Tensor& dz) {
+                float factor, const float* stats, float* held, const Tensor& dz) {
   Buffer<float> top(x.padded), weights(x.padded), top_p(x.padded), wanted(x.padded);
   for (int64_t i = 0; i < x.padded; ++i) {
     const float* const kept = stats + i;
-    const float g = i >= x.m ? 0.f : grad ? grad[i] : share;
+    const float g = i >= x.m ? 0.f : grad ? grad[i] : factor;
     top[i] = i < x.m ? kept[0] : 0.f;
     weights[i] = i < x.m ? g * kept[x.m] : 0.f;
     top_p[i] = i < x.m ? kept[2 * x.m] : 0.f;
@@ -30,8 +30,8 @@ float gradients(const Views& x, const Groups& groups, bool inside, int64_t first
 }
 
 void forward(Tensor z, Tensor classes, Tensor ids, Tensor weights, double temperature, bool normalize, bool inside,
-             DType operand, int64_t first, Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats, double share,
-             Tensor dz, Tensor dtemperature) {
+             DType operand, int64_t first, Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats,
+             double factor, Tensor dz, Tensor dtemperature) {
   const Views x(z, {}, classes, temperature, normalize, operand, inv_norm);
   const int64_t rows = losses.numel, count = rows / x.views;
   Buffer<int64_t> sizes(2 * x.n), last(2 * x.n), before(x.n);  // of each class; of each example, in its class
@@ -81,7 +81,7 @@ void forward(Tensor z, Tensor classes, Tensor ids, Tensor weights, double temper
   }
   if (dtemperature)
     *dtemperature.as<float>() =
-        gradients(x, groups, inside, 0, x.n, nullptr, static_cast<float>(share), stats.as<float>(), held, dz);
+        gradients(x, groups, inside, 0, x.n, nullptr, static_cast<float>(factor), stats.as<float>(), held, dz);
 }
 
 void backward(Tensor grad, Tensor z, Tensor classes, Tensor ids, double temperature, bool normalize, bool inside,

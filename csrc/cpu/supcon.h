@@ -1,5 +1,6 @@
 // SupCon (arXiv 2004.11362) over the M = V N rows of V views: the positives of a row are all others of its class,
-// logits are S / tau with S = z z^T. 4 M^2 D FLOP: by symmetry each tile of S serves its rows and its columns.
+// logits are S / tau with S = z z^T. 4 M^2 D FLOP: by symmetry each tile of S serves its rows and its columns; 3
+// of a batch that is so small that forward can hold the tiles.
 #pragma once
 #include "../common/isa.h"
 #include "../common/tensor.h"
@@ -12,10 +13,10 @@ struct Table {
   // Of the examples first .. first + B, B as losses [V B] say; positives [V B], how many a row has; stats [4, V B]: m_i
   // and weight / r_i, r_i the sum of exp((s_ij - m_i) / tau) over j != i, 0 if it has no positive; inside the same of
   // the positives alone, else 0 and weight over their number. inv_norm [V N]. With a dtemperature, of all examples: the
-  // gradients of share times the losses' sum.
+  // gradients of factor times the losses' sum.
   void (*forward)(Tensor z, Tensor classes, Tensor ids, Tensor weights, double temperature, bool normalize, bool inside,
                   DType operand, int64_t first, Tensor losses, Tensor positives, Tensor inv_norm, Tensor stats,
-                  double share, Tensor dz, Tensor dtemperature);
+                  double factor, Tensor dz, Tensor dtemperature);
   // dz [B, D] or [V, B, D] of the examples from `first` on, and what they add to dtemperature, from the gradients [V N]
   // and stats [4, V N] of all: W_ij = (p_ij - q_ij) grad_i + (p_ji - q_ji) grad_j is symmetric, q_ij what L_in or L_out
   // wants p_ij to be, dz = W z / tau. The difference is taken in the tile: it may be small, and W may be rounded.

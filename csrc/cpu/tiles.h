@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kGroup = 64;  // rows that are filled at once; tiles begin at multiples of it
+// Bytes of S that forward may hold until the losses are known, for their gradients
+constexpr int64_t kMaxHeld = 16 << 20;
 
 // Candidates that pass by the rows of a loss: how many at a time, and how many of those chunks make a part that a
 // thread takes, where the blocks of rows alone do not fill the threads. Fixed by the shapes: results do not depend on

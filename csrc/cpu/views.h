@@ -65,7 +65,7 @@ struct HeldTiles {
       : panels(ceil_div(m, tile_side(m))), size(tile_side(m) * stride_of(round_up(tile_side(m), kGroup))) {}
 
   int64_t count() const { return panels * (panels + 1) / 2; }
-  bool are_few() const { return count() * size * static_cast<int64_t>(sizeof(float)) <= 16 << 20; }
+  bool are_few() const { return count() * size * static_cast<int64_t>(sizeof(float)) <= kMaxHeld; }
   int64_t place(int64_t i, int64_t j) const { return (i * (2 * panels - i + 1) / 2 + j - i) * size; }
 };
 

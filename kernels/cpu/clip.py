@@ -33,10 +33,10 @@ def forward(
     return losses, stats
 
 
-def with_gradients(x: Arguments, share: float) -> tuple[Tensor, ...]:
-    """losses [N], and the gradients of so much of their sum, in float32"""
+def with_gradients(x: Arguments, factor: float) -> tuple[Tensor, ...]:
+    """losses [N], and the gradients of that factor times their sum, in float32"""
     losses, found = torch.empty(len(x.text), **FLOAT32), _gradients(x, torch.float32, torch.float32)
-    _C.clip_forward(*_common(x), share, losses, *found)
+    _C.clip_with_gradients(*_common(x), factor, losses, *found)
     return losses, *found
 
 

@@ -17,7 +17,7 @@ FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 HUGE = 2 << 20  # bytes of a huge page
-ALWAYS_MAPPED = 32 << 20  # bytes: glibc keeps no larger memory for the next who asks
+ALWAYS_MAPPED = 32 << 20  # bytes: glibc, for one, keeps no larger memory for the next who asks
 WORTH_IT: int = _C.WORTH_HUGE_PAGES  # bytes; here too, as a call for each small tensor would cost more
 
 
@@ -50,8 +50,11 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A contiguous CPU tensor, not initialised; one that malloc would ask the system for anew, from the system"""
-    if math.prod(shape) * dtype.itemsize > ALWAYS_MAPPED and sys.platform == "linux":
+    """A contiguous CPU tensor, not initialised; one that malloc would ask the system for anew, from the system, unless
+    torch is to fill it (it cannot be resized)
+    """
+    large = math.prod(shape) * dtype.itemsize > ALWAYS_MAPPED
+    if large and sys.platform == "linux" and not torch.are_deterministic_algorithms_enabled():
         return _mapped(shape, dtype)
     return on_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))
 

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 DISTRIBUTED = True
 
 
-def forward(x: Arguments, part: Part | None = None, share: float = 0.0) -> tuple[Tensor, ...]:
-    """With a share also the gradients of so much of the losses' sum, in float32"""
+def forward(x: Arguments, part: Part | None = None, factor: float = 0.0) -> tuple[Tensor, ...]:
+    """With a factor also the gradients of that times the losses' sum, in float32"""
     v, n = (len(x.z0), x.z0.shape[1]) if x.z1 is None else (2, len(x.z0))
     rows = v * (part.rows if part else n)
     losses, inv_norm = torch.empty(rows, **FLOAT32), torch.empty(v * n, **FLOAT32)
     stats, logged = torch.empty(v + 1, rows, **FLOAT32), torch.empty(2 * (v - 1) * x.count_exceeding, rows, **FLOAT32)
-    gradients = _gradients(x, x.z0.shape, torch.float32) if share else ()
+    gradients = _gradients(x, x.z0.shape, torch.float32) if factor else ()
     _C.nt_xent_forward(
         x.z0, x.z1, x.query_ids, x.positive_weights, float(x.temperature), x.normalize, x.decoupled, x.operand_dtype,
-        part.first if part else 0, losses, logged, inv_norm, stats, share, *(gradients or (None, None, None)),
+        part.first if part else 0, losses, logged, inv_norm, stats, factor, *(gradients or (None, None, None)),
     )  # fmt: skip
     return losses, logged, inv_norm, stats, *gradients
 

@@ -23,26 +23,29 @@ def _common(x: Arguments) -> tuple[object, ...]:
     return x.online, x.target, *weights, x.normalize, x.operand_dtype
 
 
-def forward(x: Arguments, share: float = 0.0) -> tuple[Tensor, ...]:
-    """losses and stats; with a share also the gradients of so much of the losses' sum, in float32"""
+def forward(x: Arguments, factor: float = 0.0) -> tuple[Tensor, ...]:
+    """losses and stats; with a factor also the gradients of that times the losses' sum, in float32"""
     b, crops = x.online.shape[-2], x.crops
     losses = (torch.empty if x.order is None else torch.zeros)(*crops, b, **FLOAT32)  # an order may lack rows
     stats = empty(*crops, 8, b)
     if not crops:
-        return losses, stats, *_forward(x, losses, stats, share)
+        return losses, stats, *_forward(x, losses, stats, factor)
     of_pairs = zip(x.pairs(), losses.flatten(0, 1), stats.flatten(0, 1), strict=True)
-    found = (_forward(pair, of_pair, its, share) for pair, of_pair, its in of_pairs)
-    return losses, stats, *(_together(x, found, torch.float32) if share else (each for none in found for each in none))
+    found = (_forward(pair, of_pair, its, factor) for pair, of_pair, its in of_pairs)
+    if factor:
+        return losses, stats, *_together(x, found, torch.float32)
+    list(found)
+    return losses, stats
 
 
-def _forward(x: Arguments, losses: Tensor, stats: Tensor, share: float) -> tuple[Tensor, ...]:
+def _forward(x: Arguments, losses: Tensor, stats: Tensor, factor: float) -> tuple[Tensor, ...]:
     found = losses if x.order is None else torch.empty_like(losses)
-    gradients = _memory(x, torch.float32) if share else ()
-    options = x.count_exceeding, found, stats, share
+    gradients = _memory(x, torch.float32) if factor else ()
+    options = x.count_exceeding, found, stats, factor
     _C.relic_forward(*_common(x.in_order()), *options, *(gradients or (None, None, None)))
     if x.order is not None:
         losses[x.order[0]] = found
-    return _as_they_came(x, *gradients) if share else ()
+    return _as_they_came(x, *gradients) if factor else ()
 
 
 def backward(grad: Tensor, x: Arguments, stats: Tensor) -> tuple[Tensor, ...]:

@@ -25,16 +25,16 @@ def _common(x: Arguments, part: Part | None) -> tuple[object, ...]:
     return x.z, x.labels, x.query_ids, *options, part.first if part else 0
 
 
-def forward(x: Arguments, part: Part | None = None, share: float = 0.0) -> tuple[Tensor, ...]:
-    """With a share also the gradients of so much of the losses' sum, in float32"""
+def forward(x: Arguments, part: Part | None = None, factor: float = 0.0) -> tuple[Tensor, ...]:
+    """With a factor also the gradients of that times the losses' sum, in float32"""
     views, n = x.z.shape[:-2].numel(), x.z.shape[-2]
     rows = views * (part.rows if part else n)
     losses, positives, inv_norm = (torch.empty(shape, **FLOAT32) for shape in ((rows,), (1, rows), (views * n,)))
     stats = torch.empty(4, rows, **FLOAT32)
-    gradients = (torch.empty(x.z.shape, **FLOAT32), torch.empty((), **FLOAT32)) if share else ()
+    gradients = (torch.empty(x.z.shape, **FLOAT32), torch.empty((), **FLOAT32)) if factor else ()
     z, labels, ids, *options = _common(x, part)
     _C.supcon_forward(
-        z, labels, ids, x.weights, *options, losses, positives, inv_norm, stats, share, *(gradients or (None, None))
+        z, labels, ids, x.weights, *options, losses, positives, inv_norm, stats, factor, *(gradients or (None, None))
     )
     return losses, positives, inv_norm, stats, *gradients
 

@@ -448,7 +448,7 @@ def forward(x: Arguments) -> tuple[Tensor, ...]:
     return losses, stats
 
 
-def backward(grad: Tensor, x: Arguments, stats: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, x: Arguments, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (*_, b, d), (onlines, targets) = x.online.shape, x.crops or (1, 1)
     pairs, gradients, learned = onlines * targets, x.gradients, x.needs_grad[2]
     donline = torch.empty_like(x.online)

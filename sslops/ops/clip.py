@@ -13,13 +13,15 @@ from .._contrastive import (
     check_options,
     exceeding,
     exceeding_pairs,
+    factor,
     gradient_over_ranks,
     is_whole,
+    left_out,
     of_whole,
     pair_metrics,
     reduce,
+    reduction_of_op,
     scaled,
-    share,
     wanted,
 )
 from .._library import Out, register
@@ -48,7 +50,7 @@ class Outputs(NamedTuple):
     # the share of i's negatives in its row's sum and in its column's, added
     stats: Out
     texts: Out  # of all ranks, if there are others
-    dimage: Out  # these where `losses` is their whole, a number
+    dimage: Out  # these instead of stats where `losses` is their whole, a number
     dtext: Out
     dlogit_scale: Out
 
@@ -56,7 +58,7 @@ class Outputs(NamedTuple):
 def outputs(x: Arguments) -> Outputs:
     own, d = x.image.shape
     n = own * distributed.size(x.group)
-    losses, *gradients = of_whole(x, (n,), x.image, x.text, None)
+    losses, *gradients = of_whole(x, (n,), tuple(x.image.shape), tuple(x.text.shape), ())
     return Outputs(
         losses,
         Out((3 if x.count_exceeding else 0, n)),
@@ -89,14 +91,14 @@ def _forward(x: Arguments) -> tuple[Tensor, ...]:
     run = kernel(x.backend, "clip").forward
     if not x.group:
         losses, stats = run(x)
-        return losses, exceeding_pairs(x), stats, none, *(losses.new_empty(0) for _ in x.needs_grad)
+        return losses, exceeding_pairs(x), stats, none, *left_out(x)
     texts, part = distributed.all_gather(x.text, x.group), distributed.part(x.group, len(x.image))
     losses, stats = run(x._replace(text=texts), part, lambda sums: distributed.all_gather(sums[None], x.group))
     return losses, exceeding_pairs(x), stats, texts
 
 
 def _with_gradients(x: Arguments) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = kernel(x.backend, "clip").with_gradients(x, share(x, len(x.image)))
+    found: tuple[Tensor, ...] = kernel(x.backend, "clip").with_gradients(x, factor(x, len(x.image)))
     return found
 
 
@@ -143,8 +145,8 @@ def clip(
     Pair i's loss is the mean of two: -log softmax over j of logit_scale <image_i, text_j> at j = i, and the same of
     logit_scale <image_j, text_i>. Memory is linear in N: no [N, N] matrix, or none beyond 16 MB.
     One product serves both directions, 2 N^2 D FLOP forward and 8 N^2 D with both gradients; for a frozen tower, whose
-    embeddings require none, 6 N^2 D. (On a CPU 6 and 4 up to N = 2048: the product is held, and forward makes the
-    gradients of a mean or a sum.)
+    embeddings require none, 6 N^2 D. (On a CPU forward makes the gradients of a mean or a sum, which are held in
+    float32 until backward, and up to N = 2048 from a product that it holds: 6 and 4 N^2 D.)
 
     Args:
         image, text: [N, D] each, row i of one being the partner of row i of the other; float32, float16, bfloat16 or
@@ -179,7 +181,7 @@ def clip(
     """
     check_options("clip", normalize, reduction, return_metrics)
     group = distributed.name("clip", group)
-    x = Arguments(image, text, logit_scale, normalize, return_metrics, group, reduction)
+    x = Arguments(image, text, logit_scale, normalize, return_metrics, group, reduction_of_op(reduction, group))
     losses, logged, *_ = _run(x, backend)
     loss = reduce(losses, reduction, group)
     return (loss, pair_metrics(logged)) if return_metrics else loss

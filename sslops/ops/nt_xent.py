@@ -8,7 +8,18 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, REDUCTIONS, by_views, check_options, classes, is_whole, metrics, of_whole, reduce
+from .._contrastive import (
+    IDS,
+    REDUCTIONS,
+    by_views,
+    check_options,
+    classes,
+    is_whole,
+    metrics,
+    of_whole,
+    reduce,
+    reduction_of_op,
+)
 from .._library import Out, register
 
 
@@ -38,7 +49,7 @@ class Outputs(NamedTuple):
     # of row i and its positive p, k views on, the mean of 1 / r_ip and, for k = 1 .., the negatives' share / (V - 1);
     # decoupled, r_ip has no p, and its weight stands for the share
     views: Out  # the embeddings of all ranks, if there are others
-    dz0: Out  # these where `losses` is their whole, a number
+    dz0: Out  # these instead of inv_norm and stats where `losses` is their whole, a number
     dz1: Out
     dtemperature: Out
 
@@ -51,12 +62,13 @@ def _sizes(x: Arguments) -> tuple[int, int, int]:
 def outputs(x: Arguments) -> Outputs:
     v, own, d = _sizes(x)
     n = own * distributed.size(x.group)
-    losses, *gradients = of_whole(x, (v * n,), x.z0, x.z1, None)
+    of_z0, of_z1 = (tuple(each.shape) if each is not None else (0,) for each in (x.z0, x.z1))
+    losses, *gradients = of_whole(x, (v * n,), of_z0, of_z1, ())
     return Outputs(
         losses,
         Out((2 * (v - 1) if x.count_exceeding else 0, v * n)),
-        Out((v * n,)),
-        Out((v + 1, v * n)),
+        Out((0,) if is_whole(x) else (v * n,)),
+        Out((0,) if is_whole(x) else (v + 1, v * n)),
         Out((v, n, d) if x.group else (0,), x.z0.dtype),
         *gradients,
     )
@@ -183,7 +195,8 @@ def nt_xent(
     """Normalised temperature-scaled cross entropy over the embeddings of two views or more, the loss of SimCLR.
 
     With z = [z0; z1] and p(i) the other view of i, row i's loss is -log softmax over j != i of
-    <z_i, z_j> / temperature, at j = p(i). Memory is linear in N: no [2N, 2N] matrix.
+    <z_i, z_j> / temperature, at j = p(i). Memory is linear in N: no [2N, 2N] matrix, or none beyond 16 MB. On a CPU
+    forward makes the gradients of a mean or a sum, which are held in float32 until backward.
 
     Of V views, row i has V - 1 positives, the other views of its example, and its loss is the mean over them, one at a
     time: each stands beside the views of all other examples, and its further positives are no negatives of that pair.
@@ -232,7 +245,7 @@ def nt_xent(
     _check.flag("nt_xent", "decoupled", decoupled)
     group = distributed.name("nt_xent", group)
     tensors = (z0, z1, query_ids, positive_weights)
-    x = Arguments(*tensors, temperature, normalize, decoupled, return_metrics, group, reduction)
+    x = Arguments(*tensors, temperature, normalize, decoupled, return_metrics, group, reduction_of_op(reduction, group))
     losses, logged, *_ = _run(x, backend)
     views = 2 if z1 is not None else len(z0)
     loss = reduce(losses, reduction, group, parts=views)

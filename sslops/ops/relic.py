@@ -15,12 +15,14 @@ from .._contrastive import (
     REDUCTIONS,
     Metrics,
     check_options,
+    factor,
     is_whole,
+    left_out,
     metrics,
     of_whole,
     reduce,
+    reduction_of_op,
     scaled,
-    share,
     wanted,
 )
 from .._library import Out, register
@@ -39,7 +41,7 @@ class Arguments(NamedTuple):
     ]  # of the rows, for each of the pairs; None: as they come
     normalize: bool
     count_exceeding: bool  # whether to count the negatives that exceed a positive
-    reduction: str
+    reduction: str  # of the losses; "none" where their gradients may differ
     operand_dtype: torch.dtype = torch.float32
     needs_grad: list[bool] = []  # noqa: RUF012
     backend: str = ""
@@ -83,15 +85,15 @@ class Outputs(NamedTuple):
 
     losses: Out  # alpha (-log p_ii) + beta KL(p_i || q_i)
     stats: Out  # what a kernel keeps of a row for its backward, at last s_ii and how many s_ij exceed it, if counted
-    donline: Out  # these where `losses` is their whole, a number
+    donline: Out  # these where `losses` is their whole, a number; stats are the last two then
     dtarget: Out
     dtemperature: Out
 
 
 def outputs(x: Arguments) -> Outputs:
     b = x.online.shape[-2]
-    losses, *gradients = of_whole(x, (*x.crops, b), x.online, x.target, None)
-    return Outputs(losses, Out((*x.crops, 8, b)), *gradients)
+    losses, *gradients = of_whole(x, (*x.crops, b), tuple(x.online.shape), tuple(x.target.shape), ())
+    return Outputs(losses, Out((*x.crops, 2 if is_whole(x) else 8, b)), *gradients)
 
 
 def reference(x: Arguments) -> tuple[Tensor, Tensor]:
@@ -146,14 +148,16 @@ def _check_arguments(x: Arguments) -> None:
 
 def _forward(x: Arguments) -> tuple[Tensor, ...]:
     if not is_whole(x):
-        found: tuple[Tensor, ...] = kernel(x.backend, "relic").forward(x)
-        return found
+        return *kernel(x.backend, "relic").forward(x), *left_out(x)
     losses, stats, *gradients = _with_gradients(x)
-    return reduce(losses, x.reduction), stats, *wanted(gradients, x)
+    logged = stats[..., -2:, :].clone(memory_format=torch.contiguous_format)
+    return reduce(losses, x.reduction), logged, *wanted(gradients, x)
 
 
 def _with_gradients(x: Arguments) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = kernel(x.backend, "relic").forward(x, share(x, math.prod(x.crops) * x.online.shape[-2]))
+    found: tuple[Tensor, ...] = kernel(x.backend, "relic").forward(
+        x, factor(x, math.prod(x.crops) * x.online.shape[-2])
+    )
     return found
 
 
@@ -238,7 +242,8 @@ def relic(
     """RELIC's loss for one pair of views: alpha (-log p_ii) + beta KL(p_i || q_i) for each row i.
 
     p_i is the softmax over m of <online_i, target_m> / temperature, q_i that of <target_i, online_m> / temperature; m
-    runs over i, its positive, and the negatives. Memory is linear in B: no [B, B] matrix.
+    runs over i, its positive, and the negatives. Memory is linear in B: no [B, B] matrix, or none beyond 16 MB. On a
+    CPU forward makes the gradients of a mean or a sum, which are held in float32 until backward.
 
     The divergence is sg[E_p log p] - E_p log q, sg being the stop-gradient: the value of the KL divergence, without the
     gradient of its first term. What flows is the gradient of the cross entropy -E_p log q, through p as well as through
@@ -287,7 +292,7 @@ def relic(
     group = distributed.name("relic", group)
     options = {
         "temperature": temperature, "alpha": alpha, "beta": beta, "num_negatives": num_negatives,
-        "normalize": normalize, "count_exceeding": return_metrics, "reduction": reduction,
+        "normalize": normalize, "count_exceeding": return_metrics, "reduction": reduction_of_op(reduction, ""),
     }  # fmt: skip
     losses, logged = _losses("relic", {"online": online}, {"target": target}, options, generator, group, backend)
     loss = reduce(losses, reduction, group)
@@ -343,7 +348,7 @@ def relic_multicrop(
     group = distributed.name(op, group)
     options = {
         "temperature": temperature, "alpha": alpha, "beta": beta, "num_negatives": num_negatives,
-        "normalize": normalize, "count_exceeding": return_metrics, "reduction": "mean",
+        "normalize": normalize, "count_exceeding": return_metrics, "reduction": reduction_of_op("mean", ""),
     }  # fmt: skip
     losses, logged = _losses(op, named[0] | named[1], named[2], options, generator, group, backend)
     loss = reduce(losses, "mean")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import exceeding, exceeding_pairs, pair_metrics
+from .._contrastive import exceeding, exceeding_pairs, pair_metrics, scaled
 from .._library import Out, register
 from .._schema import SIGNED
 from ..backend import kernel
@@ -103,10 +103,8 @@ def _forward(x: Arguments) -> tuple[Tensor, ...]:
 
 
 def _backward(grad: Tensor, x: Arguments, _: Tensor) -> tuple[Tensor, ...]:
-    """All over again, for what forward could not leave: a second use"""
     _, *gradients = _find(x)
-    dtypes = (x.image.dtype, x.text.dtype, torch.float32, torch.float32)
-    return tuple((each * grad).to(dtype) for each, dtype in zip(gradients, dtypes, strict=True))
+    return scaled(gradients, grad, x)
 
 
 _run = register(

@@ -8,7 +8,20 @@ from torch import Tensor
 
 from .. import _check, distributed
 from .._check import Of
-from .._contrastive import IDS, REDUCTIONS, by_views, check_options, check_version, classes, of_whole, reduce, version
+from .._contrastive import (
+    IDS,
+    REDUCTIONS,
+    by_views,
+    check_options,
+    check_version,
+    classes,
+    is_whole,
+    of_whole,
+    reduce,
+    reduction_of_op,
+    version,
+    wanted,
+)
 from .._library import Out, register
 from .._sums import total
 from ..backend import kernel
@@ -53,7 +66,7 @@ class Outputs(NamedTuple):
     row_dz: Out  # of the rank's rows, as the next: the derivatives of each one's loss, empty if neither will be wanted
     row_dtemperature: Out
     seen: Out  # as long as the keys' version is high
-    dz: Out  # these where `losses` is their whole, a number
+    dz: Out  # without keys, these instead of inv_norm and stats where `losses` is their whole, a number
     dtemperature: Out
 
 
@@ -66,19 +79,19 @@ def outputs(x: Arguments) -> Outputs:
     v, own, d = _sizes(x)
     *views, _, _ = x.z.shape
     n, keyed = own * distributed.size(x.group), x.version >= 0
-    m, graded = (0 if keyed else v * n), (v * own if keyed and any(x.needs_grad) else 0)
-    losses, *of_losses = of_whole(x, (v * n,), x.z, None) if not keyed else (Out((v * n,)), Out((0,)), Out((0,)))
+    graded, found = v * own if keyed and any(x.needs_grad) else 0, not (keyed or is_whole(x))
+    losses, *gradients = of_whole(x, (v * n,), tuple(x.z.shape), ())
     return Outputs(
-        losses,
+        Out((v * n,)) if keyed else losses,
         Out((1, v * n)),
-        Out((m,)),
-        Out((4, m)),
+        Out((v * n,) if found else (0,)),
+        Out((4, v * n) if found else (0,)),
         Out((*views, n, d) if x.group and not keyed else (0,), x.z.dtype),
         Out((0,) if keyed else (1 if x.query_ids is None else 2, n), torch.int32),
         Out((graded, d)),
         Out((graded,)),
         Out((0, max(x.version, 0))),
-        *of_losses,
+        *(Out((0,)) if keyed else each for each in gradients),
     )
 
 
@@ -209,7 +222,7 @@ def _forward(x: Arguments) -> tuple[Tensor, ...]:
         losses, positives = distributed.all_gather(rows, x.group, 2).flatten(1).split(1)
         losses, positives = losses[0].clone(), positives.clone()
     empty = losses.new_empty(0)
-    return losses, positives, empty, losses.new_empty(4, 0), x.z.new_empty(0), empty.int(), *gradients
+    return losses, positives, empty, empty.clone(), x.z.new_empty(0), empty.int(), *gradients
 
 
 def _kept(x: Arguments) -> Arguments:
@@ -218,15 +231,14 @@ def _kept(x: Arguments) -> Arguments:
 
 
 def _backward(grad: Tensor, x: Arguments, *saved: Tensor) -> tuple[Tensor, ...]:
-    *of_views, rows, dz, dtemperature, seen = saved
+    *of_views, rows, row_dz, row_dtemperature, seen = saved
     check_version("supcon", "keys", x.version, seen)
     if x.version < 0:
         return _backward_views(grad, _of_classes(x, rows), *of_views)
     if x.group:
         own = distributed.own_rows(grad, x.group, parts=_sizes(x)[0])
         grad = own * (1 if x.reduction == "none" else distributed.size(x.group))
-    found = (dz * grad[:, None]).to(x.z.dtype).view(x.z.shape), total(grad * dtemperature)
-    return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(found, x.needs_grad, strict=True))
+    return wanted(((row_dz * grad[:, None]).to(x.z.dtype).view(x.z.shape), total(grad * row_dtemperature)), x)
 
 
 _run = register(
@@ -332,7 +344,8 @@ def supcon(
     group = distributed.name("supcon", group)
     tensors = (z, labels, keys, key_labels, query_ids, key_ids, weights)
     of_keys = -1 if keys is None else version(keys)
-    losses, positives, *_ = _run(Arguments(*tensors, temperature, normalize, where, of_keys, group, reduction), backend)
+    made = reduction_of_op(reduction, group)
+    losses, positives, *_ = _run(Arguments(*tensors, temperature, normalize, where, of_keys, group, made), backend)
     loss = reduce(losses, reduction, group, parts=z.shape[:-2].numel())
     if reduction == "none":
         loss = loss.view(z.shape[:-1])
