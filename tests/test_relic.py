@@ -155,7 +155,7 @@ def test_a_batch_of_which_no_tile_is_held():
 
 
 def mean_loss(online, target, **kwargs):
-    return losses(online, target, **kwargs).mean()
+    return losses(online, target, reduction="mean", **kwargs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
