@@ -1,4 +1,6 @@
-"""CLIP on the CPU: tiles of the logits for their rows and their columns, nothing of size N x N (csrc/cpu/clip.h)."""
+"""CLIP on the CPU: tiles of the logits for their rows and their columns, of which few are held until the losses are
+known (csrc/cpu/clip.h).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""NT-Xent on the CPU: symmetric tiles in both directions, nothing of size M x M (csrc/cpu/nt_xent.h)."""
+"""NT-Xent on the CPU: symmetric tiles in both directions, of which few are held until the losses are known
+(csrc/cpu/nt_xent.h).
+"""
 
 from __future__ import annotations
 

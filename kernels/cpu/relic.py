@@ -1,4 +1,6 @@
-"""RELIC on the CPU: symmetric tiles in both directions, nothing of size B x B (csrc/cpu/relic.h). Pairs one by one."""
+"""RELIC on the CPU: symmetric tiles in both directions, of which few are held until the losses are known
+(csrc/cpu/relic.h). Pairs one by one.
+"""
 
 from __future__ import annotations
 

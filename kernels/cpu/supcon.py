@@ -1,5 +1,5 @@
-"""SupCon on the CPU: symmetric tiles in both directions, nothing of size M x M; with keys two passes over them, both in
-forward (csrc/cpu/supcon.h).
+"""SupCon on the CPU: symmetric tiles in both directions, of which few are held until the losses are known; with keys
+two passes over them, both in forward (csrc/cpu/supcon.h).
 """
 
 from __future__ import annotations

@@ -285,7 +285,8 @@ def supcon(
     With P(i) the rows of i's label but for i, and p_ij the softmax over j != i of <z_i, z_j> / temperature, row i's
     loss is the mean over P(i) of -log p_ij ("out", outside the logarithm), or -log of the mean over P(i) of p_ij
     ("in"). A row without a positive has loss 0 and is one of those that a mean is over. Memory is linear: no [M, M]
-    matrix.
+    matrix, or none beyond 16 MB. On a CPU forward makes the gradients of a mean or a sum, which are held in float32
+    until backward.
 
     With keys, which have no gradient, rows are compared with these instead of each other: j is one of the K keys, P(i)
     those of i's label. Forward finds the gradient, in two passes over the keys (6 M K D FLOP; 2 without a gradient),
