@@ -88,15 +88,16 @@ std::vector<double> through_norm(const Array& x, const std::vector<double>& z, c
 
 void nt_xent_of(int64_t n, int64_t d, double tau) {
   Array x = noise({2 * n, d}), z0({n, d}), z1({n, d}), losses({2 * n}), inv_norm({2 * n}), stats({3, 2 * n});
-  Array grad({2 * n}), dz0({n, d}), dz1({n, d}), dots({2 * n});
+  Array grad({2 * n}), dz0({n, d}), dz1({n, d}), ahead0({n, d}), ahead1({n, d}), dtemperature({1});
   std::copy_n(x.values.begin(), n * d, z0.values.begin());
   std::copy_n(x.values.begin() + n * d, n * d, z1.values.begin());
   grad.values.assign(grad.values.size(), 1.f);
   const Tensor a = z0.tensor(), b = z1.tensor();
   const nt_xent::Table& table = nt_xent::table();
-  table.forward(a, b, {}, {}, tau, true, false, DType::f32, 0, losses.tensor(), {}, inv_norm.tensor(), stats.tensor());
+  table.forward(a, b, {}, {}, tau, true, false, DType::f32, 0, losses.tensor(), {}, inv_norm.tensor(), stats.tensor(),
+                1., ahead0.tensor(), ahead1.tensor(), dtemperature.tensor());
   table.backward(grad.tensor(), a, b, {}, tau, true, DType::f32, 0, inv_norm.tensor(), stats.tensor(), dz0.tensor(),
-                 dz1.tensor(), dots.tensor());
+                 dz1.tensor(), dtemperature.tensor());
 
   const size_t m = static_cast<size_t>(2 * n), width = static_cast<size_t>(d);
   const std::vector<double> z = unit_rows(x);
@@ -116,9 +117,13 @@ void nt_xent_of(int64_t n, int64_t d, double tau) {
     }
   }
   check("nt_xent, losses", error_of(losses.values, truth), 1e-6);
-  std::vector<float> found = dz0.values;
-  found.insert(found.end(), dz1.values.begin(), dz1.values.end());
-  check("nt_xent, gradient", error_of(found, through_norm(x, z, dz)), 2e-6);
+  const std::vector<double> dx = through_norm(x, z, dz);
+  const auto of_both = [](std::vector<float> first, const std::vector<float>& second) {
+    first.insert(first.end(), second.begin(), second.end());
+    return first;
+  };
+  check("nt_xent, gradient", error_of(of_both(dz0.values, dz1.values), dx), 2e-6);
+  check("nt_xent, forward's gradient", error_of(of_both(ahead0.values, ahead1.values), dx), 2e-6);
 }
 
 void info_nce_of(int64_t b, int64_t candidates, int64_t d, double tau) {
