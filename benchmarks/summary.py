@@ -37,7 +37,7 @@ USUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "ema_update": ("ViT-B", {"bench": "vit", "target": "float32", "source": "float32"}),
 }
 # Variants that are ours, in a mode of another row, as are those that begin with our name
-OWN = ("padded", "ratios", "blocks", "tubes", "counts")
+OWN = ("padded", "ratios", "blocks", "tubes", "counts", "copy")
 
 
 def usual(op: str, contents: dict) -> Row | None:
