@@ -607,6 +607,10 @@ def test_bad_input():
     refused(ValueError, "target", online, target.double())
     refused(ValueError, "target", online, target.to("meta"))
     refused(ValueError, "online", online[0], target[0])
+    refused(ValueError, "online", online[None], target[None])
+    refused(ValueError, "target", online, target[None])
+    refused(TypeError, "target", online, target.tolist())
+    refused(TypeError, "alpha", online, target, alpha="1")
     refused(TypeError, "online", online.int(), target.int())
     refused(TypeError, "online", online.tolist(), target)
     for temperature in (0, -1.0, float("nan"), float("inf")):

@@ -193,26 +193,26 @@ def _losses(
     [O, T, 2, B]; of one pair [B] and [2, B].
     """
     crops = online | target
-    _check.tensors(op, crops, dict.fromkeys(crops, Of("N D", like=next(iter(crops)))))
-    first, negatives = next(iter(crops.values())), options["num_negatives"]
-    _check.scalars(op, Arguments(first, first, order=None, **options), ["temperature"])
-    _check.non_negative(op, alpha=options["alpha"], beta=options["beta"])
-    if negatives is not None:
-        _check.count(op, "num_negatives", negatives, 1)
+    negatives, together = options["num_negatives"], list(crops.values())
+    first = together[0]
+    pair = op == "relic" and isinstance(first, Tensor) and first.dim() == 2
+    if group or negatives is not None or not pair:  # else the op's own checks come soon enough, and say as much
+        _check.tensors(op, crops, dict.fromkeys(crops, Of("N D", like=next(iter(crops)))))
+        _check.scalars(op, Arguments(first, first, order=None, **options), ["temperature"])
+        _check.non_negative(op, alpha=options["alpha"], beta=options["beta"])
+        if negatives is not None:
+            _check.count(op, "num_negatives", negatives, 1)
     if generator is not None and not isinstance(generator, torch.Generator):
         _check.bad_type(op, "generator", "a torch.Generator", type(generator).__name__)
     if isinstance(backend, str):
         _check.choice(op, "backend", backend, BACKENDS)
-    together = list(crops.values())
     if group:
         same = distributed.options(options | {"backend": backend})
         together = [x.to(first.dtype) for x in distributed.gathered(op, group, *together, options=same)]
-    n = together[0].shape[0]  # len() would fix it in torch.export
-    options |= {"alpha": float(options["alpha"]), "beta": float(options["beta"])}
     order = None
-    if negatives is None or negatives >= n - 1:
+    if negatives is not None and negatives >= (n := together[0].shape[0]) - 1:  # len() would fix it in torch.export
         options["num_negatives"] = None
-    else:
+    elif negatives is not None:
         pairs = len(online) * len(target)
         order = torch.stack([torch.randperm(n, generator=generator, device=first.device) for _ in range(pairs)])
         if group:  # that of rank 0
