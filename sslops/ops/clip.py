@@ -151,9 +151,9 @@ def clip(
     Args:
         image, text: [N, D] each, row i of one being the partner of row i of the other; float32, float16, bfloat16 or
             float64 (float64 runs the eager reference). Under autocast the matmul operands have its dtype.
-        logit_scale: what multiplies the cosines, one over a temperature: a positive number, or a 0-d tensor on the
-            embeddings' device, which gets its gradient and is not checked (the fused backends give NaN if it is not
-            positive). Of a model that learns its logarithm, `log_scale.exp()`; to clamp it is left to you.
+        logit_scale: what multiplies the cosines, one over a temperature: a positive number, or a tensor of one element
+            on the embeddings' device, which gets its gradient and is not checked (the fused backends give NaN if it is
+            not positive). Of a model that learns its logarithm, `log_scale.exp()`; to clamp it is left to you.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the pairs, or "none": the losses [N].
         return_metrics: return (loss, PairMetrics): `image_to_text` and `text_to_image`, each with top-1 and top-5

@@ -257,9 +257,9 @@ def info_nce(
             float64 (float64 runs the eager reference). Under autocast the matmul operands have its dtype.
         negatives: [K, D], K = 0 included, of any of these dtypes, the matmul operands having the query's (float64 goes
             with float64 only); `NegativeQueue.negatives`, say.
-        temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient and is not
-            checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step should be a
-            tensor: a number that changes recompiles.
+        temperature: a positive number, or a tensor of one element on the embeddings' device, which gets its gradient
+            and is not checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step
+            should be a tensor: a number that changes recompiles.
         normalize: scale every row, the negatives' too, to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over the B rows, or "none": the losses [B].
         query_ids, negative_ids: int64 or int32, [B] and [K]; a negative with its query's id is left out (the same

@@ -206,9 +206,9 @@ def nt_xent(
             [V, N, D], row k of each being of one example (`torch.stack`, or a projector's [V * N, D] viewed so);
             float32, float16, bfloat16 or float64 (float64 runs the eager reference). Under autocast the matmul operands
             have its dtype.
-        temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient and is not
-            checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step should be a
-            tensor: a number that changes recompiles.
+        temperature: a positive number, or a tensor of one element on the embeddings' device, which gets its gradient
+            and is not checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step
+            should be a tensor: a number that changes recompiles.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).
         reduction: "mean" or "sum" over all rows, or "none": the losses [2N], rows of z0 first, or [V, N].
         query_ids: int64 or int32 [N], of the examples: the views of another one with an equal id are left out of the

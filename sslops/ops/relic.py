@@ -278,6 +278,7 @@ def relic(
 
     Returns:
         The loss in float32 (float64 for float64 input): 0-d, or [B] for reduction="none". NaN for the mean of no rows.
+        With return_metrics, the pair.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type, shape, dtype, device or value; torch.distributed not

@@ -140,9 +140,9 @@ def siglip(
     Args:
         image, text: [N, D] each, row i of one being the partner of row i of the other; float32, float16, bfloat16 or
             float64 (float64 runs the eager reference). Under autocast the matmul operands have its dtype.
-        logit_scale: what multiplies the cosines: a positive number, or a 0-d tensor on the embeddings' device, which
-            gets its gradient and is not checked (the fused backends give NaN if it is not positive). Of a model that
-            learns its logarithm, `log_scale.exp()`.
+        logit_scale: what multiplies the cosines: a positive number, or a tensor of one element on the embeddings'
+            device, which gets its gradient and is not checked (the fused backends give NaN if it is not positive). Of a
+            model that learns its logarithm, `log_scale.exp()`.
         bias: any finite number, or a 0-d tensor, which gets its gradient; open_clip's logit_bias. The default is the
             paper's: that at first nearly all are thought to be no pairs.
         normalize: scale every row to unit length first (F.normalize, eps 1e-12).

@@ -313,9 +313,9 @@ def supcon(
             there are none of views.
         weights: floating-point [M] or [N], without a gradient: factors of the rows' losses. A mean is over all rows all
             the same. What has weight 0 counts nothing, whatever its loss is.
-        temperature: a positive number, or a 0-d tensor on the embeddings' device, which gets its gradient and is not
-            checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step should be a
-            tensor: a number that changes recompiles.
+        temperature: a positive number, or a tensor of one element on the embeddings' device, which gets its gradient
+            and is not checked (the fused backends give NaN if it is not positive). A schedule inside a compiled step
+            should be a tensor: a number that changes recompiles.
         normalize: scale every row, the keys' too, to unit length first (F.normalize, eps 1e-12).
         where: "out", which the paper recommends, or "in": where the mean over the positives is.
         reduction: "mean" or "sum" over all rows, or "none": the losses [M] or [V, N].
