@@ -9,7 +9,8 @@ namespace {
 // The operand of A A^T: rows of a view, kPanel of them side by side, on both sides of gemm(). Zeros after the last.
 class Transposed {
  public:
-  explicit Transposed(const View& v) : n(v.n), d(v.d), data_(round_up(v.n, kPanel) * v.d) {}
+  explicit Transposed(const View& v)
+      : n(v.n), d(v.d), data_(round_up(v.n, kPanel) * v.d), squares_(ceil_div(v.d, kStrip) * v.n) {}
 
   void pack(const Strip& strip, int64_t first, int64_t width) {
     for (int64_t i = 0; i < n; i += kPanel)
@@ -21,6 +22,20 @@ class Transposed {
         for (int64_t j = 0; j < columns && rows < kPanel; ++j)
           for (int64_t k = rows; k < kPanel; ++k) to[j * kPanel + k] = 0.f;
       }
+    for (int64_t i = 0; i < n; ++i) {
+      D squares{};
+      for_each_vector(width, [&](int64_t j, int) {
+        const D v = widen(strip.operand(i, j));
+        squares += v * v;
+      });
+      squares_[first / kStrip * n + i] = sum(squares);
+    }
+  }
+  // On the diagonal: a sum of numbers of one sign, which a float32 sum rounds again and again in one direction.
+  float square(int64_t i) const {
+    double total = 0.;
+    for (int64_t k = i; k < ceil_div(d, kStrip) * n; k += n) total += squares_[k];
+    return static_cast<float>(total);
   }
   // Columns from k of rows from i, up to the next multiple of kPanel; of rows from j, a multiple of kPanel.
   Left left(int64_t i, int64_t k) const {
@@ -32,6 +47,7 @@ class Transposed {
 
  private:
   Buffer<float> data_;
+  Buffer<double> squares_;  // of each row in each strip
 };
 
 // grams [count, rows, N] = rows [first, first + rows) of A A^T for each of one or two views; returns the inner product
@@ -67,6 +83,9 @@ double gram(const Transposed* const (&views)[kViews], int64_t first, int64_t row
             });
         double total = 0.;
         for_each_group([&](int64_t i, int64_t end, int64_t from) {
+          for (int64_t r = i; r < end; ++r)
+            for (int v = 0; v < kViews && first + r >= from && first + r < j1; ++v)
+              s[(v * side + r - i0) * ld + first + r - j0] = views[v]->square(first + r);
           // Up to here each product stands for itself, then also for its mirror image.
           const int64_t once = !whole ? j1 : i0 == j0 ? (end < j1 ? end : j1) : from;
           for (int64_t r = i; r < end; ++r) {
