@@ -21,13 +21,11 @@ build: .venv/installed
 test: build .venv/peers .venv-wheel/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(nproc) --dist loadfile --no-loadscope-reorder
 
-# The losses' promises as on machines that have no more than AVX2, or not even that: a minute.
+# The promises as on machines that have no more than AVX2, or not even that: a minute.
 isas: isa-portable isa-avx2
 isa-%: build
 	SSLOPS_TEST_ISA=$* OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $$(nproc) \
-		-k "cpu-cpu and not opcheck and $(SANITIZABLE)" $(addprefix tests/test_, $(addsuffix .py, \
-		nt_xent supcon info_nce clip siglip nearest relic barlow_twins vicreg cross_correlation sigreg sinkhorn dino ibot \
-		masked_prediction))
+		-k "cpu-cpu and not opcheck and $(SANITIZABLE)" $(filter-out tests/fuzz,$(SANITIZED))
 
 # bf16 on AMX tiles, which are plain C++ here: half a minute. Needs AVX-512 with bf16; elsewhere it tests nothing new.
 EMULATED := build/emulated-amx

@@ -115,7 +115,7 @@ def variant(loss: Callable, z0: torch.Tensor, z1: torch.Tensor, part: str) -> Va
 @pytest.mark.usefixtures("threads")
 def test_time(benchmark, device, case):
     (m, d), dtype, part = case
-    # Half the tiles of S, them again (unless a CPU holds them, up to M = 2560), and W z. Of a CPU's both alone.
+    # Half the tiles of S, them again (unless a CPU holds them, up to M = 2560), and W z. A CPU's forward does all.
     flop = {"forward": 1, "backward": 3}.get(part, 4) * m * m * d
     z0, z1 = views(m, d, dtype, device)
     torch._dynamo.reset()

@@ -36,8 +36,8 @@ USUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "masked_token_cross_entropy": ("2,048 tokens of 768, 30,522 words", {"n": 2048, "v": 30522, "d": 768}),
     "ema_update": ("ViT-B", {"bench": "vit", "target": "float32", "source": "float32"}),
 }
-# Variants that are ours, in a mode of another row, as are those that begin with our name
-OWN = ("padded", "ratios", "blocks", "tubes", "counts", "copy")
+# Variants that are no rivals: ours in a mode of another row, as are those that begin with our name, and a second limit
+NO_RIVALS = ("padded", "ratios", "blocks", "tubes", "counts", "copy")
 
 
 def usual(op: str, contents: dict) -> Row | None:
@@ -51,7 +51,7 @@ def usual(op: str, contents: dict) -> Row | None:
 
 
 def is_theirs(name: str, row: Row) -> bool:
-    return name not in (row["ours"], row.get("limit"), *OWN) and not name.startswith("sslops")
+    return name not in (row["ours"], row.get("limit"), *NO_RIVALS) and not name.startswith("sslops")
 
 
 def fastest(row: Row, compiled: bool) -> tuple[float, str] | None:

@@ -115,7 +115,8 @@ def by_views(
         if not is_whole(x):
             return *run(to_kernel(x)), views, *left_out(x)
         losses, logged, *gradients = with_gradients(x)
-        return reduce(losses, x.reduction), logged, *left_out(x)[:2], views, *wanted(gradients, x)
+        none = losses.new_empty(0)
+        return reduce(losses, x.reduction), logged, none, none.clone(), views, *wanted(gradients, x)
 
     def with_gradients(x: Any) -> list[Tensor]:
         v, n, _ = sizes(x)

@@ -33,10 +33,11 @@ def forward(x: Arguments, factor: float = 0.0) -> tuple[Tensor, ...]:
     if not crops:
         return losses, stats, *_forward(x, losses, stats, factor)
     of_pairs = zip(x.pairs(), losses.flatten(0, 1), stats.flatten(0, 1), strict=True)
-    found = (_forward(pair, of_pair, its, factor) for pair, of_pair, its in of_pairs)
     if factor:
-        return losses, stats, *_together(x, found, torch.float32)
-    list(found)
+        gradients = (_forward(*of_pair, factor) for of_pair in of_pairs)  # one pair's at a time
+        return losses, stats, *_together(x, gradients, torch.float32)
+    for of_pair in of_pairs:
+        _forward(*of_pair, factor)
     return losses, stats
 
 
