@@ -44,9 +44,7 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
         return torch.zeros(shape, dtype=dtype, device="cpu")  # torch says it in its own words
-    x = torch.frombuffer(memory, dtype=dtype, count=size).view(shape)
-    _C.advise_huge_pages(x.data_ptr(), whole)
-    return x
+    return on_huge_pages(torch.frombuffer(memory, dtype=dtype))[:size].view(shape)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
